@@ -1,0 +1,42 @@
+"""Errors a user can meet; every message names the place, the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class VembedError(Exception):
+    """Base of the errors that commands print without a traceback."""
+
+
+class ConfigError(VembedError):
+    """One or more problems found in the configuration, reported together.
+
+    Args:
+        problems: One sentence each, in the form
+            ``key=value (origin): rule; remedy``. A single string is one problem.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        """Keep the list of problems when the error travels between processes."""
+        return (type(self), (self.problems,))
+
+
+class DataError(VembedError):
+    """A data file, record or image that cannot be used; names file and record."""
+
+
+class CheckpointError(VembedError):
+    """A checkpoint that is missing, incomplete or does not fit."""
+
+
+class GradientError(VembedError):
+    """The gradient self-test found that chunking changes the gradient."""
+
+
+class DistributedError(VembedError):
+    """Another rank failed, or the ranks disagree; names rank and cause."""
