@@ -1,0 +1,46 @@
+"""Offline, one thread, private extensions folder; worlds shared by the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    DS_ACCELERATOR="cpu",
+    WANDB_MODE="offline",
+    TRANSFORMERS_VERBOSITY="error",
+    PYTHONPATH=os.pathsep.join(
+        [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
+)
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR", str(Path(__file__).parent.parent / ".cache" / "torch_extensions")
+)
+
+import pytest
+import torch
+
+from tests.worlds import World
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """``world(n)``: a running world of n ranks, started once, replaced when a case broke it."""
+    worlds: dict[int, World] = {}
+
+    def get(size: int) -> World:
+        if size not in worlds or not worlds[size].alive:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield get
+    for running in worlds.values():
+        running.close()

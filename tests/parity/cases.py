@@ -1,0 +1,135 @@
+"""What a rank of a test world runs: a few steps through the project's engine and step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from tests.parity import data
+from tests.parity.reference import PROJECTION
+from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.processors import EncodedItem
+from vembed_ds.distributed import comm
+from vembed_ds.engine.activation import enable_activation_checkpointing
+from vembed_ds.engine.initialize import initialize_engine
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.losses import LossInputs, build_loss
+from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.builder import ModelSpec, build_model
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.steps.gradient_cache import compute_gradient
+
+
+def train(
+    *,
+    folder: str,
+    kind: str,
+    ds_config: dict[str, Any],
+    steps: int,
+    chunk_size: int | None,
+    bidirectional: bool,
+    temperature: float,
+    checkpointing: str | None = None,
+) -> dict[str, Any]:
+    """Train as the project does; losses, norms, and whole parameters after the last step."""
+    model = make_model(Path(folder), kind=kind, temperature=temperature)
+    if checkpointing:
+        for backbone in _backbones(model):
+            enable_activation_checkpointing(backbone, mechanism=checkpointing, ds_config=ds_config)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
+    torch.manual_seed(comm.rank())
+    model.train()
+    losses, norms = [], []
+    for step in range(steps):
+        losses.append(train_step(engine, model, kind, step, chunk_size, bidirectional, temperature))
+        norm = engine.step()
+        norms.append(None if norm is None else float(norm))
+    after = whole_parameters(engine)
+    engine.engine.destroy()
+    return {"losses": losses, "norms": norms, "after": after}
+
+
+def train_step(
+    engine: TrainEngine,
+    model: EmbeddingModel,
+    kind: str,
+    step: int,
+    chunk_size: int | None,
+    bidirectional: bool,
+    temperature: float,
+) -> float:
+    """Gradient of one step, left in the engine; the loss of the global batch."""
+    loss_function = build_loss("infonce", temperature=temperature, bidirectional=bidirectional)
+    roles = rank_roles(kind, step)
+    counts = dict(zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True))
+    plan = plan_step(roles, chunk_size=chunk_size, counts=counts)
+    loss = compute_gradient(
+        engine,
+        plan,
+        loss_function=lambda rows, scale: loss_function(
+            LossInputs(rows["query"], rows["positive"], scale)
+        ),
+        pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
+        trainable=model.trainable,
+    )
+    return float(comm.mean_over_ranks(loss))
+
+
+def rank_roles(kind: str, step: int) -> dict[str, list[EncodedItem]]:
+    """This rank's contiguous share of the global batch."""
+    per_rank = data.GLOBAL_BATCH // comm.world_size()
+    records = data.make_batch(kind, step)[comm.rank() * per_rank :][:per_rank]
+    return {
+        role: [EncodedItem(*record[role]) for record in records] for role in ("query", "positive")
+    }
+
+
+def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel:
+    """The project's model on the weights that the reference has."""
+    if kind == "clip":
+        spec = ModelSpec({"": BackboneSource(name=str(folder / "clip"))})
+        return build_model(spec, init_temperature=temperature)
+    if kind == "shared":
+        spec = ModelSpec({"": BackboneSource(name=str(folder / "text"))}, pooling={"": "mean"})
+        return build_model(spec)
+    sources = {s: BackboneSource(name=str(folder / s)) for s in ("text", "image")}
+    spec = ModelSpec(
+        sources,
+        pooling={"text": "cls", "image": "cls"},
+        projection_dim=PROJECTION,
+        projection_layers=1,
+    )
+    model = build_model(spec, freeze={"text": kind == "frozen"})
+    heads = torch.load(folder / "heads.pt")
+    for stream, weight in heads.items():
+        model.encoder.tower(stream).projection.weight.data.copy_(weight)
+    return model
+
+
+def whole_parameters(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """Trained parameters, gathered, under the reference's names."""
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=engine.zero_stage == 3):
+        return {reference_name(name): p.detach().float().clone() for name, p in named}
+
+
+def reference_name(name: str) -> str:
+    """Name of the same parameter in ``reference.PlainModel``."""
+    if name == "logit_scale":
+        return name
+    name = name.removeprefix("encoder.")
+    if name.startswith("backbone."):
+        return "parts.clip." + name.removeprefix("backbone.")
+    _, stream, rest = name.split(".", 2)
+    if rest.startswith("projection."):
+        return f"heads.{stream}.{rest.removeprefix('projection.')}"
+    return f"parts.{stream}.{rest.removeprefix('backbone.')}"
+
+
+def _backbones(model: EmbeddingModel) -> list[torch.nn.Module]:
+    encoder = model.encoder
+    return [encoder.backbone] if hasattr(encoder, "backbone") else [t.backbone for t in encoder.towers.values()]

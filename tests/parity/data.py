@@ -1,0 +1,114 @@
+"""Synthetic batches and tiny models that the project's step and the plain reference share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+GLOBAL_BATCH = 12
+VOCAB, EOS = 50, 49
+Item = tuple[str, dict[str, np.ndarray]]
+
+TEXT = {
+    "model_type": "bert",
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 16,
+}
+IMAGE = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+}
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 12,
+    "text_config": {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 16,
+        "eos_token_id": EOS,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    },
+    "vision_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 8,
+        "patch_size": 4,
+    },
+}
+
+
+def save_backbone(folder: Path, settings: dict[str, Any], *, dropout: float, seed: int) -> None:
+    """A tiny random Hugging Face model with livelier weights than the default 0.02."""
+    torch.manual_seed(seed)
+    settings = dict(settings)
+    model_type = settings.pop("model_type")
+    if model_type == "clip":
+        parts = {
+            name: {**settings[name], "attention_dropout": dropout}
+            for name in ("text_config", "vision_config")
+        }
+        config = AutoConfig.for_model(model_type, **{**settings, **parts})
+    else:
+        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        config = AutoConfig.for_model(model_type, **settings, **dict.fromkeys(names, dropout))
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+
+
+def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
+    """The global batch of a step: ``GLOBAL_BATCH`` records of encoded query and positive."""
+    generator = np.random.default_rng(1000 + step)
+    text_only = kind == "shared" or (kind == "skip" and step == 1)
+    return [
+        {"query": _text(generator), "positive": _text(generator) if text_only else _image(generator)}
+        for _ in range(GLOBAL_BATCH)
+    ]
+
+
+def pad(stream: str, items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Right-pad a chunk's items to one batch."""
+    if stream == "image":
+        return {"pixel_values": torch.stack([torch.from_numpy(i["pixel_values"]) for i in items])}
+    longest = max(len(item["input_ids"]) for item in items)
+    ids = torch.zeros(len(items), longest, dtype=torch.long)
+    mask = torch.zeros(len(items), longest, dtype=torch.long)
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        ids[row, :length] = torch.from_numpy(item["input_ids"])
+        mask[row, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _text(generator: np.random.Generator) -> Item:
+    length = int(generator.integers(3, 10))
+    ids = generator.integers(2, EOS, size=length)
+    ids[-1] = EOS
+    return "text", {"input_ids": ids}
+
+
+def _image(generator: np.random.Generator) -> Item:
+    return "image", {"pixel_values": generator.normal(size=(3, 8, 8)).astype(np.float32)}

@@ -1,0 +1,141 @@
+"""The whole batch in one plain PyTorch process: no DeepSpeed and no code of the project."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel
+
+from tests.parity.data import make_batch, pad
+
+PROJECTION = 12
+
+
+class PlainModel(nn.Module):
+    """Backbones and heads side by side, called by stream."""
+
+    def __init__(self, folder: Path, *, kind: str, temperature: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.parts = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        self.logit_scale = None
+        if kind == "clip":
+            self.parts["clip"] = AutoModel.from_pretrained(folder / "clip")
+            self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        elif kind == "shared":
+            self.parts["text"] = AutoModel.from_pretrained(folder / "text")
+        else:
+            heads = torch.load(folder / "heads.pt")
+            for stream in ("text", "image"):
+                self.parts[stream] = AutoModel.from_pretrained(folder / stream)
+                self.heads[stream] = nn.Linear(16, PROJECTION, bias=False)
+                self.heads[stream].load_state_dict({"weight": heads[stream]})
+        if kind == "frozen":
+            self.parts["text"].requires_grad_(False)
+
+    def forward(self, stream: str, inputs: dict[str, Tensor]) -> Tensor:
+        if self.kind == "clip":
+            clip = self.parts["clip"]
+            encode = clip.get_text_features if stream == "text" else clip.get_image_features
+            return encode(**inputs).pooler_output
+        hidden = self.parts[stream](**inputs).last_hidden_state
+        if self.kind == "shared":
+            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            return (hidden * mask).sum(1) / mask.sum(1)
+        return self.heads[stream](hidden[:, 0])
+
+
+def train_plain(
+    folder: Path,
+    *,
+    kind: str,
+    steps: int,
+    optimizer: dict[str, Any],
+    max_grad_norm: float,
+    bidirectional: bool,
+    temperature: float,
+    dropout_plan: tuple[int, int] | None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Train ``steps`` steps; losses, gradient norms, and every parameter before and after.
+
+    ``dropout_plan`` is ``(world size, chunk size)``: with dropout the same random numbers must
+    be drawn, so every chunk of every rank is embedded under its rank's stream of random
+    numbers. Nothing else is distributed about it: all graphs are kept and the loss is computed
+    once, on all rows. Without dropout the batch is embedded at once.
+    """
+    model = PlainModel(folder, kind=kind, temperature=temperature)
+    model.train()
+    if kind == "frozen":
+        model.parts["text"].eval()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    settings = dict(optimizer)
+    stepper = getattr(torch.optim, settings.pop("type"))(list(trained.values()), **settings)
+    rng: dict[int, Tensor] = {}
+    losses, norms = [], []
+    for step in range(steps):
+        records = make_batch(kind, step)
+        roles = _embed(model, records, dropout_plan, rng)
+        query, positive = (functional.normalize(roles[r].float(), dim=-1) for r in ("query", "positive"))
+        scale = model.logit_scale.exp() if model.logit_scale is not None else 1 / temperature
+        logits = query @ positive.T * scale
+        target = torch.arange(len(logits))
+        loss = functional.cross_entropy(logits, target)
+        if bidirectional:
+            loss = (loss + functional.cross_entropy(logits.T, target)) / 2
+        stepper.zero_grad()
+        loss.backward()
+        for parameter in trained.values():  # what the batch does not touch has gradient zero
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in trained.values()])))
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
+        stepper.step()
+        losses.append(float(loss))
+    after = {name: p.detach().clone() for name, p in trained.items()}
+    return {"losses": losses, "norms": norms, "before": before, "after": after}
+
+
+def _embed(
+    model: PlainModel,
+    records: list[dict[str, Any]],
+    dropout_plan: tuple[int, int] | None,
+    rng: dict[int, Tensor],
+) -> dict[str, Tensor]:
+    world, chunk = dropout_plan or (1, len(records) * 2)
+    per_rank = len(records) // world
+    rows: dict[str, list[Tensor]] = {"query": [], "positive": []}
+    for rank in range(world):
+        if dropout_plan:
+            torch.set_rng_state(rng.get(rank, torch.Generator().manual_seed(rank).get_state()))
+        mine = records[rank * per_rank : (rank + 1) * per_rank]
+        streams: dict[str, list[Any]] = {}
+        places = {}
+        for role in rows:
+            for index, record in enumerate(mine):
+                stream, inputs = record[role]
+                members = streams.setdefault(stream, [])
+                places[role, index] = (stream, len(members))
+                members.append(inputs)
+        embedded: dict[str, list[Tensor]] = {stream: [] for stream in streams}
+        longest = max(len(items) for items in streams.values())
+        for start in range(0, longest, chunk):
+            for stream in sorted(streams, reverse=True):  # text before image
+                items = streams[stream][start : start + chunk]
+                if items:
+                    embedded[stream].append(model(stream, pad(stream, items)))
+        whole = {stream: torch.cat(parts) for stream, parts in embedded.items()}
+        for role in rows:
+            for index in range(len(mine)):
+                stream, position = places[role, index]
+                rows[role].append(whole[stream][position])
+        rng[rank] = torch.get_rng_state()
+    return {role: torch.stack(found) for role, found in rows.items()}

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vembed_ds.config.loading import parse_config
+from vembed_ds.config.validation import cross_field_problems
+from vembed_ds.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("{}\n")
+
+
+BASE: dict[str, Any] = {"model_name": "some/model", "data_path": "train.jsonl"}
+
+
+def problems_of(**values: Any) -> list[str]:
+    try:
+        parse_config({k: v for k, v in (BASE | values).items() if v is not ...})
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_a_good_config_has_no_problems():
+    assert problems_of() == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_name": None, "text_model_name": "a", "image_model_name": "b"},
+        {
+            "model_name": None,
+            "text_model_name": "a/b",
+            "image_model_name": "b",
+            "projection_layers": 2,
+        },
+        {"projection_layers": 2, "projection_dim": 8},
+        {"warmup_steps": 5, "max_steps": 6},
+        {"image_augmentation": [{"RandomHorizontalFlip": {"p": 0.5}}]},
+        {"num_workers": 0},
+        {"num_workers": 0, "persistent_workers": False},
+        {"gradient_cache_chunk_size": 4},
+        {"data_path": "org/data.set-1"},
+        {"data_path": "."},
+        {"image_root": "."},
+        {"output_dir": "new/deep/folder"},
+        {"eval_steps": 5, "val_data_path": ["train.jsonl"]},
+    ],
+)
+def test_good_combinations(values):
+    assert problems_of(**values) == []
+
+
+ONLY_TOWERS = (
+    "model_name='some/model': a composed encoder takes text_model_name and "
+    "image_model_name only; remove model_name, or the other two and encoder_mode"
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"model_name": None},
+            "model_name: no model given; set model_name, or text_model_name and image_model_name",
+        ),
+        (
+            {"model_name": None, "text_model_name": "a"},
+            "image_model_name: a composed encoder needs both towers; set image_model_name",
+        ),
+        (
+            {"model_name": None, "image_model_name": "a"},
+            "text_model_name: a composed encoder needs both towers; set text_model_name",
+        ),
+        ({"text_model_name": "a", "image_model_name": "b"}, ONLY_TOWERS),
+        (
+            {"projection_layers": 2},
+            "projection_layers=2: there is no projection without projection_dim; "
+            "set projection_dim, or remove projection_layers",
+        ),
+        (
+            {"warmup_steps": 6, "max_steps": 6},
+            "warmup_steps=6: must be below max_steps=6; the learning rate would never be reached",
+        ),
+        (
+            {"image_augmentation": [{"A": {}}], "retrieval_mode": "t2t"},
+            "image_augmentation: retrieval_mode=t2t has no images; remove image_augmentation, "
+            "or set retrieval_mode to t2i, i2t or i2i",
+        ),
+        (
+            {"num_workers": 0, "prefetch_factor": 2},
+            "prefetch_factor=2: has no effect with num_workers=0; "
+            "remove prefetch_factor, or set num_workers above 0",
+        ),
+        (
+            {"num_workers": 0, "persistent_workers": True},
+            "persistent_workers=True: has no effect with num_workers=0; "
+            "remove persistent_workers, or set num_workers above 0",
+        ),
+        (
+            {"eval_steps": 5},
+            "eval_steps=5: there is nothing to evaluate on; set val_data_path, or eval_steps=0",
+        ),
+        ({"eval_recall_k": [1, 5, 1]}, "eval_recall_k=[1, 5, 1]: 1 stands there twice; keep one"),
+        ({"data_path": "no.jsonl"}, "data_path='no.jsonl': no such file; check the path"),
+        (
+            {"val_data_path": ["train.jsonl", "x/y/no.csv"]},
+            "val_data_path='x/y/no.csv': no such file; check the path",
+        ),
+        (
+            {"data_path": "a/b/c"},
+            "data_path='a/b/c': no such folder; give a file (.jsonl, .csv, .tsv, .parquet), "
+            "a folder or a hub name",
+        ),
+        ({"image_root": "pics"}, "image_root='pics': no such folder; check the path"),
+        (
+            {"output_dir": "train.jsonl"},
+            "output_dir='train.jsonl': train.jsonl is a file; give a folder",
+        ),
+    ],
+)
+def test_each_problem_by_its_message(values, expected):
+    assert problems_of(**values) == [expected]
+
+
+def test_composed_without_towers_names_both():
+    found = problems_of(encoder_mode="composed")
+    assert found == [
+        "text_model_name: a composed encoder needs both towers; set text_model_name",
+        "image_model_name: a composed encoder needs both towers; set image_model_name",
+        ONLY_TOWERS,
+    ]
+
+
+def test_empty_and_unknown_data_files():
+    Path("empty.parquet").touch()
+    Path("train.txt").write_text("x")
+    assert problems_of(data_path=["empty.parquet", "train.txt"]) == [
+        "data_path='empty.parquet': the file is empty; give a file with records",
+        "data_path='train.txt': unknown file type; expected one of .jsonl, .csv, .tsv, .parquet",
+    ]
+
+
+def test_output_below_a_file_and_in_a_read_only_folder(monkeypatch):
+    (problem,) = problems_of(output_dir="train.jsonl/run")
+    assert problem.startswith("output_dir='train.jsonl/run': ")
+    assert problem.endswith("train.jsonl is a file; give a folder")
+    # Tests may run as root, who can write anywhere.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    (problem,) = problems_of(output_dir="run")
+    assert problem == f"output_dir='run': cannot write in {Path.cwd()}; give another folder"
+
+
+def test_rules_on_invalid_keys_are_skipped():
+    config = parse_config(BASE)
+    broken = config.model_copy(
+        update={"run": config.run.model_copy(update={"eval_recall_k": (1, 1)})}
+    )
+    assert len(cross_field_problems(broken)) == 1
+    assert cross_field_problems(broken, skip={"eval_recall_k"}) == []

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vembed_ds.data.readers import fingerprint, load_table
+from vembed_ds.errors import DataError
+
+ROWS = [{"query": "a/b", "positive": "x"}, {"query": "ü, c", "positive": "007"}]
+WriteJsonl = Callable[..., str]
+
+
+def load(*paths: str | Path, key: str = "data_path") -> datasets.Dataset:
+    return load_table([str(path) for path in paths], key=key)
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def png() -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (3, 3), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    files = [
+        write_jsonl(ROWS),
+        write(
+            tmp_path, "a.json", '[{"query":"a/b","positive":"x"},{"query":"ü, c","positive":"007"}]'
+        ),
+        write(tmp_path, "a.csv", 'query,positive\na/b,x\n"ü, c",007\n'),
+        write(tmp_path, "bom.csv", '\ufeffquery,positive\r\na/b,x\r\n"ü, c",007\r\n'),
+        write(tmp_path, "a.TSV", "query\tpositive\na/b\tx\nü, c\t007\n"),
+        tmp_path / "a.parquet",
+    ]
+    for file in files:
+        assert load(file).to_list() == ROWS
+
+
+def test_csv_cells_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.csv", "query,positive\nNA,null\n007,1.50\nTrue,\n")
+    assert load(file)["query"][:] == ["NA", "007", "True"]
+    assert load(file)["positive"][:] == ["null", "1.50", ""]
+
+
+def test_several_files_are_concatenated_in_order(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    other = write(tmp_path, "b.csv", "positive,query\np,q\n")
+    assert load(write_jsonl(ROWS), other).to_list() == [*ROWS, {"query": "q", "positive": "p"}]
+
+
+def test_large_and_plain_strings_are_the_same_type(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    schema = pa.schema([("query", pa.large_string()), ("positive", pa.string())])
+    pq.write_table(pa.Table.from_pylist(ROWS, schema=schema), tmp_path / "a.parquet")
+    assert load(write_jsonl(ROWS), tmp_path / "a.parquet").num_rows == 4
+
+
+def test_files_with_other_columns_or_types_are_refused(
+    tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    first = write_jsonl(ROWS)
+    for row in ({"query": "a"}, {"query": "a", "positive": 3}):
+        second = write_jsonl([row], "second.jsonl")
+        with pytest.raises(
+            DataError, match=r"train.jsonl has columns .*second.jsonl has .*the same columns"
+        ):
+            load(first, second)
+
+
+def test_folder_saved_to_disk(tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one")
+    splits = datasets.DatasetDict(
+        {"train": table, "validation": table.select([0]), "test": table.select([1])}
+    )
+    splits.save_to_disk(tmp_path / "all")
+    assert load(tmp_path / "one").to_list() == ROWS
+    assert load(tmp_path / "one", key="val_data_path").to_list() == ROWS
+    assert load(tmp_path / "all").to_list() == ROWS
+    assert load(tmp_path / "all", key="val_data_path").to_list() == ROWS[:1]
+
+
+def test_test_split_stands_in_for_validation(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(folder)
+    assert load(folder, key="val_data_path").num_rows == 2
+    with pytest.raises(
+        DataError, match=r"data_path=.*all: no split train; it has test; give data_path"
+    ):
+        load(folder)
+
+
+def test_folder_of_data_files(tmp_path: Path) -> None:
+    write(tmp_path, "a.csv", "query,positive\na,b\n")
+    assert load(tmp_path).num_rows == 1
+    with pytest.raises(DataError, match="no split validation or test; it has train"):
+        load(tmp_path, key="val_data_path")
+
+
+def test_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="folder cannot be read as data"):
+        load(tmp_path)
+
+
+def test_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"org/pairs": splits}[name])
+    assert load("org/pairs").to_list() == ROWS
+
+
+def test_unreachable_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_name: str) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    message = (
+        "data_path=org/pairs: neither a file, a folder nor a data set .*Couldn't reach the Hub"
+    )
+    with pytest.raises(DataError, match=message):
+        load("org/pairs")
+
+
+def test_no_paths() -> None:
+    with pytest.raises(DataError, match="val_data_path names no data"):
+        load(key="val_data_path")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"data_path=.*none.jsonl: file does not exist; correct data_path"
+    ):
+        load(tmp_path / "none.jsonl")
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"suffix '.txt' is not one of .jsonl, .json, .csv, .tsv"):
+        load(write(tmp_path, "a.txt", "hello"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.jsonl", "\n"), ("a.csv", "query,positive\n"), ("a.json", "[]")],
+)
+def test_no_records(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(DataError, match="holds no records"):
+        load(write(tmp_path, name, content))
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: holds no records"):
+        load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"query": "c", "posi', r"line 3 is not valid JSON"),
+        (b'{"query": "\xff", "positive": "b"}', r"line 3 is not valid JSON .*codec can't decode"),
+        (b'["a", "b"]', r"line 3 is list, not a JSON object"),
+        (b"3", r"line 3 is int, not a JSON object"),
+    ],
+)
+def test_broken_json_line_is_named(tmp_path: Path, bad: bytes, message: str) -> None:
+    good = b'{"query": "a", "positive": "b"}\n'
+    file = write(tmp_path, "a.jsonl", good + b"\n" + bad + b"\n" + good)
+    with pytest.raises(DataError, match=rf"data_path=.*a.jsonl: {message}"):
+        load(file)
+
+
+def test_broken_json_array(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.json: .*; correct the file"):
+        load(write(tmp_path, "a.json", '[{"query": "a"}, {"query": ]'))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("query,positive\na,b\nc,d,e\n", "Expected 2 fields in line 3, saw 3"),
+        ("query,positive\na,b,c\n", "Expected 2 fields in line 2, saw 3"),
+        ('query,positive\na,b\n"c,d\n', "EOF inside string"),
+        ("query,query\na,b\n", "a column name occurs twice"),
+        (b"query,positive\n\xff\xfe,b\n", "codec can't decode"),
+        ("\n\n", "No columns to parse"),
+    ],
+)
+def test_broken_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=rf"data_path=.*a.csv: .*{message}"):
+        load(write(tmp_path, "a.csv", content))
+
+
+def test_short_csv_row_leaves_an_empty_cell(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "a.csv", "query,positive\na\n"))[0]["positive"] is None
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.parquet: Parquet .*; correct the file"):
+        load(write(tmp_path, "a.parquet", "hello"))
+
+
+def test_image_columns_stay_encoded(tmp_path: Path) -> None:
+    features = datasets.Features({"query": datasets.Value("string"), "image": datasets.Image()})
+    rows = [{"query": "a", "image": {"bytes": png(), "path": "a.png"}}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet")[0]["image"] == {"bytes": png(), "path": "a.png"}
+
+
+def test_binary_columns_stay_bytes(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": ["a"], "image": [png()]}), tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet")[0]["image"] == png()
+
+
+def test_table_is_memory_mapped(tmp_path: Path) -> None:
+    text = "x" * 10_000
+    pq.write_table(
+        pa.table({"query": [text] * 3000, "positive": [text] * 3000}),
+        tmp_path / "a.parquet",
+        row_group_size=100,
+    )
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    table = load(tmp_path / "a.parquet").select_columns(["query"])
+    gc.collect()
+    assert table[2999]["query"] == text
+    assert table.data.nbytes > 29_000_000
+    assert pa.total_allocated_bytes() - before < 3_000_000
+    mapped = [Path(entry["filename"]) for entry in table.cache_files]
+    assert sum(file.stat().st_size for file in mapped) > 29_000_000 > mmap.PAGESIZE
+
+
+def test_progress_bars_and_log_level_are_restored(write_jsonl: WriteJsonl) -> None:
+    datasets.enable_progress_bars()
+    level = datasets.logging.get_verbosity()
+    load(write_jsonl(ROWS))
+    assert not datasets.are_progress_bars_disabled()
+    assert datasets.logging.get_verbosity() == level
+
+
+def table_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows)
+
+
+def test_fingerprint_is_the_same_in_another_process(
+    write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    file = write_jsonl(ROWS)
+    program = (
+        "import sys; from vembed_ds.data.readers import fingerprint, load_table;"
+        "sys.stdout.write(fingerprint(load_table([sys.argv[1]], key='data_path')))"
+    )
+    root = Path(__file__).parents[3]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "HF_DATASETS_CACHE": str(tmp_path / "other"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program, file],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == fingerprint(load(file))
+
+
+def test_fingerprint_ignores_how_the_rows_are_stored() -> None:
+    rows = [{"query": f"q{i}", "positive": "p" * i} for i in range(50)]
+    whole = fingerprint(table_of(rows))
+    parts = datasets.concatenate_datasets([table_of(rows[:13]), table_of(rows[13:])])
+    assert fingerprint(parts) == whole
+    assert fingerprint(table_of(rows[::-1]).select(range(49, -1, -1))) == whole
+    assert (
+        fingerprint(table_of([{"query": "extra", "positive": "p"}, *rows]).select(range(1, 51)))
+        == whole
+    )
+    wide = datasets.Features(
+        {"query": datasets.Value("large_string"), "positive": datasets.Value("string")}
+    )
+    assert fingerprint(table_of(rows).cast(wide)) == whole
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"query": "a", "positive": "b"}, {"query": "c", "positive": "D"}],
+        [{"query": "c", "positive": "d"}, {"query": "a", "positive": "b"}],
+        [{"query": "a", "positive": "b"}],
+        [{"query": "ac", "positive": "b"}, {"query": "", "positive": "d"}],
+        [{"query": "a", "positive": "b"}, {"query": "c", "positive": None}],
+        [{"query": "a", "positive": "b"}, {"query": "c", "positive": ""}],
+        [{"query": "a", "text": "b"}, {"query": "c", "text": "d"}],
+    ],
+)
+def test_fingerprint_changes_with_every_edit(rows: list[dict[str, Any]]) -> None:
+    original = table_of([{"query": "a", "positive": "b"}, {"query": "c", "positive": "d"}])
+    assert fingerprint(table_of(rows)) != fingerprint(original)
+
+
+def test_fingerprint_covers_images_and_numbers() -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.Value("int64")}
+    )
+
+    def of(data: bytes | None, path: str | None, label: int) -> str:
+        rows = [{"image": {"bytes": data, "path": path}, "label": label}]
+        return fingerprint(datasets.Dataset.from_list(rows, features=features))
+
+    values = [
+        of(b"1", "a", 0),
+        of(b"2", "a", 0),
+        of(b"1", "b", 0),
+        of(b"1", "a", 1),
+        of(None, "a", 0),
+    ]
+    assert len(set(values)) == 5
+    assert of(b"1", "a", 0) == values[0]

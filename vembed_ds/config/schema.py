@@ -1,0 +1,277 @@
+"""The typed, frozen configuration; the only home of defaults.
+
+Every leaf name is unique over all sections, so a key can be written flat (``lr: 1e-4``) or in its
+section (``optimizer: {lr: 1e-4}``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+COLUMN_ROLES = ("query", "query_image", "positive", "positive_image", "negatives", "label")
+
+ALIASES = {"model_name_or_path": "model_name", "learning_rate": "lr"}
+"""Other spellings of a key, as vembed-factory's files have them, to the key's name here."""
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML has lists only; tuples keep the frozen models immutable."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain_int(value: Any) -> Any:
+    """Refuse ``true`` and ``1.0``, which a Literal takes for 1."""
+    if value is not None and type(value) is not int:
+        raise ValueError("expected 1 or 2 or null")
+    return value
+
+
+def _none_word(value: Any) -> Any:
+    """``null`` means the word "none": an override ``report_to=none`` is read as null."""
+    return "none" if value is None else value
+
+
+def _known_roles(value: dict[str, str]) -> dict[str, str]:
+    if unknown := [role for role in value if role not in COLUMN_ROLES]:
+        raise ValueError(f"unknown role {unknown[0]!r}; expected one of {', '.join(COLUMN_ROLES)}")
+    return value
+
+
+def _one_class_each(value: tuple[dict[str, dict[str, Any]], ...]) -> Any:
+    if any(len(entry) != 1 for entry in value):
+        raise ValueError("expected one class per list entry: [{ClassName: {argument: value}}, ...]")
+    return value
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+DataPaths = Annotated[
+    Text | Annotated[tuple[Text, ...], Field(min_length=1)], BeforeValidator(_as_tuple)
+]
+Augmentations = Annotated[
+    tuple[dict[str, dict[str, Any]], ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_one_class_each),
+]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, no conversion between types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ScratchModel(Section):
+    """A model that starts from random weights: ``{config: {model_type: ...}, processor: ...}``."""
+
+    config: dict[str, Any] = Field(description="Hugging Face config values; must name model_type.")
+    processor: Text | dict[str, Any] | None = Field(
+        default=None,
+        description="Folder or name of tokenizer and image processor, or image processor settings.",
+    )
+
+    @model_validator(mode="after")
+    def _named_types(self) -> ScratchModel:
+        if "model_type" not in self.config:
+            raise ValueError('the model\'s config has no "model_type"; add it, for example resnet')
+        if isinstance(self.processor, dict) and "image_processor_type" not in self.processor:
+            raise ValueError(
+                'the processor\'s settings have no "image_processor_type"; '
+                "add it, for example ConvNextImageProcessor"
+            )
+        return self
+
+
+ModelReference = Text | ScratchModel
+
+
+class ModelConfig(Section):
+    """The encoder: backbones, pooling, projection, what is frozen, precision."""
+
+    model_name: ModelReference | None = Field(
+        default=None,
+        description="Hub name, folder, `package:NAME/folder` or `{config: ...}` of one shared encoder.",
+    )
+    encoder_mode: Literal["auto", "composed"] = Field(
+        default="auto", description="`composed` builds one encoder of two towers."
+    )
+    text_model_name: ModelReference | None = Field(
+        default=None, description="Text tower of a composed encoder."
+    )
+    image_model_name: ModelReference | None = Field(
+        default=None, description="Image tower of a composed encoder."
+    )
+    pooling_method: Literal["cls", "mean", "last_token", "pooler"] | None = Field(
+        default=None, description="How token states become one vector; null: by model family."
+    )
+    projection_dim: PositiveInt | None = Field(
+        default=None, description="Width of the projection; null: none, or 512 when composed."
+    )
+    projection_layers: Annotated[Literal[1, 2] | None, BeforeValidator(_plain_int)] = Field(
+        default=None, description="Layers of the projection; null: 1, or 2 when composed."
+    )
+    freeze_text_encoder: bool = Field(default=False, description="Train no text tower weights.")
+    freeze_image_encoder: bool = Field(default=False, description="Train no image tower weights.")
+    cache_frozen_encoder: bool = Field(
+        default=True, description="Compute a frozen tower's text features once and reuse them."
+    )
+    freeze_batch_norm: bool = Field(
+        default=False, description="Keep the running statistics of batch norm layers fixed."
+    )
+    max_seq_length: PositiveInt | None = Field(
+        default=None, description="Tokens a text is cut to; null: the tokenizer's limit."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        default=None, description="Attention kernel; null: the model's own choice."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in backward to save memory."
+    )
+    activation_checkpointing: Literal["huggingface", "deepspeed"] = Field(
+        default="huggingface", description="Mechanism used when gradient_checkpointing is true."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Number format of weights and activations."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model."
+    )
+
+
+class DataConfig(Section):
+    """Pairs, images and how they are read."""
+
+    data_path: DataPaths = Field(
+        description="Training pairs: file (.jsonl .csv .tsv .parquet), data set folder or hub name, or a list."
+    )
+    val_data_path: DataPaths | None = Field(
+        default=None, description="Validation pairs, in the same forms; null: no evaluation."
+    )
+    image_root: str = Field(default="", description="Folder that relative image paths start from.")
+    column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] = Field(
+        default={}, description=f"Column of each role ({', '.join(COLUMN_ROLES)})."
+    )
+    retrieval_mode: Literal["t2t", "t2i", "i2t", "i2i"] = Field(
+        default="t2i", description="What searches what: t is text, i is image."
+    )
+    num_workers: NonNegativeInt = Field(default=4, description="Loader processes per rank.")
+    prefetch_factor: PositiveInt = Field(
+        default=2, description="Batches each loader process prepares ahead."
+    )
+    pin_memory: bool = Field(default=True, description="Page-locked batches, for faster copies.")
+    persistent_workers: bool = Field(
+        default=True, description="Keep loader processes between epochs."
+    )
+    image_augmentation: Augmentations = Field(
+        default=(), description="Kornia classes in order: `[{ClassName: {argument: value}}, ...]`."
+    )
+
+
+class LossConfig(Section):
+    """The training objective."""
+
+    loss_type: Literal["infonce"] = Field(default="infonce", description="The loss.")
+    temperature: PositiveFloat = Field(default=0.05, description="Divides the similarities.")
+    learnable_temperature: bool = Field(default=False, description="Train the temperature.")
+    loss_bidirectional: bool = Field(
+        default=False, description="Also search the queries with the positives."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: PositiveFloat = Field(default=2e-5, description="Highest learning rate.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.01, description="Decay of matrices; norms, biases and scalars have none."
+    )
+    adam_beta1: Decay = Field(default=0.9, description="Decay of the gradient's mean.")
+    adam_beta2: Decay = Field(default=0.999, description="Decay of the gradient's square.")
+    adam_epsilon: PositiveFloat = Field(default=1e-8, description="Added to Adam's denominator.")
+    max_grad_norm: NonNegativeFloat = Field(
+        default=1.0, description="Clip the gradient to this norm; 0: off."
+    )
+    scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        default="cosine", description="Learning rate after the warm-up."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="Share of all steps that warm up."
+    )
+    warmup_steps: NonNegativeInt = Field(
+        default=0, description="Warm-up steps; above 0 it wins over warmup_ratio."
+    )
+
+
+class TrainingConfig(Section):
+    """Batch, length of the run, seed, gradient cache."""
+
+    batch_size: PositiveInt = Field(
+        default=32, description="Pairs per rank and step, all of them in one loss."
+    )
+    epochs: PositiveInt = Field(default=3, description="Passes over the training pairs.")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Optimizer steps; wins over epochs."
+    )
+    seed: NonNegativeInt = Field(default=42, description="Seed of weights, order and dropout.")
+    use_gradient_cache: bool = Field(
+        default=False, description="Embed in chunks, then replay them: memory of one chunk."
+    )
+    gradient_cache_chunk_size: PositiveInt = Field(
+        default=8, description="Items per chunk; used with use_gradient_cache."
+    )
+    gradient_self_test: bool = Field(
+        default=True, description="At start, compare a chunked gradient with a whole one."
+    )
+
+
+class RunConfig(Section):
+    """Output, logging, evaluation and time limits."""
+
+    output_dir: Text = Field(default="output", description="Folder for all results.")
+    logging_steps: PositiveInt = Field(default=10, description="Steps between log lines.")
+    save_steps: NonNegativeInt = Field(
+        default=0, description="Steps between checkpoints; 0: only at the end."
+    )
+    eval_steps: NonNegativeInt = Field(
+        default=0, description="Steps between evaluations; 0: only at the end."
+    )
+    eval_batch_size: PositiveInt | None = Field(
+        default=None, description="Items per rank in evaluation; null: batch_size."
+    )
+    eval_recall_k: Annotated[
+        tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = Field(default=(1, 5, 10), description="The k of Recall@k.")
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb", "all"], BeforeValidator(_none_word)
+    ] = Field(default="tensorboard", description="Trackers beside metrics.jsonl.")
+    run_name: Text | None = Field(default=None, description="Name shown by the trackers.")
+    timeout_minutes: PositiveFloat = Field(
+        default=30.0, description="Longest wait for another rank before the job fails."
+    )
+
+
+class Config(Section):
+    """A whole run; each section's fields are documented in its class."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    run: RunConfig = RunConfig()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: (get_args(field.annotation) or (field.annotation,))[0]
+    for name, field in Config.model_fields.items()
+}
+SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
+"""Section of each leaf key."""

@@ -1,0 +1,203 @@
+"""Rules that need more than one key, or the file system; reported together."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from vembed_ds.config.schema import Config, ScratchModel
+
+DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PACKAGE = re.compile(r"package:(\w+)((?:/[\w.-]+)*)")
+
+MODEL_KEYS = ("model_name", "text_model_name", "image_model_name")
+
+
+def cross_field_problems(config: Config, *, skip: Collection[str] = ()) -> list[str]:
+    """Check all rules that a single field cannot.
+
+    Args:
+        config: A configuration whose single values are valid.
+        skip: Keys already reported as invalid; rules that read them are not checked.
+
+    Returns:
+        One sentence per problem, naming key, value, rule and remedy.
+    """
+    return [
+        problem for keys, rule in _RULES if not set(keys) & set(skip) for problem in rule(config)
+    ]
+
+
+def _encoders(config: Config) -> Iterator[str]:
+    model = config.model
+    towers = (model.text_model_name, model.image_model_name)
+    if not _is_composed(config):
+        if model.model_name is None:
+            yield (
+                "model_name: no model given; set model_name, "
+                "or text_model_name and image_model_name"
+            )
+        return
+    for key, tower in zip(MODEL_KEYS[1:], towers, strict=True):
+        if tower is None:
+            yield f"{key}: a composed encoder needs both towers; set {key}"
+    if model.model_name is not None:
+        yield (
+            f"model_name={model.model_name!r}: a composed encoder takes text_model_name and "
+            "image_model_name only; remove model_name, or the other two and encoder_mode"
+        )
+
+
+def _is_composed(config: Config) -> bool:
+    model = config.model
+    towers = (model.text_model_name, model.image_model_name)
+    return model.encoder_mode == "composed" or towers != (None, None)
+
+
+def _references(config: Config) -> Iterator[str]:
+    for key in MODEL_KEYS:
+        value = getattr(config.model, key)
+        if isinstance(value, ScratchModel):
+            key, value = f"{key}.processor", value.processor
+        if isinstance(value, str) and (problem := _reference_problem(value)):
+            yield f"{key}={value!r}: {problem}"
+
+
+def _reference_problem(reference: str) -> str | None:
+    """Say why a model cannot be found; models.references resolves the same three forms."""
+    if reference.startswith("package:"):
+        return _package_problem(reference)
+    if Path(os.path.expanduser(reference)).is_dir():  # noqa: PTH111 (pathlib raises for ~nobody)
+        return None
+    if reference.startswith(("/", "./", "../", "~")) or not HUB_NAME.fullmatch(reference):
+        return "no such folder; check the path, or give a hub name or package:NAME/folder"
+    return None
+
+
+def _package_problem(reference: str) -> str | None:
+    match = _PACKAGE.fullmatch(reference)
+    if match is None:
+        return "expected package:IMPORT_NAME or package:IMPORT_NAME/folder"
+    name, folder = match.groups()
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        hint = name.replace("_", "-")
+        return f"the Python package {name} is not installed; try: pip install {hint}"
+    places = spec.submodule_search_locations or ()
+    if not any(Path(place + folder).is_dir() for place in places):
+        return f"the Python package {name} has no folder {folder.strip('/') or name}"
+    return None
+
+
+def _projection(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.projection_layers and not model.projection_dim and not _is_composed(config):
+        yield (
+            f"projection_layers={model.projection_layers}: there is no projection without "
+            "projection_dim; set projection_dim, or remove projection_layers"
+        )
+
+
+def _warmup(config: Config) -> Iterator[str]:
+    warmup, total = config.optimizer.warmup_steps, config.training.max_steps
+    if total is not None and warmup >= total:
+        yield (
+            f"warmup_steps={warmup}: must be below max_steps={total}; "
+            "the learning rate would never be reached"
+        )
+
+
+def _augmentation(config: Config) -> Iterator[str]:
+    if config.data.image_augmentation and config.data.retrieval_mode == "t2t":
+        yield (
+            "image_augmentation: retrieval_mode=t2t has no images; remove image_augmentation, "
+            "or set retrieval_mode to t2i, i2t or i2i"
+        )
+
+
+def _workers(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.num_workers:
+        return
+    for key in ("prefetch_factor", "persistent_workers"):
+        if key in data.model_fields_set and getattr(data, key):
+            yield (
+                f"{key}={getattr(data, key)!r}: has no effect with num_workers=0; "
+                f"remove {key}, or set num_workers above 0"
+            )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    if config.run.eval_steps and config.data.val_data_path is None:
+        yield (
+            f"eval_steps={config.run.eval_steps}: there is nothing to evaluate on; "
+            "set val_data_path, or eval_steps=0"
+        )
+
+
+def _recall(config: Config) -> Iterator[str]:
+    values = config.run.eval_recall_k
+    if repeated := {k for k in values if values.count(k) > 1}:
+        yield f"eval_recall_k={list(values)}: {min(repeated)} stands there twice; keep one"
+
+
+def _training_data(config: Config) -> Iterator[str]:
+    yield from _data_problems("data_path", config.data.data_path)
+
+
+def _validation_data(config: Config) -> Iterator[str]:
+    yield from _data_problems("val_data_path", config.data.val_data_path or ())
+
+
+def _data_problems(key: str, paths: str | tuple[str, ...]) -> Iterator[str]:
+    for path in (paths,) if isinstance(paths, str) else paths:
+        if problem := _data_problem(Path(path), path):
+            yield f"{key}={path!r}: {problem}"
+
+
+def _data_problem(path: Path, text: str) -> str | None:
+    if path.suffix in DATA_SUFFIXES and not path.is_file():
+        return "no such file; check the path"
+    if path.is_file():
+        if path.suffix not in DATA_SUFFIXES:
+            return f"unknown file type; expected one of {', '.join(DATA_SUFFIXES)}"
+        return None if path.stat().st_size else "the file is empty; give a file with records"
+    if path.is_dir() or HUB_NAME.fullmatch(text):
+        return None
+    return f"no such folder; give a file ({', '.join(DATA_SUFFIXES)}), a folder or a hub name"
+
+
+def _image_root(config: Config) -> Iterator[str]:
+    root = config.data.image_root
+    if root and not Path(root).is_dir():
+        yield f"image_root={root!r}: no such folder; check the path"
+
+
+def _output(config: Config) -> Iterator[str]:
+    path = Path(config.run.output_dir)
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        yield f"output_dir={str(path)!r}: {existing} is a file; give a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"output_dir={str(path)!r}: cannot write in {existing}; give another folder"
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = (
+    ((*MODEL_KEYS, "encoder_mode"), _encoders),
+    (MODEL_KEYS, _references),
+    (("projection_layers", "projection_dim", *MODEL_KEYS, "encoder_mode"), _projection),
+    (("warmup_steps", "max_steps"), _warmup),
+    (("image_augmentation", "retrieval_mode"), _augmentation),
+    (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
+    (("eval_steps", "val_data_path"), _evaluation),
+    (("eval_recall_k",), _recall),
+    (("data_path",), _training_data),
+    (("val_data_path",), _validation_data),
+    (("image_root",), _image_root),
+    (("output_dir",), _output),
+)
+"""The keys each rule reads, and the rule."""

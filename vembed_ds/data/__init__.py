@@ -1,0 +1,1 @@
+"""Records, readers, per-item encoding and the order of the samples."""

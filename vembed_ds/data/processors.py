@@ -1,0 +1,227 @@
+"""Encoding of single items into small unpadded arrays, and padding of a chunk of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vembed_ds.data.augment import ImageAugmentation
+from vembed_ds.data.features import FeatureTable
+from vembed_ds.data.images import open_image
+from vembed_ds.data.records import Item
+from vembed_ds.errors import ConfigError, DataError
+
+Array = np.ndarray[Any, Any]
+
+FILLER_TEXT = "a"
+FILLER_EDGE = 224
+
+
+class EncodedItem(NamedTuple):
+    """The model inputs of one item, without padding or batch dimension.
+
+    Args:
+        stream: The tower it goes to, ``text`` or ``image``.
+        inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` (what the tokenizer
+            gives): ``[L]`` int64; ``pixel_values``: ``[C, H, W]`` float32; ``features``:
+            ``[H]`` float32, the stored output of a frozen tower, which replaces the others.
+    """
+
+    stream: str
+    inputs: dict[str, Array]
+
+
+@dataclass(eq=False)
+class ItemProcessor:
+    """Encodes items and pads chunks of them; picklable.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a padding token; None without texts.
+        image_processor: A Hugging Face image processor; None without images.
+        max_length: Longest token sequence, in tokens; longer texts are truncated.
+        pad_to_max_length: Pad every text to ``max_length`` already when it is encoded
+            (SigLIP was trained that way).
+        augmentation: Applied to images that are encoded with a seed.
+        feature_tables: str to the stored features of its frozen tower.
+    """
+
+    tokenizer: Any = None
+    image_processor: Any = None
+    max_length: int | None = None
+    pad_to_max_length: bool = False
+    augmentation: ImageAugmentation | None = None
+    feature_tables: dict[str, FeatureTable] = field(default_factory=dict)
+
+    def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
+        """Encodes one item.
+
+        Args:
+            item: A text or an image.
+            origin: The record, for error messages.
+            augment_seed: Seed of the augmentation; None for none (evaluation).
+
+        Returns:
+            The encoded item.
+
+        Raises:
+            DataError: When the image cannot be read, the text gives no token, or no features
+                are stored for it.
+            ConfigError: When there is no tokenizer or image processor for the item.
+        """
+        stream = stream_of(item, origin=origin)
+        if stream in self.feature_tables:
+            return EncodedItem(stream, self._stored(item, stream, augment_seed=augment_seed))
+        if item.text is not None:
+            return EncodedItem("text", self._encode_text(item.text, origin=origin))
+        return EncodedItem("image", self._encode_image(item, origin=origin, seed=augment_seed))
+
+    def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, torch.Tensor]:
+        """Joins encoded items of one stream.
+
+        Args:
+            stream: ``text`` or ``image``.
+            items: B items of that stream, at least one.
+
+        Returns:
+            ``[B, L]`` int64 for token inputs, padded to the longest on the tokenizer's side;
+            ``[B, C, H, W]`` or ``[B, H]`` float32 for images and features.
+
+        Raises:
+            DataError: When images have different shapes.
+        """
+        columns = {name: [item.inputs[name] for item in items] for name in items[0].inputs}
+        if stream == "text" and "features" not in columns:
+            return {name: self._padded(name, rows) for name, rows in columns.items()}
+        return {name: _stacked(name, rows) for name, rows in columns.items()}
+
+    def filler(self, stream: str) -> EncodedItem:
+        """A valid item that means nothing, for ranks that have nothing to encode."""
+        if stream in self.feature_tables:
+            width = self.feature_tables[stream].width
+            return EncodedItem(stream, {"features": np.zeros(width, dtype=np.float32)})
+        if stream == "text":
+            return self.encode(Item(text=FILLER_TEXT), origin="filler", augment_seed=None)
+        blank = Image.new("RGB", (FILLER_EDGE, FILLER_EDGE), "white")
+        return self.encode(Item(image=blank), origin="filler", augment_seed=None)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer and image processor files into a model folder."""
+        for part in (self.tokenizer, self.image_processor):
+            if part is not None:
+                part.save_pretrained(str(folder))
+
+    def _encode_text(self, text: str, *, origin: str) -> dict[str, Array]:
+        if self.tokenizer is None:
+            raise ConfigError(f"{origin}: text, but the model has no tokenizer; use an image mode")
+        tokens = self.tokenizer(
+            text,
+            truncation=True,
+            max_length=self.max_length,
+            padding="max_length" if self.pad_to_max_length else False,
+        )
+        if not tokens["input_ids"]:
+            raise DataError(
+                f"{origin}: the tokenizer gives no token for {text[:80]!r}; remove the record"
+            )
+        return {name: np.asarray(values, dtype=np.int64) for name, values in tokens.items()}
+
+    def _encode_image(self, item: Item, *, origin: str, seed: int | None) -> dict[str, Array]:
+        if self.image_processor is None:
+            raise ConfigError(
+                f"{origin}: image, but the model has no image processor; use a text mode"
+            )
+        assert item.image is not None  # stream_of has seen to it
+        image = open_image(item.image, origin=origin)
+        if self.augmentation is not None and seed is not None:
+            image = self._augmented(image, origin=origin, seed=seed)
+        # Numpy needs the layout said: it is guessed wrong for images 1 or 3 pixels high.
+        output = self.image_processor(
+            np.asarray(image), input_data_format="channels_last", return_tensors="np"
+        )
+        return {"pixel_values": output["pixel_values"][0].astype(np.float32, copy=False)}
+
+    def _augmented(self, image: Image.Image, *, origin: str, seed: int) -> Image.Image:
+        assert self.augmentation is not None
+        try:
+            return self.augmentation.apply(image, seed=seed)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{origin}: image_augmentation fails on this image of {image.width} x "
+                f"{image.height} pixels ({error}); change image_augmentation"
+            ) from error
+
+    def _stored(self, item: Item, stream: str, *, augment_seed: int | None) -> dict[str, Array]:
+        if stream == "image" and self.augmentation is not None and augment_seed is not None:
+            raise ConfigError(
+                "cache_frozen_encoder=true: stored image features cannot be augmented; "
+                "remove image_augmentation or set cache_frozen_encoder=false"
+            )
+        key = item.text if item.text is not None else content_key(item)
+        return {"features": self.feature_tables[stream].lookup(key)}
+
+    def _padded(self, name: str, rows: Sequence[Array]) -> torch.Tensor:
+        """``tokenizer.pad`` without its detour over Python lists and its warnings."""
+        fill = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+        }.get(name, 0)
+        length = max(len(row) for row in rows)
+        padded = np.full((len(rows), length), fill, dtype=np.int64)
+        for target, row in zip(padded, rows, strict=True):
+            start = length - len(row) if self.tokenizer.padding_side == "left" else 0
+            target[start : start + len(row)] = row
+        return torch.from_numpy(padded)
+
+
+def stream_of(item: Item, *, origin: str) -> str:
+    """The tower an item goes to.
+
+    Raises:
+        DataError: When the item has neither or both of text and image.
+    """
+    if (item.text is None) == (item.image is None):
+        found = "neither text nor image" if item.text is None else "both text and image"
+        raise DataError(f"{origin}: the item has {found}; give exactly one")
+    return "text" if item.text is not None else "image"
+
+
+def content_key(item: Item) -> str:
+    """A hash that is equal for equal texts, image bytes, or image paths.
+
+    Two paths are two keys, whatever the files hold.
+
+    Args:
+        item: A text or an image.
+
+    Returns:
+        The kind and 32 hexadecimal digits, stable over processes.
+    """
+    source: Any = item.image
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if item.text is not None:
+        kind, data = "text", item.text.encode("utf-8", "surrogatepass")
+    elif isinstance(source, str):
+        kind, data = "path", str(Path(source).absolute()).encode()
+    elif isinstance(source, bytes):
+        kind, data = "bytes", source
+    else:
+        kind, data = "pixels", f"{source.mode}{source.size}".encode() + source.tobytes()
+    return f"{kind}:{blake2b(data, digest_size=16).hexdigest()}"
+
+
+def _stacked(name: str, rows: Sequence[Array]) -> torch.Tensor:
+    shapes = sorted({row.shape for row in rows})
+    if len(shapes) > 1:
+        raise DataError(
+            f"{name} of one chunk have the shapes {', '.join(map(str, shapes))}; set a fixed "
+            "size (size and do_resize, or crop_size) in the image processor"
+        )
+    return torch.from_numpy(np.stack(rows))

@@ -1,0 +1,213 @@
+"""Tables from files, folders and the hub, memory-mapped through the ``datasets`` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from vembed_ds.data.fingerprint import fingerprint
+from vembed_ds.errors import DataError
+
+__all__ = ["fingerprint", "load_table"]
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+# Split names that each configuration key accepts, in order of preference.
+SPLITS = {"data_path": ("train",), "val_data_path": ("validation", "test")}
+
+LOADING_ERRORS = (
+    datasets.exceptions.DatasetsError,
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    TypeError,
+)
+
+
+def load_table(paths: Sequence[str], *, key: str) -> datasets.Dataset:
+    """Opens the data of one configuration key as one table.
+
+    Nothing is read into Python objects: files are converted once to Arrow (cached by
+    ``datasets``) and memory-mapped. Images stay encoded.
+
+    Args:
+        paths: Files (.jsonl, .json, .csv, .tsv, .parquet), folders (of ``save_to_disk`` or
+            of data files) or hub names; several are concatenated in this order.
+        key: ``data_path`` or ``val_data_path``; chooses the split and names errors.
+
+    Returns:
+        The table, at least one row.
+
+    Raises:
+        DataError: When a path is missing, broken or empty, a split is absent, or two paths
+            have different columns.
+    """
+    if not paths:
+        raise DataError(f"{key} names no data; give at least one file, folder or hub name")
+    with _quiet_datasets():
+        tables = [_undecoded(_load_one(path, key=key)) for path in paths]
+        for path, table in zip(paths, tables, strict=True):
+            if not table.num_rows:
+                raise DataError(f"{key}={path}: holds no records; give data or remove it")
+        return _concatenated(tables, paths=paths, key=key)
+
+
+def _load_one(path: str, *, key: str) -> datasets.Dataset:
+    place = f"{key}={path}"
+    file = Path(path).expanduser()
+    builder = BUILDERS.get(file.suffix.lower())
+    if file.is_dir():
+        return _load_folder(file, place=place, key=key)
+    if builder is None and not file.exists():
+        return _load_hub(path, place=place, key=key)
+    if builder is None:
+        raise DataError(f"{place}: suffix {file.suffix!r} is not one of {', '.join(BUILDERS)}")
+    if not file.exists():
+        raise DataError(f"{place}: file does not exist; correct {key}")
+    if not file.stat().st_size:
+        raise DataError(f"{place}: holds no records (the file is empty); give data or remove it")
+    return _load_file(file, builder=builder, place=place)
+
+
+def _load_file(file: Path, *, builder: str, place: str) -> datasets.Dataset:
+    options = _csv_options(file, place=place) if builder == "csv" else {}
+    try:
+        return datasets.load_dataset(builder, data_files=[str(file)], split="train", **options)
+    except LOADING_ERRORS as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{place}: holds no records; give data or remove it") from error
+        cause = _first_json_problem(file) if builder == "json" else None
+        raise DataError(
+            f"{place}: {cause or _cause(error)}; correct the file"
+        ) from error
+
+
+def _load_folder(folder: Path, *, place: str, key: str) -> datasets.Dataset:
+    saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+    load = datasets.load_from_disk if saved else datasets.load_dataset
+    try:
+        loaded = load(str(folder))
+    except LOADING_ERRORS as error:
+        raise DataError(f"{place}: folder cannot be read as data: {_cause(error)}") from error
+    return _chosen_split(loaded, place=place, key=key)
+
+
+def _load_hub(name: str, *, place: str, key: str) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_dataset(name)
+    except LOADING_ERRORS as error:
+        raise DataError(
+            f"{place}: neither a file, a folder nor a data set that the hub gives: {_cause(error)}"
+        ) from error
+    return _chosen_split(loaded, place=place, key=key)
+
+
+def _chosen_split(
+    loaded: datasets.Dataset | datasets.DatasetDict, *, place: str, key: str
+) -> datasets.Dataset:
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    for split in SPLITS[key]:
+        if split in loaded:
+            return loaded[split]
+    raise DataError(
+        f"{place}: no split {' or '.join(SPLITS[key])}; it has {', '.join(loaded) or 'none'}; "
+        f"give {key} a folder or file that holds one split"
+    )
+
+
+def _csv_options(file: Path, *, place: str) -> dict[str, Any]:
+    """Reads every cell as text: ``NA`` and ``007`` are captions, not a gap and a number."""
+    options = {"sep": DELIMITERS[file.suffix.lower()], "keep_default_na": False}
+    try:  # as rows without header: else a longer first row would make pandas shift the columns
+        header = list(pd.read_csv(file, header=None, nrows=2, dtype=str, **options).iloc[0])
+    except ValueError as error:  # ParserError, EmptyDataError, UnicodeDecodeError
+        raise DataError(
+            f"{place}: {_cause(error)}; save as UTF-8 and quote texts that hold the separator"
+        ) from error
+    if len(set(header)) != len(header):
+        raise DataError(f"{place}: a column name occurs twice in {header}; rename one")
+    return options | {
+        "features": datasets.Features({name: datasets.Value("string") for name in header})
+    }
+
+
+def _first_json_problem(file: Path) -> str | None:
+    """Finds the first line that is not a JSON object; None for one big JSON value."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            if number == 1 and file.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
+                return None
+            try:
+                value = json.loads(line)
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+                return f"line {number} is not valid JSON ({error})"
+            if not isinstance(value, dict):
+                return f"line {number} is {type(value).__name__}, not a JSON object"
+    return None
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Leaves images encoded, so that only the workers decode them."""
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def _concatenated(
+    tables: Sequence[datasets.Dataset], *, paths: Sequence[str], key: str
+) -> datasets.Dataset:
+    if len(tables) == 1:
+        return tables[0]
+    first = tables[0]
+    for path, table in zip(paths, tables, strict=True):
+        if _types(table) != _types(first):
+            raise DataError(
+                f"{key}: {paths[0]} has columns {_types(first)}, {path} has {_types(table)}; "
+                "files that are read together need the same columns and types"
+            )
+    return datasets.concatenate_datasets(
+        [
+            table if table.features == first.features else table.cast(first.features)
+            for table in tables
+        ]
+    )
+
+
+def _types(table: datasets.Dataset) -> dict[str, str]:
+    """Column types in name order; the two widths of strings and bytes count as one."""
+    names = {
+        name: getattr(feature, "dtype", str(feature)) for name, feature in table.features.items()
+    }
+    return {name: str(names[name]).removeprefix("large_") for name in sorted(names)}
+
+
+def _cause(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Hides progress bars and the log lines that repeat the error we raise."""
+    bars_were_off = datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars_were_off:
+            datasets.enable_progress_bars()

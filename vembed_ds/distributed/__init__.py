@@ -1,0 +1,1 @@
+"""Ranks, collectives with a gradient, and random state."""

@@ -1,0 +1,130 @@
+"""Ranks, start-up, barriers, and failures that every rank learns of."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vembed_ds.errors import DistributedError, VembedError
+
+
+def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
+    """Join the process group that the launcher describes; a world of 1 without a launcher.
+
+    Collective: every rank calls it once. Host tensors always travel over gloo, so that
+    control messages never wait for the accelerator.
+
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``.
+        timeout_minutes: A collective that waits longer than this fails.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        _describe_world_of_one()
+    backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def shutdown() -> None:
+    """Leave the process group; a rank that exits without this aborts the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_initialized() -> bool:
+    """Whether this process is part of a process group."""
+    return dist.is_initialized()
+
+
+def rank() -> int:
+    """Global rank; 0 in a plain process. Before start-up, what the launcher announced."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank on this machine, which is the index of the device to use."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; 1 in a plain process. Before start-up, what the launcher announced."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone logs and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank. Collective."""
+    if world_size() > 1:
+        # A host-side reduction: `dist.barrier` would allocate on the accelerator.
+        dist.all_reduce(torch.zeros(1))
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value`` (picklable, small), in rank order. Collective."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_max(values: Sequence[int]) -> list[int]:
+    """Element-wise maximum of ``values`` over the ranks, on the host. Collective."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [int(value) for value in tensor]
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Mean of ``value`` over the ranks, any shape, on its device. Collective."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def raise_together(error: VembedError | None) -> None:
+    """Raise on every rank when any rank has an error, so that none waits for the other.
+
+    Collective: every rank calls it at the same point, with its error or ``None``.
+
+    Raises:
+        VembedError: The rank's own error, or the first failing rank's, with its rank named.
+    """
+    if all_max([int(error is not None)])[0] == 0:
+        return
+    errors = all_gather_objects(error)
+    if error is not None:
+        raise error
+    failed = next(rank for rank, found in enumerate(errors) if found is not None)
+    raise DistributedError(f"rank {failed} failed: {errors[failed]}") from errors[failed]
+
+
+def _describe_world_of_one() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )

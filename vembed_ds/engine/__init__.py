@@ -1,0 +1,1 @@
+"""Everything that knows DeepSpeed: its configuration, its engine, its optimizer groups."""

@@ -1,0 +1,34 @@
+"""Learning-rate schedules: warm-up, then cosine, linear or constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+def build_schedule(
+    scheduler_type: str, *, num_steps: int, warmup_steps: int, warmup_ratio: float
+) -> SchedulerFactory:
+    """A factory that DeepSpeed calls with its optimizer, and whose result it steps and saves.
+
+    Args:
+        scheduler_type: Any name of :func:`transformers.get_scheduler` that needs no more
+            arguments. ``constant`` has no warm-up, ``constant_with_warmup`` has.
+        num_steps: Optimizer steps of the whole run.
+        warmup_steps: Steps from 0 to the full rate; 0: ``warmup_ratio`` decides.
+        warmup_ratio: Share of ``num_steps``, rounded up.
+    """
+    warmup = warmup_steps or math.ceil(num_steps * warmup_ratio)
+
+    def schedule(optimizer: Optimizer) -> LRScheduler:
+        return get_scheduler(  # type: ignore[no-any-return]
+            scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps
+        )
+
+    return schedule

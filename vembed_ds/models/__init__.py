@@ -1,0 +1,1 @@
+"""Embedding models: Hugging Face backbones, pooling, projections, composed towers."""

@@ -1,0 +1,115 @@
+"""Hugging Face backbones: loading, and what kind of backbone each is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from vembed_ds.errors import ConfigError
+from vembed_ds.models.references import resolve_model_reference
+
+BackboneKind = Literal["text", "image", "two_tower"]
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Where a backbone comes from: exactly one of the two.
+
+    Attributes:
+        name: Hub name, local folder or ``package:...`` reference of a pretrained model.
+        config: Settings of a model with random weights; holds ``model_type``.
+    """
+
+    name: str | None = None
+    config: Mapping[str, Any] | None = None
+
+    def describe(self) -> str:
+        """Short text for messages."""
+        return self.name if self.name is not None else f"config: {self.config!r}"
+
+
+def load_backbone(
+    source: BackboneSource, *, attn_implementation: str | None, trust_remote_code: bool
+) -> nn.Module:
+    """The backbone in float32 on the host.
+
+    Args:
+        source: What to load.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2`` or the model's default.
+        trust_remote_code: Whether code in the model's repository may run.
+
+    Raises:
+        ConfigError: The model cannot be found or built; names the source.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        if source.name is not None:
+            folder = resolve_model_reference(source.name)
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
+        else:
+            model = AutoModel.from_config(_scratch_config(source), dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ConfigError(f"model {source.describe()}: cannot be loaded: {error}") from error
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # no generation here; the cache would only cost memory
+    return model  # type: ignore[no-any-return]
+
+
+def kind_of(backbone: nn.Module) -> BackboneKind:
+    """Whether the backbone embeds texts, images, or both with a tower for each."""
+    if hasattr(backbone, "get_text_features") and hasattr(backbone, "get_image_features"):
+        return "two_tower"
+    return "image" if backbone.main_input_name == "pixel_values" else "text"
+
+
+def default_pooling(backbone: nn.Module) -> str:
+    """The pooling the family is made for.
+
+    A causal language model has seen the whole text only at the last token; a convolutional
+    backbone has no tokens, so its own pooled output is used; the rest have a first token.
+    """
+    if _is_causal(backbone):
+        return "last_token"
+    return "pooler" if _is_convolutional(backbone) else "cls"
+
+
+def embedding_width(backbone: nn.Module) -> int:
+    """Width of the backbone's pooled output, read from its config."""
+    config: Any = backbone.config
+    for holder in (config, getattr(config, "text_config", None)):
+        width = getattr(holder, "hidden_size", None)
+        if isinstance(width, int):
+            return width
+    sizes = getattr(config, "hidden_sizes", None)
+    if sizes:
+        return int(sizes[-1])
+    for name in ("hidden_dim", "num_features", "projection_dim"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    raise ConfigError(
+        f"model_type={config.model_type}: the width of its output is not in its config; "
+        "this backbone is not supported"
+    )
+
+
+def _scratch_config(source: BackboneSource) -> Any:
+    settings = dict(source.config or {})
+    model_type = settings.pop("model_type")
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _is_causal(backbone: nn.Module) -> bool:
+    # Attention modules state it themselves; a CLIP text tower is causal too but pools its own.
+    return any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+
+
+def _is_convolutional(backbone: nn.Module) -> bool:
+    config: Any = backbone.config
+    return kind_of(backbone) == "image" and not hasattr(config, "num_attention_heads")

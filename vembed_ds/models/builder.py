@@ -1,0 +1,203 @@
+"""From a description to a model that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vembed_ds.errors import ConfigError
+from vembed_ds.models.backbones import (
+    BackboneSource,
+    default_pooling,
+    embedding_width,
+    kind_of,
+    load_backbone,
+)
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
+from vembed_ds.models.scalars import lift_scalars
+
+COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the shape of the model depends on.
+
+    Attributes:
+        sources: ``{"": source}`` for one backbone, ``{"text": ..., "image": ...}`` for a
+            composed encoder.
+        pooling: Pooling method of a source; a source that is not named gets its family's.
+        projection_dim: Embedding width behind a projection; ``None``: no projection (composed:
+            ``COMPOSED_PROJECTION_DIM``).
+        projection_layers: 1 or 2; ``None``: 1, or 2 for a composed encoder.
+        attn_implementation: Passed to transformers.
+        trust_remote_code: Whether code in the model's repository may run.
+    """
+
+    sources: Mapping[str, BackboneSource]
+    pooling: Mapping[str, str] = field(default_factory=dict)
+    projection_dim: int | None = None
+    projection_layers: int | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def composed(self) -> bool:
+        """Whether the encoder is composed of two backbones."""
+        return "" not in self.sources
+
+
+def build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
+    """The encoder in float32 on the host, everything trainable.
+
+    Raises:
+        ConfigError: A backbone cannot be loaded, or does not fit its place.
+    """
+    if spec.composed:
+        return TowersEncoder({stream: _composed_tower(spec, stream) for stream in spec.sources})
+    backbone = _load(spec, "")
+    kind = kind_of(backbone)
+    if kind == "two_tower":
+        return _two_tower(spec, backbone)
+    projection = _projection(backbone, spec.projection_dim, spec.projection_layers or 1)
+    return TowersEncoder({kind: _tower(spec, "", backbone, projection)})
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    freeze: Mapping[str, bool] | None = None,
+    freeze_batch_norm: bool = False,
+    init_temperature: float | None = None,
+) -> EmbeddingModel:
+    """The model to train.
+
+    Args:
+        spec: Its shape and weights.
+        freeze: Streams whose backbone is not trained (a projection behind it still is).
+        freeze_batch_norm: Keep batch normalisation at its stored statistics.
+        init_temperature: Start of a learned temperature; ``None``: fixed, in the loss.
+
+    Raises:
+        ConfigError: A stream to freeze that the model lacks; nothing left to train; batch
+            normalisation that would see chunks instead of the batch.
+    """
+    encoder = build_encoder(spec)
+    model = EmbeddingModel(encoder, init_temperature=init_temperature)
+    for stream in (name for name, frozen in (freeze or {}).items() if frozen):
+        _freeze(model, stream)
+    if isinstance(encoder, TwoTowerEncoder):
+        _settle_own_temperature(encoder.backbone, learned=init_temperature is not None)
+    _settle_batch_norm(model, frozen=freeze_batch_norm)
+    if not any(model.trainable(stream) for stream in model.streams):
+        raise ConfigError(
+            "freeze_text_encoder, freeze_image_encoder: nothing is left to train; "
+            "unfreeze a tower or set projection_dim"
+        )
+    return model
+
+
+def _load(spec: ModelSpec, key: str) -> nn.Module:
+    backbone = load_backbone(
+        spec.sources[key],
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    lift_scalars(backbone)
+    return backbone
+
+
+def _composed_tower(spec: ModelSpec, stream: str) -> TowerEncoder:
+    backbone = _load(spec, stream)
+    if kind_of(backbone) != stream:
+        raise ConfigError(
+            f"{stream}_model_name={spec.sources[stream].describe()}: this is a "
+            f"{kind_of(backbone).replace('_', '-')} model, not a {stream} encoder"
+        )
+    width = spec.projection_dim or COMPOSED_PROJECTION_DIM
+    head = build_projection(
+        embedding_width(backbone), width, num_layers=spec.projection_layers or 2
+    )
+    return _tower(spec, stream, backbone, head)
+
+
+def _tower(
+    spec: ModelSpec, key: str, backbone: nn.Module, projection: nn.Module | None
+) -> TowerEncoder:
+    pooling = spec.pooling.get(key) or default_pooling(backbone)
+    pooler = getattr(backbone, "pooler", None)
+    if isinstance(pooler, nn.Module) and pooling != "pooler":
+        # Nothing reads its output: without a gradient, weight decay alone would move it.
+        pooler.requires_grad_(False)
+    return TowerEncoder(backbone, pooling=pooling, projection=projection)
+
+
+def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
+    if spec.pooling.get(""):
+        raise ConfigError(
+            f"pooling_method={spec.pooling['']}: {type(backbone).__name__} pools by itself; "
+            "leave pooling_method out"
+        )
+    width = getattr(backbone.config, "projection_dim", None) or embedding_width(backbone)
+    projection = None
+    if spec.projection_dim is not None:
+        projection = build_projection(
+            int(width), spec.projection_dim, num_layers=spec.projection_layers or 1
+        )
+    return TwoTowerEncoder(backbone, projection=projection)
+
+
+def _projection(backbone: nn.Module, dim: int | None, num_layers: int) -> nn.Module | None:
+    if dim is None:
+        return None
+    return build_projection(embedding_width(backbone), dim, num_layers=num_layers)
+
+
+def _freeze(model: EmbeddingModel, stream: str) -> None:
+    if stream not in model.streams:
+        raise ConfigError(
+            f"freeze_{stream}_encoder=true: the model has no {stream} tower; "
+            f"it embeds {' and '.join(model.streams)}"
+        )
+    for module in model.encoder.backbone_modules(stream):
+        module.requires_grad_(False)
+        model.keep_in_eval(module)  # fixed features: no dropout in what is not trained
+
+
+def _settle_own_temperature(backbone: nn.Module, *, learned: bool) -> None:
+    """A CLIP-like backbone has a temperature of its own.
+
+    Learned, it is replaced by the model's (and exported under its name); fixed, it is no part
+    of the loss and must not move.
+    """
+    for name in ("logit_scale", "logit_bias"):
+        parameter = backbone._parameters.get(name)
+        if parameter is None:
+            continue
+        parameter.requires_grad_(False)
+        if name == "logit_scale" and learned:
+            del backbone._parameters[name]
+
+
+def _settle_batch_norm(model: EmbeddingModel, *, frozen: bool) -> None:
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and any(p.requires_grad for p in module.parameters())
+    ]
+    if not layers:
+        return
+    if not frozen:
+        raise ConfigError(
+            f"freeze_batch_norm=false: the model has {len(layers)} batch normalisation layers "
+            f"(first: {layers[0][0]}). Their batch statistics depend on how the batch is cut "
+            "into chunks and ranks, so no distributed step can equal the whole batch. Set "
+            "freeze_batch_norm: true (keeps the stored statistics) or choose a backbone with "
+            "group or layer normalisation (ConvNeXt, BiT, ViT)"
+        )
+    for _, module in layers:
+        model.keep_in_eval(module)

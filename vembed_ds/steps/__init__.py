@@ -1,0 +1,1 @@
+"""One training step: embed, loss, replay, reduce once, update."""

@@ -1,0 +1,158 @@
+"""The step: embed every chunk, compute the loss on embeddings, replay with gradient.
+
+Gradient caching (Gao et al. 2021, arXiv 2101.06983, section 3.2): ``dL/dw = sum_chunks
+dE_c/dw . dL/dE_c``, so once ``dL/dE`` is known for all embeddings, the chunks can be
+differentiated one at a time. The last chunk keeps the graph of its first pass: it is the first
+to be differentiated, so nothing else needs its memory. A batch of one chunk is therefore the
+standard step: one forward, one backward, the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vembed_ds.data.batches import StepPlan, role_index
+from vembed_ds.data.processors import EncodedItem
+from vembed_ds.distributed.seeding import RngState, capture_rng, restore_rng
+
+LOGIT_SCALE = "logit_scale"
+
+Embeddings = dict[str, Tensor]
+PadFunction = Callable[[str, Sequence[EncodedItem]], dict[str, Tensor]]
+BatchLoss = Callable[[Mapping[str, Tensor], Tensor | None], Tensor]
+
+
+class Engine(Protocol):
+    """What the step needs of an engine; see ``engine.train_engine.TrainEngine``."""
+
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]: ...  # noqa: D102
+    def backward(self, surrogate: Tensor) -> None: ...  # noqa: D102
+    def reduce_once(self) -> AbstractContextManager[None]: ...  # noqa: D102
+
+
+def compute_gradient(
+    engine: Engine,
+    plan: StepPlan,
+    *,
+    loss_function: BatchLoss,
+    pad: PadFunction,
+    trainable: Callable[[str], bool],
+) -> Tensor:
+    """Leave the gradient of the whole batch, reduced over ranks, in the engine.
+
+    Collective: every rank calls it; under ZeRO-3 with plans of equal chunk counts. The random
+    state afterwards is that after the embed phase, whatever the replay drew.
+
+    Args:
+        engine: Embeds, differentiates, reduces.
+        plan: The rank's batch and its chunks.
+        loss_function: From ``{role: [B, D] float32}`` and the learned ``logit_scale`` ``[1]``
+            (or ``None``) to the mean loss over this rank's rows.
+        pad: Pads the items of a chunk to one batch ``{argument: [n, ...]}``.
+        trainable: Whether a stream's embeddings need a gradient; others are not replayed.
+
+    Returns:
+        This rank's loss, a detached scalar float32 tensor.
+    """
+    inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
+    outputs, states = _embed(engine, inputs)
+    after_embed = capture_rng(engine.device)
+    loss, gradients = _differentiate_loss(plan, outputs, loss_function)
+    with engine.reduce_once():
+        _replay(engine, inputs, outputs[-1], gradients, states, trainable)
+    restore_rng(after_embed, engine.device)
+    return loss
+
+
+class _ChunkInputs:
+    """Padded inputs of chunk i, made when they are needed and not kept."""
+
+    def __init__(self, plan: StepPlan, *, pad: PadFunction, device: torch.device) -> None:
+        self._plan, self._pad, self._device = plan, pad, device
+
+    def __len__(self) -> int:
+        return len(self._plan.chunks)
+
+    def get(
+        self, index: int, *, only: Callable[[str], bool] | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        return {
+            stream: {
+                key: value.to(self._device, non_blocking=True)
+                for key, value in self._pad(stream, self._plan.streams[stream][places]).items()
+            }
+            for stream, places in self._plan.chunks[index].items()
+            if only is None or only(stream)
+        }
+
+
+def _embed(engine: Engine, inputs: _ChunkInputs) -> tuple[list[Embeddings], list[RngState]]:
+    """Every chunk's outputs; all but the last without graph, their random state recorded."""
+    outputs, states = [], []
+    last = len(inputs) - 1
+    for index in range(len(inputs)):
+        states.append(capture_rng(engine.device))
+        with torch.set_grad_enabled(index == last):
+            outputs.append(engine.embed(inputs.get(index)))
+    return outputs, states
+
+
+def _differentiate_loss(
+    plan: StepPlan, outputs: list[Embeddings], loss_function: BatchLoss
+) -> tuple[Tensor, list[Embeddings]]:
+    """The loss, and its gradient with respect to every chunk's outputs, in float32."""
+    leaves = [
+        {name: value.detach().float().requires_grad_() for name, value in chunk.items()}
+        for chunk in outputs
+    ]
+    # Stream after stream, as `role_index` counts.
+    rows = torch.cat([chunk[name] for name in plan.streams for chunk in leaves if name in chunk])
+    roles = {
+        role: rows[torch.from_numpy(index).to(rows.device)]
+        for role, index in role_index(plan).items()
+    }
+    with torch.enable_grad():
+        loss = loss_function(roles, leaves[-1].get(LOGIT_SCALE))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [
+        {name: leaf.grad for name, leaf in chunk.items() if leaf.grad is not None}
+        for chunk in leaves
+    ]
+    return loss.detach(), gradients
+
+
+def _replay(
+    engine: Engine,
+    inputs: _ChunkInputs,
+    kept: Embeddings,
+    gradients: list[Embeddings],
+    states: list[RngState],
+    trainable: Callable[[str], bool],
+) -> None:
+    """Differentiate the kept chunk, then recompute and differentiate the others."""
+    if any(output.requires_grad for output in kept.values()):
+        engine.backward(_surrogate(kept, gradients[-1]))
+    for index in range(len(inputs) - 1):
+        # What is not trained is not computed again; frozen towers draw no random numbers, so
+        # the others still see the state they saw in the embed phase.
+        chunk = inputs.get(index, only=trainable)
+        if chunk:
+            restore_rng(states[index], engine.device)
+            engine.backward(_surrogate(engine.embed(chunk), gradients[index]))
+
+
+def _surrogate(outputs: Embeddings, gradients: Embeddings) -> Tensor:
+    """A scalar whose gradient with respect to ``outputs`` is ``gradients``."""
+    terms = [
+        (output.float() * gradients[name]).sum()
+        for name, output in outputs.items()
+        if name in gradients and output.requires_grad
+    ]
+    return torch.stack(terms).sum()
