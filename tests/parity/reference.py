@@ -99,7 +99,7 @@ def train_plain(
         if max_grad_norm:
             nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
         stepper.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     after = {name: p.detach().clone() for name, p in trained.items()}
     return {"losses": losses, "norms": norms, "before": before, "after": after}
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import Record, RecordReader
 from vembed_ds.data.sampler import SampleKey
-from vembed_ds.errors import VembedError
+from vembed_ds.errors import DataError, VembedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,13 @@ class PairDataset(Dataset[Sample | VembedError]):
         Raises:
             DataError: When a value of the row is unusable.
         """
-        return self.reader.read(self.table[index], index)
+        try:
+            row = self.table[index]
+        except UnicodeDecodeError as error:  # Arrow checks texts only when they are read
+            raise DataError(
+                f"{self.reader.origin}, record {index}: {error}; save the file as UTF-8"
+            ) from error
+        return self.reader.read(row, index)
 
     def __getitem__(self, key: SampleKey | int) -> Sample | VembedError:
         """Encodes one row; a ``SampleKey`` augments images, a plain row number does not.

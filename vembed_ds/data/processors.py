@@ -151,7 +151,7 @@ class ItemProcessor:
         assert self.augmentation is not None
         try:
             return self.augmentation.apply(image, seed=seed)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # kornia's own checks raise plain Exception
             raise DataError(
                 f"{origin}: image_augmentation fails on this image of {image.width} x "
                 f"{image.height} pixels ({error}); change image_augmentation"

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.errors import DataError
@@ -82,12 +83,20 @@ def _load_file(file: Path, *, builder: str, place: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(builder, data_files=[str(file)], split="train", **options)
     except LOADING_ERRORS as error:
-        if "corresponds to no data" in str(error):
+        if _holds_no_rows(file, builder=builder, error=error):
             raise DataError(f"{place}: holds no records; give data or remove it") from error
         cause = _first_json_problem(file) if builder == "json" else None
-        raise DataError(
-            f"{place}: {cause or _cause(error)}; correct the file"
-        ) from error
+        raise DataError(f"{place}: {cause or _cause(error)}; correct the file") from error
+
+
+def _holds_no_rows(file: Path, *, builder: str, error: Exception) -> bool:
+    """Tells an empty file, which ``datasets`` cannot load either, from a broken one."""
+    if builder != "parquet":
+        return "corresponds to no data" in str(error)
+    try:
+        return int(pq.read_metadata(file).num_rows) == 0
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _load_folder(folder: Path, *, place: str, key: str) -> datasets.Dataset:

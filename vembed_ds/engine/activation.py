@@ -34,6 +34,7 @@ def enable_activation_checkpointing(
     if mechanism == "huggingface":
         recompute = functools.partial(checkpoint, use_reentrant=False)
     else:
+        deepspeed.init_distributed(verbose=False)  # `configure` asks DeepSpeed for the rank
         section = ds_config.get("activation_checkpointing", {})
         deepspeed.checkpointing.configure(
             None,
@@ -41,7 +42,7 @@ def enable_activation_checkpointing(
             contiguous_checkpointing=section.get("contiguous_memory_optimization", False),
             checkpoint_in_cpu=section.get("cpu_checkpointing", False),
         )
-        recompute = deepspeed.checkpointing.non_reentrant_checkpoint
+        recompute = deepspeed.checkpointing.checkpoint
     if not getattr(backbone, "supports_gradient_checkpointing", False):
         raise ConfigError(
             f"gradient_checkpointing=true: {type(backbone).__name__} has no layers that "

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from PIL import Image
 
+from vembed_ds.data.fingerprint import _update_bytes
 from vembed_ds.data.readers import fingerprint, load_table
 from vembed_ds.errors import DataError
 
@@ -174,7 +177,7 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
     ("bad", "message"),
     [
         (b'{"query": "c", "posi', r"line 3 is not valid JSON"),
-        (b'{"query": "\xff", "positive": "b"}', r"line 3 is not valid JSON .*codec can't decode"),
+        (b'{"query": "\xff", "posi', r"line 3 is not valid JSON .*codec can't decode"),
         (b'["a", "b"]', r"line 3 is list, not a JSON object"),
         (b"3", r"line 3 is int, not a JSON object"),
     ],
@@ -208,7 +211,7 @@ def test_broken_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
 
 
 def test_short_csv_row_leaves_an_empty_cell(tmp_path: Path) -> None:
-    assert load(write(tmp_path, "a.csv", "query,positive\na\n"))[0]["positive"] is None
+    assert load(write(tmp_path, "a.csv", "query,positive\na\n"))[0]["positive"] == ""
 
 
 def test_broken_parquet(tmp_path: Path) -> None:
@@ -295,6 +298,8 @@ def test_fingerprint_ignores_how_the_rows_are_stored() -> None:
         {"query": datasets.Value("large_string"), "positive": datasets.Value("string")}
     )
     assert fingerprint(table_of(rows).cast(wide)) == whole
+    longer = table_of([{"query": "extra", "positive": "p"}, *rows, rows[0]]).cast(wide)
+    assert fingerprint(longer.select(range(1, 51))) == whole
 
 
 @pytest.mark.parametrize(
@@ -332,3 +337,24 @@ def test_fingerprint_covers_images_and_numbers() -> None:
     ]
     assert len(set(values)) == 5
     assert of(b"1", "a", 0) == values[0]
+
+
+def test_fingerprint_ignores_bytes_hidden_under_a_null() -> None:
+    offsets = pa.py_buffer(np.array([0, 1, 2], np.int32))
+    validity = pa.py_buffer(b"\x01")
+
+    def of(data: bytes) -> str:
+        column = pa.Array.from_buffers(pa.string(), 2, [validity, offsets, pa.py_buffer(data)])
+        return fingerprint(datasets.Dataset(pa.table({"query": column})))
+
+    assert of(b"ab") == of(b"ac") != of(b"bb")
+
+
+def test_byte_hash_of_a_slice_covers_just_the_slice() -> None:
+    def of(column: pa.Array) -> str:
+        digest = xxhash.xxh3_128()
+        _update_bytes(digest, column)
+        return digest.hexdigest()
+
+    whole = pa.array(["zero", "one", "two", "three"], pa.large_string())
+    assert of(whole.slice(1, 2)) == of(pa.array(["one", "two"]))

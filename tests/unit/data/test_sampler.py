@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_global_batches_of_an_epoch_do_not_overlap_and_drop_the_rest() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_global_batches_do_not_depend_on_the_ranks(world_size: int) -> None:
     shares = [list(sampler(rank=rank, world_size=world_size)) for rank in range(world_size)]
-    joined = [sum(parts, []) for parts in zip(*shares, strict=True)]
+    joined = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
     assert joined == list(sampler())
     assert all(len(share) == 8 // world_size for share in shares[0])
 
@@ -112,5 +114,5 @@ def test_shards_are_equal_and_lose_nothing(num_records: int, world_size: int) ->
         shard_indices(num_records, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     assert len({len(shard) for shard in shards}) == 1
-    gathered = sum(shards, [])
+    gathered = list(chain(*shards))
     assert drop_padding(gathered, num_records=num_records) == list(range(num_records))

@@ -1,0 +1,126 @@
+"""I1: the update of every distributed step equals one plain process on the whole batch.
+
+Three consecutive steps, because a stale buffer shows only in the second. Cells are pruned only
+where they run the same code:
+
+* Dropout needs a reference that draws the same random numbers, so it also differs by world size
+  and chunk size; it is crossed with clipping 1 (plain cells have clipping 0), because clipping
+  happens in `engine.step`, which knows neither chunks nor random states.
+* Activation checkpointing works inside a layer's forward; the world size changes only what
+  happens between forward passes (gather, reduce). Its cells are therefore run on 2 ranks only,
+  with dropout on, so that recomputation must also restore the random state.
+* "One chunk" is the standard step: `compute_gradient` with a single chunk whose graph is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.conftest import ds_config, update_error
+from tests.parity.data import GLOBAL_BATCH
+from tests.worlds import World
+
+KINDS = ["shared", "composed", "clip", "frozen", "skip"]
+STAGES = [0, 1, 2, 3]
+CHUNKS = {"one": None, "many": 3, "uneven": 5}
+# fp32: sums in another order move the whole update by 1e-6. One small tensor behind saturated
+# attention moves by up to 3e-5 of itself; a tensor that got a wrong gradient, by more than 1e-1.
+TOLERANCE = 1e-5
+TENSOR_TOLERANCE = 1e-4
+
+pytestmark = [pytest.mark.parity]
+
+
+def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Losses, gradient norms and updates of every rank against the reference."""
+    for result in results:
+        assert result["losses"] == pytest.approx(reference["losses"], rel=TOLERANCE)
+        assert result["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE)
+        error = update_error(reference, result["after"])
+        assert error["whole"] <= TOLERANCE, error
+        assert error["worst"] <= TENSOR_TOLERANCE, error
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    reference: Callable[..., Any],
+    kind: str,
+    stage: int,
+    world_size: int,
+    chunk: str,
+) -> None:
+    results = world(world_size).run(
+        "tests.parity.cases:train",
+        folder=str(folders[0.0]),
+        kind=kind,
+        ds_config=ds_config(stage, world_size),
+        steps=3,
+        chunk_size=CHUNKS[chunk],
+        bidirectional=True,
+        temperature=0.1,
+    )
+    check(reference(kind), results)
+
+
+@pytest.mark.parametrize("chunk", ["one", "uneven"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_and_clipping(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    reference: Callable[..., Any],
+    kind: str,
+    stage: int,
+    world_size: int,
+    chunk: str,
+) -> None:
+    results = world(world_size).run(
+        "tests.parity.cases:train",
+        folder=str(folders[0.2]),
+        kind=kind,
+        ds_config=ds_config(stage, world_size, max_grad_norm=1.0),
+        steps=3,
+        chunk_size=CHUNKS[chunk],
+        bidirectional=True,
+        temperature=0.1,
+    )
+    plan = (world_size, CHUNKS[chunk] or 2 * GLOBAL_BATCH)
+    check(reference(kind, dropout=0.2, max_grad_norm=1.0, dropout_plan=plan), results)
+
+
+@pytest.mark.parametrize("chunk", ["one", "uneven"])
+@pytest.mark.parametrize("mechanism", ["huggingface", "deepspeed"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    reference: Callable[..., Any],
+    kind: str,
+    stage: int,
+    mechanism: str,
+    chunk: str,
+) -> None:
+    results = world(2).run(
+        "tests.parity.cases:train",
+        folder=str(folders[0.2]),
+        kind=kind,
+        ds_config=ds_config(stage, 2),
+        steps=3,
+        chunk_size=CHUNKS[chunk],
+        bidirectional=True,
+        temperature=0.1,
+        checkpointing=mechanism,
+    )
+    plan = (2, CHUNKS[chunk] or 2 * GLOBAL_BATCH)
+    check(reference(kind, dropout=0.2, dropout_plan=plan), results)

@@ -1,0 +1,277 @@
+"""Dataset, collator and loader together, as training uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from vembed_ds.data.augment import ImageAugmentation
+from vembed_ds.data.collators import Batch, collate
+from vembed_ds.data.dataset import PairDataset, Sample, augmentation_seed
+from vembed_ds.data.loader import build_loader
+from vembed_ds.data.processor_loading import build_item_processor
+from vembed_ds.data.processors import EncodedItem
+from vembed_ds.data.readers import load_table
+from vembed_ds.data.records import Item, Record, RecordReader
+from vembed_ds.data.sampler import GlobalBatchSampler, SampleKey
+from vembed_ds.errors import ConfigError, DataError
+
+Noise = Callable[..., Image.Image]
+NUM_RECORDS = 12
+
+
+@pytest.fixture
+def folder(tmp_path: Path, noise: Noise) -> Path:
+    rows = []
+    for index in range(NUM_RECORDS):
+        noise(index).save(tmp_path / f"{index}.png")
+        rows.append(
+            {"caption": f"picture {'of ' * index}{index}", "image": f"{index}.png", "id": index}
+        )
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def pairs(
+    folder: Path,
+    minilm: str,
+    image_settings: dict[str, Any],
+    *,
+    seed: int = 1,
+    augment: bool = True,
+) -> PairDataset:
+    table = load_table([str(folder / "train.jsonl")], key="data_path")
+    reader = RecordReader(
+        table.column_names,
+        retrieval_mode="t2i",
+        column_mapping={},
+        image_root=str(folder),
+        origin="train.jsonl",
+    )
+    chain = ImageAugmentation([{"RandomAffine": {"degrees": 20, "p": 1.0}}]) if augment else None
+    processor = build_item_processor(minilm, image_settings, max_length=12, augmentation=chain)
+    return PairDataset(table, reader=reader, processor=processor, seed=seed)
+
+
+@pytest.fixture
+def dataset(folder: Path, minilm: str, image_settings: dict[str, Any]) -> PairDataset:
+    pytest.importorskip("kornia")
+    return pairs(folder, minilm, image_settings)
+
+
+def loader(dataset: PairDataset, *, num_workers: int = 0, **options: int) -> DataLoader[Batch]:
+    settings = {
+        "global_batch_size": 4,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 5,
+        "num_steps": 5,
+    } | options
+    sampler = GlobalBatchSampler(len(dataset), **settings)  # type: ignore[arg-type]
+    return build_loader(
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        prefetch_factor=2,
+        pin_memory=True,
+        persistent_workers=True,
+    )
+
+
+def good(sample: object) -> Sample:
+    assert isinstance(sample, Sample)
+    return sample
+
+
+def pixels(sample: object) -> list[float]:
+    return good(sample).roles["positive"].inputs["pixel_values"].ravel().tolist()  # type: ignore[no-any-return]
+
+
+def content(batches: list[Batch]) -> list[Any]:
+    return [
+        (batch.indices, role, item.stream, name, array.tolist())
+        for batch in batches
+        for role, items in batch.roles.items()
+        for item in items
+        for name, array in item.inputs.items()
+    ]
+
+
+def test_sample_holds_both_roles(dataset: PairDataset, folder: Path) -> None:
+    assert len(dataset) == NUM_RECORDS
+    assert dataset.table.column_names == ["caption", "image"]
+    assert dataset.record(3) == Record(
+        3, Item(text="picture of of of 3"), Item(image=f"{folder}/3.png")
+    )
+    sample = good(dataset[3])
+    assert sample.index == 3
+    assert [(role, item.stream) for role, item in sample.roles.items()] == [
+        ("query", "text"),
+        ("positive", "image"),
+    ]
+
+
+def test_only_sample_keys_augment(
+    dataset: PairDataset, folder: Path, minilm: str, image_settings: dict[str, Any]
+) -> None:
+    plain = pairs(folder, minilm, image_settings, augment=False)
+    assert pixels(dataset[3]) == pixels(plain[3]) == pixels(plain[SampleKey(3, 0)])
+    first = pixels(dataset[SampleKey(3, 0)])
+    assert first == pixels(dataset[SampleKey(3, 0)])
+    assert first != pixels(dataset[3])
+    assert first != pixels(dataset[SampleKey(3, 1)])
+    assert first != pixels(pairs(folder, minilm, image_settings, seed=2)[SampleKey(3, 0)])
+
+
+def test_augmentation_seeds_are_distinct_and_fixed() -> None:
+    seeds = {
+        augmentation_seed(seed, epoch=epoch, index=index, role=role)
+        for seed in range(3)
+        for epoch in range(3)
+        for index in range(50)
+        for role in ("query", "positive")
+    }
+    assert len(seeds) == 3 * 3 * 50 * 2
+    # Written down once: a change would alter every run that is resumed.
+    assert augmentation_seed(42, epoch=1, index=7, role="query") == 16773485418750826532
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_do_not_depend_on_the_workers(dataset: PairDataset, num_workers: int) -> None:
+    expected = content(list(loader(dataset)))
+    assert len(expected) == 5 * 4 * 4  # steps, pairs, arrays (three of the text, one image)
+    assert content(list(loader(dataset, num_workers=num_workers))) == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_results_do_not_depend_on_the_ranks(dataset: PairDataset, world_size: int) -> None:
+    shares = [list(loader(dataset, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    whole = list(loader(dataset))
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert sum((part.indices for part in parts), []) == batch.indices  # noqa: RUF017 - short
+        for role, items in batch.roles.items():
+            joined = [item for part in parts for item in part.roles[role]]
+            for one, other in zip(joined, items, strict=True):
+                assert all(
+                    np.array_equal(one.inputs[name], other.inputs[name]) for name in other.inputs
+                )
+
+
+def test_resumed_loader_continues(dataset: PairDataset) -> None:
+    rest = content(list(loader(dataset, start_step=3)))
+    assert rest == content(list(loader(dataset))[3:])
+
+
+def test_persistent_workers_repeat_the_same_batches(dataset: PairDataset) -> None:
+    batches = loader(dataset, num_workers=1)
+    assert content(list(batches)) == content(list(batches))
+
+
+def test_iterating_leaves_the_random_state_alone(dataset: PairDataset) -> None:
+    before = torch.get_rng_state()
+    list(loader(dataset))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_reads_plain_row_numbers(dataset: PairDataset) -> None:
+    batches = build_loader(
+        dataset,
+        BatchSampler(SequentialSampler(range(5)), batch_size=2, drop_last=False),
+        num_workers=0,
+        prefetch_factor=2,
+        pin_memory=False,
+        persistent_workers=False,
+    )
+    assert [batch.indices for batch in batches] == [[0, 1], [2, 3], [4]]
+    assert content([collate([dataset[0], dataset[1]])]) == content([next(iter(batches))])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_image_arrives_as_one_error(
+    dataset: PairDataset, folder: Path, num_workers: int
+) -> None:
+    (folder / "7.png").write_bytes(b"")
+    batches = list(loader(dataset, num_workers=num_workers, num_steps=3))
+    errors = [batch.error for batch in batches if batch.error is not None]
+    assert len(errors) == 1
+    assert isinstance(errors[0], DataError)
+    assert str(errors[0]).startswith(
+        f"train.jsonl, record 7, positive: image {folder}/7.png is an empty file"
+    )
+    assert sorted(len(batch.indices) for batch in batches) == [0, 4, 4]
+
+
+def test_collate_keeps_order_and_passes_the_first_error_on() -> None:
+    def sample(index: int) -> Sample:
+        return Sample(index, {"query": EncodedItem("text", {"input_ids": np.array([index])})})
+
+    batch = collate([sample(4), sample(2)])
+    assert batch.indices == [4, 2]
+    assert [item.inputs["input_ids"].item() for item in batch.roles["query"]] == [4, 2]
+    errors = [DataError("first"), ConfigError(["second"])]
+    assert collate([sample(1), *errors]) == Batch([], {}, errors[0])
+    assert collate([]) == Batch([])
+
+
+def test_errors_of_others_are_not_swallowed(
+    dataset: PairDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError("a defect of ours")
+
+    monkeypatch.setattr(dataset.processor, "encode", fail)
+    with pytest.raises(ZeroDivisionError):
+        dataset[0]
+
+
+def test_text_that_is_not_utf8_names_the_record(tmp_path: Path, minilm: str) -> None:
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff")]
+    )
+    pq.write_table(pa.table({"query": bad, "positive": ["b"]}), tmp_path / "a.parquet")
+    table = load_table([str(tmp_path / "a.parquet")], key="data_path")
+    reader = RecordReader(
+        table.column_names,
+        retrieval_mode="t2t",
+        column_mapping={},
+        image_root="",
+        origin="a.parquet",
+    )
+    dataset = PairDataset(
+        table, reader=reader, processor=build_item_processor(minilm, None, max_length=8), seed=0
+    )
+    with pytest.raises(
+        DataError, match=r"a.parquet, record 0: .*can't decode.*; save the file as UTF-8"
+    ):
+        dataset.record(0)
+
+
+def test_dataset_survives_pickling(dataset: PairDataset) -> None:
+    twin = pickle.loads(pickle.dumps(dataset))
+    assert pixels(twin[SampleKey(2, 1)]) == pixels(dataset[SampleKey(2, 1)])
+
+
+def test_workers_use_one_thread_each(dataset: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    batches = loader(dataset, num_workers=1, num_steps=1)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+    def report(_key: object) -> Sample:
+        environment = int(os.environ["TOKENIZERS_PARALLELISM"] == "false")
+        return Sample(torch.get_num_threads() * 10 + environment, {})
+
+    monkeypatch.setattr(PairDataset, "__getitem__", lambda _self, key: report(key))
+    assert next(iter(batches)).indices == [11] * 4
