@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
 
 from tests.parity import data
 from tests.parity.reference import PROJECTION
@@ -35,6 +36,8 @@ def train(
     checkpointing: str | None = None,
 ) -> dict[str, Any]:
     """Train as the project does; losses, norms, and whole parameters after the last step."""
+    if ds_config["fp16"]["enabled"]:
+        _pretend_fp16_support()
     model = make_model(Path(folder), kind=kind, temperature=temperature)
     if checkpointing:
         for backbone in _backbones(model):
@@ -66,8 +69,9 @@ def train_step(
     loss_function = build_loss("infonce", temperature=temperature, bidirectional=bidirectional)
     roles = rank_roles(kind, step)
     counts = dict(zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True))
-    plan = plan_step(roles, chunk_size=chunk_size, counts=counts)
-    loss = compute_gradient(
+    fillers = {stream: EncodedItem(*item) for stream, item in data.fillers().items()}
+    plan = plan_step(roles, chunk_size=chunk_size, counts=counts, fillers=fillers)
+    result = compute_gradient(
         engine,
         plan,
         loss_function=lambda rows, scale: loss_function(
@@ -76,7 +80,7 @@ def train_step(
         pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
         trainable=model.trainable,
     )
-    return float(comm.mean_over_ranks(loss))
+    return float(comm.mean_over_ranks(result.loss))
 
 
 def rank_roles(kind: str, step: int) -> dict[str, list[EncodedItem]]:
@@ -111,10 +115,26 @@ def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel
 
 
 def whole_parameters(engine: TrainEngine) -> dict[str, torch.Tensor]:
-    """Trained parameters, gathered, under the reference's names."""
+    """Trained float32 weights, gathered, under the reference's names."""
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=engine.zero_stage == 3):
-        return {reference_name(name): p.detach().float().clone() for name, p in named}
+    return {reference_name(name): _master(engine, p).float().cpu().clone() for name, p in named}
+
+
+def _master(engine: TrainEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if engine.zero_stage > 0:
+        return safe_get_full_fp32_param(parameter)
+    optimizer = engine.engine.optimizer
+    if hasattr(optimizer, "fp32_groups"):  # ZeRO-0 in 16 bit
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for candidate, master in zip(group, masters, strict=True):
+                if candidate is parameter:
+                    return master.detach()
+    return parameter.detach()
+
+
+def _pretend_fp16_support() -> None:
+    """Let DeepSpeed run fp16 on a CPU without fp16 instructions; torch emulates them."""
+    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
 def reference_name(name: str) -> str:

@@ -82,11 +82,24 @@ def save_backbone(folder: Path, settings: dict[str, Any], *, dropout: float, see
 def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
     """The global batch of a step: ``GLOBAL_BATCH`` records of encoded query and positive."""
     generator = np.random.default_rng(1000 + step)
-    text_only = kind == "shared" or (kind == "skip" and step == 1)
+    num_images = GLOBAL_BATCH
+    if kind == "shared" or (kind == "skip" and step == 1):
+        num_images = 0
+    if kind == "mixed":  # of two ranks, one has images only and the other none
+        num_images = GLOBAL_BATCH // 2
     return [
-        {"query": _text(generator), "positive": _text(generator) if text_only else _image(generator)}
-        for _ in range(GLOBAL_BATCH)
+        {
+            "query": _text(generator),
+            "positive": _image(generator) if index < num_images else _text(generator),
+        }
+        for index in range(GLOBAL_BATCH)
     ]
+
+
+def fillers() -> dict[str, Item]:
+    """A valid item per stream, which no role refers to."""
+    generator = np.random.default_rng(0)
+    return {"text": _text(generator), "image": _image(generator)}
 
 
 def pad(stream: str, items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:

@@ -40,6 +40,9 @@ class PlainModel(nn.Module):
             self.parts["text"].requires_grad_(False)
 
     def forward(self, stream: str, inputs: dict[str, Tensor]) -> Tensor:
+        if stream == "image":
+            dtype = next(self.parameters()).dtype
+            inputs = {"pixel_values": inputs["pixel_values"].to(dtype)}
         if self.kind == "clip":
             clip = self.parts["clip"]
             encode = clip.get_text_features if stream == "text" else clip.get_image_features
@@ -74,33 +77,39 @@ def train_plain(
     model.train()
     if kind == "frozen":
         model.parts["text"].eval()
+    model.to(dtype)  # 16 bit: the optimizer works on float32 copies ("master weights")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
+    masters = {n: p if dtype == torch.float32 else p.detach().float() for n, p in trained.items()}
+    before = {name: p.detach().clone() for name, p in masters.items()}
     settings = dict(optimizer)
-    stepper = getattr(torch.optim, settings.pop("type"))(list(trained.values()), **settings)
+    stepper = getattr(torch.optim, settings.pop("type"))(list(masters.values()), **settings)
     rng: dict[int, Tensor] = {}
     losses, norms = [], []
     for step in range(steps):
         records = make_batch(kind, step)
         roles = _embed(model, records, dropout_plan, rng)
         query, positive = (functional.normalize(roles[r].float(), dim=-1) for r in ("query", "positive"))
-        scale = model.logit_scale.exp() if model.logit_scale is not None else 1 / temperature
+        scale = model.logit_scale.float().exp() if model.logit_scale is not None else 1 / temperature
         logits = query @ positive.T * scale
         target = torch.arange(len(logits))
         loss = functional.cross_entropy(logits, target)
         if bidirectional:
             loss = (loss + functional.cross_entropy(logits.T, target)) / 2
-        stepper.zero_grad()
+        model.zero_grad()
         loss.backward()
         for parameter in trained.values():  # what the batch does not touch has gradient zero
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norms.append(float(nn.utils.get_total_norm([p.grad for p in trained.values()])))
+        for name, parameter in trained.items():
+            masters[name].grad = parameter.grad.float()
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in masters.values()])))
         if max_grad_norm:
-            nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
+            nn.utils.clip_grad_norm_(masters.values(), max_grad_norm)
         stepper.step()
+        for name, parameter in trained.items():
+            parameter.data.copy_(masters[name].data)
         losses.append(float(loss.detach()))
-    after = {name: p.detach().clone() for name, p in trained.items()}
+    after = {name: p.detach().clone() for name, p in masters.items()}
     return {"losses": losses, "norms": norms, "before": before, "after": after}
 
 

@@ -243,6 +243,9 @@ class RunConfig(Section):
     eval_steps: NonNegativeInt = Field(
         default=0, description="Steps between evaluations; 0: only at the end."
     )
+    eval_on_start: bool = Field(
+        default=True, description="Also evaluate before the first step, as the figure to beat."
+    )
     eval_batch_size: PositiveInt | None = Field(
         default=None, description="Items per rank in evaluation; null: batch_size."
     )

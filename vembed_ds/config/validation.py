@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from vembed_ds.config.schema import Config, ScratchModel
+from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PACKAGE = re.compile(r"package:(\w+)((?:/[\w.-]+)*)")
 
 MODEL_KEYS = ("model_name", "text_model_name", "image_model_name")
 
@@ -63,34 +62,8 @@ def _references(config: Config) -> Iterator[str]:
         value = getattr(config.model, key)
         if isinstance(value, ScratchModel):
             key, value = f"{key}.processor", value.processor
-        if isinstance(value, str) and (problem := _reference_problem(value)):
+        if isinstance(value, str) and (problem := reference_problem(value)):
             yield f"{key}={value!r}: {problem}"
-
-
-def _reference_problem(reference: str) -> str | None:
-    """Say why a model cannot be found; models.references resolves the same three forms."""
-    if reference.startswith("package:"):
-        return _package_problem(reference)
-    if Path(os.path.expanduser(reference)).is_dir():  # noqa: PTH111 (pathlib raises for ~nobody)
-        return None
-    if reference.startswith(("/", "./", "../", "~")) or not HUB_NAME.fullmatch(reference):
-        return "no such folder; check the path, or give a hub name or package:NAME/folder"
-    return None
-
-
-def _package_problem(reference: str) -> str | None:
-    match = _PACKAGE.fullmatch(reference)
-    if match is None:
-        return "expected package:IMPORT_NAME or package:IMPORT_NAME/folder"
-    name, folder = match.groups()
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        hint = name.replace("_", "-")
-        return f"the Python package {name} is not installed; try: pip install {hint}"
-    places = spec.submodule_search_locations or ()
-    if not any(Path(place + folder).is_dir() for place in places):
-        return f"the Python package {name} has no folder {folder.strip('/') or name}"
-    return None
 
 
 def _projection(config: Config) -> Iterator[str]:

@@ -346,6 +346,11 @@ def _precision(config: dict[str, Any], ours: _Ours, supported: bool) -> Iterator
             f"precision={ours.precision}: not supported on device type {ours.device_type}; "
             "set precision=fp32, or run on a device that has it"
         )
+    if ours.precision == "fp16" and _get(config, "zero_optimization.stage") in (None, 0):
+        yield (
+            f"precision=fp16 with zero_optimization.stage=0 ({ours.origin}): DeepSpeed divides by "
+            "the loss scale there without having multiplied by it; use stage 1, or precision=bf16"
+        )
     for name in ("bf16", "fp16"):
         section = config.setdefault(name, {})
         wanted = name == ours.precision

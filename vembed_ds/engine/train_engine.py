@@ -86,6 +86,10 @@ class TrainEngine:
             norm = torch.as_tensor(self.engine.get_global_grad_norm())
         return norm
 
+    def learning_rate(self) -> float:
+        """Rate of the next update (of the first parameter group)."""
+        return float(self.engine.get_lr()[0])
+
     def full_gradients(self) -> Iterator[Tensor]:
         """The reduced gradient of every trained parameter, whole, float32. Collective.
 
@@ -122,7 +126,5 @@ class TrainEngine:
             # Coalescing does not exist at stage 0. `no_sync` with an explicit reduction (rather
             # than managed_gradient_accumulation=false, which reduces inside `step`) leaves the
             # reduced gradient readable before the step at every stage alike.
-            context: AbstractContextManager[Any] = self.engine.no_sync()
-            return context
-        context = self.engine.coalesce_grad_reduction()
-        return context
+            return self.engine.no_sync()  # type: ignore[no-any-return]
+        return self.engine.coalesce_grad_reduction()  # type: ignore[no-any-return]

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.references import resolve_model_reference
+from vembed_ds.references import resolve_model_reference
 
 BackboneKind = Literal["text", "image", "two_tower"]
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,30 @@ def load_backbone(
             model = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
         else:
             model = AutoModel.from_config(_scratch_config(source), dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise ConfigError(f"model {source.describe()}: cannot be loaded: {error}") from error
+    except LOADING_ERRORS as error:
+        raise _not_loadable(source, error) from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # no generation here; the cache would only cost memory
     return model  # type: ignore[no-any-return]
+
+
+def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Module:
+    """The backbone's modules on the meta device: what kind it is, without its weights.
+
+    Raises:
+        ConfigError: Its config cannot be found; names the source.
+    """
+    try:
+        if source.name is not None:
+            config = AutoConfig.from_pretrained(
+                resolve_model_reference(source.name), trust_remote_code=trust_remote_code
+            )
+        else:
+            config = _scratch_config(source)
+        with torch.device("meta"):
+            return AutoModel.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+    except LOADING_ERRORS as error:
+        raise _not_loadable(source, error) from error
 
 
 def kind_of(backbone: nn.Module) -> BackboneKind:
@@ -97,6 +117,11 @@ def embedding_width(backbone: nn.Module) -> int:
         f"model_type={config.model_type}: the width of its output is not in its config; "
         "this backbone is not supported"
     )
+
+
+def _not_loadable(source: BackboneSource, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(f"model {source.describe()}: cannot be loaded: {reason}")
 
 
 def _scratch_config(source: BackboneSource) -> Any:

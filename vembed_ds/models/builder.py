@@ -18,7 +18,7 @@ from vembed_ds.models.backbones import (
 )
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
-from vembed_ds.models.scalars import lift_scalars
+from vembed_ds.models.scalars import is_lifted, lift_scalars
 
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
 
@@ -91,7 +91,7 @@ def build_model(
     for stream in (name for name, frozen in (freeze or {}).items() if frozen):
         _freeze(model, stream)
     if isinstance(encoder, TwoTowerEncoder):
-        _settle_own_temperature(encoder.backbone, learned=init_temperature is not None)
+        _settle_own_temperature(encoder, learned=init_temperature is not None)
     _settle_batch_norm(model, frozen=freeze_batch_norm)
     if not any(model.trainable(stream) for stream in model.streams):
         raise ConfigError(
@@ -168,18 +168,22 @@ def _freeze(model: EmbeddingModel, stream: str) -> None:
         model.keep_in_eval(module)  # fixed features: no dropout in what is not trained
 
 
-def _settle_own_temperature(backbone: nn.Module, *, learned: bool) -> None:
+def _settle_own_temperature(encoder: TwoTowerEncoder, *, learned: bool) -> None:
     """A CLIP-like backbone has a temperature of its own.
 
     Learned, it is replaced by the model's (and exported under its name); fixed, it is no part
     of the loss and must not move.
     """
+    backbone = encoder.backbone
     for name in ("logit_scale", "logit_bias"):
         parameter = backbone._parameters.get(name)
         if parameter is None:
             continue
         parameter.requires_grad_(False)
         if name == "logit_scale" and learned:
+            encoder.replaced_scale_shape = (
+                () if is_lifted(backbone, name) else tuple(parameter.shape)
+            )
             del backbone._parameters[name]
 
 

@@ -55,6 +55,15 @@ class EmbeddingModel(nn.Module):
         """Whether any parameter that this stream's embeddings depend on is trained."""
         return self.encoder.trainable(stream)
 
+    def trained_backbones(self) -> list[nn.Module]:
+        """The Hugging Face models inside of which something is trained."""
+        encoder = self.encoder
+        if isinstance(encoder, TwoTowerEncoder):
+            found = [encoder.backbone]
+        else:
+            found = [encoder.tower(stream).backbone for stream in encoder.streams]
+        return [module for module in found if any(p.requires_grad for p in module.parameters())]
+
     def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Embed a chunk.
 

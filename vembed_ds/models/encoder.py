@@ -95,6 +95,10 @@ class TwoTowerEncoder(nn.Module):
     Args:
         backbone: A Hugging Face model with ``get_text_features`` and ``get_image_features``.
         projection: One more projection behind both towers, or ``None``.
+
+    Attributes:
+        replaced_scale_shape: Shape of the backbone's own ``logit_scale`` where a learned
+            temperature has replaced it; ``None`` where nothing was replaced.
     """
 
     streams = ("text", "image")
@@ -107,6 +111,7 @@ class TwoTowerEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projection = projection
+        self.replaced_scale_shape: tuple[int, ...] | None = None
 
     def backbone_modules(self, stream: str) -> list[nn.Module]:
         """The modules of the backbone that only this stream uses."""

@@ -22,4 +22,18 @@ def lift_scalars(module: nn.Module) -> list[str]:
         scalar = getattr(owner, leaf)
         lifted = nn.Parameter(scalar.detach().reshape(1), requires_grad=scalar.requires_grad)
         setattr(owner, leaf, lifted)
+        owner.lifted_scalars = {*_lifted(owner), leaf}  # type: ignore[assignment]
     return names
+
+
+def is_lifted(module: nn.Module, name: str) -> bool:
+    """Whether the parameter ``name`` of ``module`` is, or was before its removal, 0-dim."""
+    path, _, leaf = name.rpartition(".")
+    return leaf in _lifted(module.get_submodule(path))
+
+
+def _lifted(owner: nn.Module) -> set[str]:
+    # On the module that holds the parameter: attributes of a parameter do not survive a
+    # conversion that replaces it.
+    found: set[str] = owner.__dict__.get("lifted_scalars", set())
+    return found

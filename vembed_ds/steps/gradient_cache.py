@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,18 @@ LOGIT_SCALE = "logit_scale"
 Embeddings = dict[str, Tensor]
 PadFunction = Callable[[str, Sequence[EncodedItem]], dict[str, Tensor]]
 BatchLoss = Callable[[Mapping[str, Tensor], Tensor | None], Tensor]
+
+
+class StepResult(NamedTuple):
+    """What a step found out; detached, on the device, not synchronised.
+
+    Attributes:
+        loss: This rank's mean loss, scalar float32.
+        logit_scale: ``[1]`` float32, before the update; ``None`` when it is not learned.
+    """
+
+    loss: Tensor
+    logit_scale: Tensor | None
 
 
 class Engine(Protocol):
@@ -44,7 +56,7 @@ def compute_gradient(
     loss_function: BatchLoss,
     pad: PadFunction,
     trainable: Callable[[str], bool],
-) -> Tensor:
+) -> StepResult:
     """Leave the gradient of the whole batch, reduced over ranks, in the engine.
 
     Collective: every rank calls it; under ZeRO-3 with plans of equal chunk counts. The random
@@ -57,9 +69,6 @@ def compute_gradient(
             (or ``None``) to the mean loss over this rank's rows.
         pad: Pads the items of a chunk to one batch ``{argument: [n, ...]}``.
         trainable: Whether a stream's embeddings need a gradient; others are not replayed.
-
-    Returns:
-        This rank's loss, a detached scalar float32 tensor.
     """
     inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
     outputs, states = _embed(engine, inputs)
@@ -68,7 +77,8 @@ def compute_gradient(
     with engine.reduce_once():
         _replay(engine, inputs, outputs[-1], gradients, states, trainable)
     restore_rng(after_embed, engine.device)
-    return loss
+    scale = outputs[-1].get(LOGIT_SCALE)
+    return StepResult(loss, None if scale is None else scale.detach().float())
 
 
 class _ChunkInputs:

@@ -9,7 +9,7 @@ import pytest
 
 from vembed_ds.config.loading import parse_config
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.references import resolve_model_reference
+from vembed_ds.references import resolve_model_reference
 
 NO_FOLDER = "no such folder; check the path, or give a hub name or package:NAME/folder"
 BAD = {

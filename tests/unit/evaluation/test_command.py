@@ -1,0 +1,243 @@
+"""``python -m vembed_ds.evaluate`` with a model that embeds texts and images by rule."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vembed_ds import evaluate
+from vembed_ds.data.processors import EncodedItem, ItemProcessor, stream_of
+from vembed_ds.data.records import Item
+
+COLORS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "grey": (9, 9, 9)}
+COLORS |= {"yellow": (250, 250, 0), "pink": (250, 0, 250), "cyan": (0, 250, 250)}
+
+
+class ColorProcessor(ItemProcessor):
+    """A text is a color's name, an image its first pixel."""
+
+    def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
+        stream = stream_of(item, origin=origin)
+        if stream == "text":
+            color: Any = COLORS[str(item.text)]
+        else:
+            color = Image.open(str(item.image)).getpixel((0, 0))
+        return EncodedItem(stream, {"features": np.array(color, dtype=np.float32)})
+
+
+class ColorModel(nn.Module):
+    """Embeds a color as itself, or everything as one point."""
+
+    def __init__(self, *, collapsed: bool, streams: tuple[str, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3) if collapsed else torch.eye(3))
+        self.streams = streams
+
+    def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {stream: chunk["features"] @ self.weight for stream, chunk in inputs.items()}
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Data, images, and an empty model folder."""
+    rows = []
+    for name, color in COLORS.items():
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+        rows.append({"word": name, "image": f"{name}.png"})
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command: exit code, standard output, standard error."""
+
+    def run(
+        *flags: str, collapsed: bool = False, recall_k: str = "[1,3]", **stored: Any
+    ) -> tuple[int, str, str]:
+        settings = {
+            "retrieval_mode": "t2i",
+            "column_mapping": {"query": "word"},
+            "image_root": str(folder),
+            "loss_type": "infonce",
+        } | stored
+        encoder = SimpleNamespace(
+            model=ColorModel(
+                collapsed=collapsed, streams=settings.pop("streams", ("text", "image"))
+            ),
+            processor=ColorProcessor(),
+            settings={key: value for key, value in settings.items() if value is not None},
+        )
+        monkeypatch.setattr(evaluate, "Encoder", lambda _: encoder)
+        base = ["--model", str(folder / "model"), "--data_path", str(folder / "val.jsonl")]
+        overrides = ["--config_override", "num_workers=0", f"eval_recall_k={recall_k}"]
+        code = evaluate.main([*base, *overrides, *flags])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_metrics_are_printed_and_written(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    output = folder / "report.json"
+    code, out, err = command("--output", str(output))
+    assert (code, err) == (0, "")
+    assert re.search(r"\| Recall@1 +\| 100\.0 % \|", out)
+    assert json.loads(output.read_text()) == {
+        "model": str(folder / "model"),
+        "data_path": [str(folder / "val.jsonl")],
+        "retrieval_mode": "t2i",
+        "metrics": {"recall@1": 1, "recall@3": 1, "mrr": 1, "num_queries": 7, "num_documents": 7},
+    }
+
+
+def test_before_and_after(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    before = str(folder / "before.json")
+    assert command("--output", before, collapsed=True)[0] == 0
+    code, out, _ = command("--before", before, "--output", str(folder / "after.json"))
+    assert code == 0
+    assert re.search(r"\| Recall@3 +\| +0\.0 % \| 100\.0 % \| \+100\.0 points \|", out)
+    assert json.loads((folder / "after.json").read_text())["before"]["recall@3"] == 0
+
+
+def test_flags_override_what_is_stored(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    """The other direction: images search words."""
+    output = folder / "report.json"
+    mapping = 'column_mapping={"query_image": "image", "positive": "word"}'
+    code, _, err = command(
+        "--config_override", "data.retrieval_mode=i2t", mapping, "--output", str(output)
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(output.read_text())["retrieval_mode"] == "i2t"
+
+
+def test_picture(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, err = command("--picture", str(folder / "grid.png"))
+    assert (code, err) == (0, "")
+    pixels = np.asarray(Image.open(folder / "grid.png").convert("RGB"))
+    frames = (pixels == (26, 152, 80)).all(axis=2).any(axis=0)
+    assert frames.any()
+    # Only the first of five columns is right: all frames are left of the second.
+    assert np.flatnonzero(frames).max() < 0.5 * pixels.shape[1]
+
+
+def test_the_model_evaluates_itself_without_gradient(
+    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[bool] = []
+    forward = ColorModel.forward
+
+    def spy(self: ColorModel, inputs: Any) -> dict[str, Tensor]:
+        states.append(torch.is_grad_enabled())
+        return forward(self, inputs)
+
+    monkeypatch.setattr(ColorModel, "forward", spy)
+    assert command("--config_override", "eval_batch_size=4")[0] == 0
+    assert states == [False] * 4  # two batches of two roles
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config_override", "lr=1"], r"lr \(--config_override\): evaluation does not use it"),
+        (["--config_override", "num_worker=1"], r"unknown key; did you mean num_workers\?"),
+        (["--config_override", "image_root=/nowhere"], r"image_root='/nowhere': no such folder"),
+        (["--data_path", "missing.jsonl"], r"data_path='missing.jsonl': no such file"),
+        (["--model", "missing"], r"--model missing: no such folder; give one that .*convert wrote"),
+        (["--before", "missing.json"], r"--before missing.json: cannot be read as JSON"),
+    ],
+)
+def test_one_line_per_mistake(
+    command: Callable[..., tuple[int, str, str]], flags: list[str], message: str
+) -> None:
+    code, out, err = command(*flags)
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_several_mistakes_share_the_line(command: Callable[..., tuple[int, str, str]]) -> None:
+    _, _, err = command("--config_override", "num_worker=1", "eval_batch_size=0")
+    assert "did you mean num_workers?; eval_batch_size=0" in err
+    assert err.count("\n") == 1
+
+
+def test_recall_that_every_model_reaches(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = command(recall_k="[1,7]")
+    assert code == 2
+    assert "val.jsonl has 7 distinct documents, so that Recall@7 is always 100 %" in err
+
+
+def test_mode_must_be_known(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = command(retrieval_mode=None)
+    assert code == 2
+    assert "model does not state one; give --config_override retrieval_mode=t2t, t2i" in err
+
+
+def test_model_must_have_the_towers(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = command(streams=("text",))
+    assert code == 2
+    assert "retrieval_mode=t2i: the positive is image, but the model embeds text; choose" in err
+
+
+def test_unreadable_data_names_the_flag(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    (folder / "broken.jsonl").write_text("nonsense\n")
+    code, _, err = command("--data_path", str(folder / "broken.jsonl"))
+    assert code == 2
+    assert "error: --data_path=" in err
+    assert "line 1 is not valid JSON" in err
+
+
+@pytest.mark.parametrize("content", ["[]", '{"metrics": 1}', '{"mrr": "high"}'])
+def test_before_must_hold_metrics(
+    command: Callable[..., tuple[int, str, str]], folder: Path, content: str
+) -> None:
+    (folder / "before.json").write_text(content)
+    code, _, err = command("--before", str(folder / "before.json"))
+    assert code == 2
+    assert "before.json: holds no metrics; give a file that --output wrote" in err
+
+
+def test_one_process_only(
+    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command()
+    assert code == 2
+    assert "WORLD_SIZE=2: evaluation of a folder runs in one process" in err
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--help"])
+    assert stop.value.code == 0
+    assert (
+        "python -m vembed_ds.evaluate --model output/model --data_path" in capsys.readouterr().out
+    )

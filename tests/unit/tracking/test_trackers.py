@@ -1,0 +1,187 @@
+"""metrics.jsonl, TensorBoard, and wandb through a stand-in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vembed_ds.errors import ConfigError, VembedError
+from vembed_ds.tracking.trackers import Tracker, build_tracker
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(folder: Path, report_to: str = "none", **options: Any) -> Tracker:
+    return build_tracker(report_to, folder=folder, run_name="r", config={"lr": 1.0}, **options)
+
+
+def run_steps(folder: Path, steps: list[int], **options: Any) -> None:
+    tracker = start(folder, **options)
+    for step in steps:
+        tracker.log({"train/loss": step / 10}, step=step)
+    tracker.close()
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    tracker = start(tmp_path / "new")
+    tracker.log({"train/loss": 0.5, "train/lr": 1e-3}, step=10)
+    assert lines(tmp_path / "new") == [{"step": 10, "train/loss": 0.5, "train/lr": 1e-3}]
+    tracker.close()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["metrics.jsonl"]
+
+
+def test_resuming_drops_what_is_made_again(tmp_path: Path) -> None:
+    run_steps(tmp_path, [1, 2, 3, 4])
+    run_steps(tmp_path, [3, 4, 5], resume_step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
+    run_steps(tmp_path, [0, 1, 2])
+    run_steps(tmp_path, [1])
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_a_line_cut_off_by_a_crash_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tra')
+    run_steps(tmp_path, [3], resume_step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+    assert "removed an incomplete last line" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(VembedError, match=r"metrics\.jsonl, line 2: not a JSON object with a step"):
+        start(tmp_path, resume_step=3)
+
+
+def test_values_that_json_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = start(tmp_path)
+    tracker.log({"train/loss": float("nan"), "norm": float("inf"), "lr": 1.0}, step=7)
+    tracker.close()
+    assert lines(tmp_path) == [{"step": 7, "train/loss": None, "norm": None, "lr": 1.0}]
+    assert "step 7: train/loss is nan" in caplog.text
+    assert "step 7: norm is inf" in caplog.text
+
+
+def test_a_full_disk_stops_the_run(tmp_path: Path) -> None:
+    tracker = start(tmp_path)
+    tracker.file.path = Path("/dev/full")
+    with pytest.raises(VembedError, match=r"/dev/full: cannot be written \(.*No space left"):
+        tracker.log({"train/loss": 1.0}, step=1)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(VembedError, match=r"cannot be written .* choose another output_dir"):
+        start(tmp_path / "file" / "run")
+
+
+def test_unknown_tracker(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="report_to='swanlab': expected one of none, tensorboard"):
+        start(tmp_path, "swanlab")
+
+
+def test_tensorboard_holds_scalars_and_settings(tmp_path: Path) -> None:
+    run_steps(tmp_path, [1, 2, 3], report_to="tensorboard")
+    run_steps(tmp_path, [3, 4], report_to="tensorboard", resume_step=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(e.step, round(e.value, 6)) for e in events.Scalars("train/loss")]
+    assert found == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert "config/text_summary" in events.Tags()["tensors"]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_tensorboard_of_a_fresh_run_hides_the_old_one(tmp_path: Path) -> None:
+    run_steps(tmp_path, [0, 1, 2], report_to="tensorboard")
+    run_steps(tmp_path, [1], report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1]
+
+
+class FakeWandb(SimpleNamespace):
+    """Records calls; ``broken`` names those that raise."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, *broken: str) -> None:
+        super().__init__(calls=[], broken=broken)
+
+    def init(self, **options: Any) -> FakeWandb:
+        return self._call("init", options)
+
+    def log(self, metrics: dict[str, float], *, step: int) -> None:
+        self._call("log", (step, metrics))
+
+    def finish(self) -> None:
+        self._call("finish", None)
+
+    def _call(self, name: str, value: Any) -> FakeWandb:
+        self.calls.append((name, value))
+        if name in self.broken:
+            raise self.Error("no\nnetwork")
+        return self
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeWandb:
+    fake = FakeWandb(*getattr(request, "param", ()))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    return fake
+
+
+def test_wandb_gets_name_settings_and_metrics(tmp_path: Path, wandb: FakeWandb) -> None:
+    run_steps(tmp_path, [1], report_to="wandb")
+    options = {"project": "vembed-ds", "name": "r", "dir": str(tmp_path), "config": {"lr": 1.0}}
+    assert wandb.calls == [("init", options), ("log", (1, {"train/loss": 0.1})), ("finish", None)]
+
+
+def test_all_means_all(tmp_path: Path, wandb: FakeWandb) -> None:
+    tracker = start(tmp_path, "all")
+    assert list(tracker.sinks) == ["wandb", "tensorboard"]
+    tracker.close()
+    assert (tmp_path / "tensorboard").is_dir()
+    assert wandb.calls[-1] == ("finish", None)
+
+
+@pytest.mark.parametrize("wandb", [("log", "finish")], indirect=True)
+def test_a_tracker_that_fails_warns_once(
+    tmp_path: Path, wandb: FakeWandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        run_steps(tmp_path, [1, 2, 3], report_to="wandb")
+    assert len(caplog.records) == 1
+    assert "wandb failed; training goes on, metrics.jsonl is complete" in caplog.text
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [name for name, _ in wandb.calls] == ["init", "log", "log", "log", "finish"]
+
+
+@pytest.mark.parametrize("wandb", [("init",)], indirect=True)
+def test_wandb_that_cannot_start(tmp_path: Path, wandb: FakeWandb) -> None:
+    with pytest.raises(ConfigError, match=r"wandb cannot start \(no network\); run wandb login"):
+        start(tmp_path, "wandb")
+    assert wandb.calls[0][0] == "init"
+
+
+def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ConfigError, match=r"report_to=all: wandb is not installed; run pip install 'vembed-ds\[wan"
+    ):
+        start(tmp_path, "all")

@@ -1,0 +1,1 @@
+"""Saving, resuming, consolidating and exporting."""

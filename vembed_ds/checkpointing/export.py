@@ -1,0 +1,307 @@
+"""A trained checkpoint as a plain Hugging Face folder.
+
+At every checkpoint :func:`describe_model` writes what the weights belong to, next to them.
+:func:`export_model` needs nothing else, neither the training machine nor its ranks.
+
+=====================  =====================================  ==============================
+                       one backbone                           composed encoder
+=====================  =====================================  ==============================
+root                   config.json, model.safetensors,        tokenizer and image processor,
+                       tokenizer, image processor,            vembed_config.json
+                       vembed_config.json
+text_encoder/,         -                                      config.json, model.safetensors,
+image_encoder/                                                own tokenizer, image processor
+projection, if any     projection_head.safetensors            text_projection.safetensors,
+                                                              image_projection.safetensors
+=====================  =====================================  ==============================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from vembed_ds.checkpointing.consolidate import (
+    MODEL_FOLDER,
+    PARAMETERS_FILE,
+    load_consolidated,
+    read_parameters,
+    resolve_checkpoint,
+)
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.engine.param_groups import build_param_groups
+from vembed_ds.errors import CheckpointError
+from vembed_ds.models.embedding_model import LOGIT_SCALE, EmbeddingModel
+from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
+from vembed_ds.models.scalars import is_lifted
+
+SETTINGS_FILE = "vembed_config.json"
+FORMAT_VERSION = 1
+_PROJECTIONS = ("projection_head", "text_projection", "image_projection")
+_SETTINGS = "settings"  # component of a value that no Hugging Face file has a place for
+
+
+def describe_model(
+    folder: Path, *, model: EmbeddingModel, processor: ItemProcessor, settings: Mapping[str, Any]
+) -> None:
+    """Write everything about the model but its weights. Rank 0 alone; not collective.
+
+    Args:
+        folder: ``<checkpoint>/model``; made if need be.
+        model: The trained module; its parameters may be partitioned by ZeRO-3.
+        processor: Its tokenizer and image processor.
+        settings: For ``vembed_config.json``; must be JSON. What the model itself decides
+            (pooling, projections, encoder mode, longest input) is written as the model has it.
+    """
+    composed = len(_towers(model)) > 1
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_processor(folder, processor)
+    if composed:
+        text, image = (
+            ItemProcessor(tokenizer=processor.tokenizer, max_length=processor.max_length),
+            ItemProcessor(image_processor=processor.image_processor),
+        )
+        _save_processor(folder / "text_encoder", text)
+        _save_processor(folder / "image_encoder", image)
+    for key, backbone in _backbones(model).items():
+        _config(backbone).save_pretrained(folder / (f"{key}_encoder" if composed else ""))
+    _write_json(folder / SETTINGS_FILE, dict(settings) | _own_settings(model, processor))
+    _write_json(folder / PARAMETERS_FILE, _describe_parameters(model, composed=composed))
+
+
+def export_model(checkpoint: Path, out: Path) -> None:
+    """Convert a checkpoint to a Hugging Face folder with float32 weights.
+
+    The folder appears whole or not at all: it is written under another name beside ``out``.
+
+    Args:
+        checkpoint: ``<output_dir>/checkpoint-step-<N>``, or ``<output_dir>`` for its ``latest``.
+        out: New or empty folder.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or does not fit its description,
+            or ``out`` holds something.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; give a new one")
+    parameters = read_parameters(checkpoint)
+    description = checkpoint / MODEL_FOLDER
+    settings = _read_settings(description)
+    components = _split(load_consolidated(checkpoint), parameters, origin=checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        ignore = shutil.ignore_patterns(PARAMETERS_FILE)
+        shutil.copytree(description, partial, ignore=ignore)
+        _write_components(partial, components, settings)
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _towers(model: EmbeddingModel) -> dict[str, TowerEncoder]:
+    encoder = model.encoder
+    if isinstance(encoder, TwoTowerEncoder):
+        return {}
+    return {stream: encoder.tower(stream) for stream in encoder.streams}
+
+
+def _backbones(model: EmbeddingModel) -> dict[str, nn.Module]:
+    encoder = model.encoder
+    if isinstance(encoder, TwoTowerEncoder):
+        return {"": encoder.backbone}
+    return {stream: tower.backbone for stream, tower in _towers(model).items()}
+
+
+def _config(backbone: nn.Module) -> Any:
+    return backbone.config
+
+
+def _save_processor(folder: Path, processor: ItemProcessor) -> None:
+    processor.save_pretrained(folder)
+    if processor.tokenizer is None:
+        return
+    # Readers truncate at `model_max_length`; the training length may be another.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, settings | {"model_max_length": processor.max_length})
+
+
+def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, Any]:
+    towers = _towers(model)
+    composed = len(towers) > 1
+    pooling = {(key if composed else ""): tower.pooling for key, tower in towers.items()}
+    projections = dict(_projections(model))
+    shapes = [projection["shape"] for projection in projections.values()]
+    return {
+        "format_version": FORMAT_VERSION,
+        "encoder_mode": "composed" if composed else "auto",
+        "streams": list(model.streams),
+        "pooling": pooling,
+        "pooling_method": pooling.get("", pooling.get("text")),
+        "projections": projections,
+        "projection_dim": shapes[0][0] if shapes else None,
+        "projection_layers": next((p["layers"] for p in projections.values()), None),
+        "max_seq_length": processor.max_length,
+        "pad_to_max_length": processor.pad_to_max_length,
+    }
+
+
+def _projections(model: EmbeddingModel) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name of every projection, its number of layers and ``[embedding width, pooled width]``."""
+    towers = _towers(model)
+    heads = {name: tower.projection for name, tower in towers.items()}
+    if isinstance(model.encoder, TwoTowerEncoder):
+        heads = {"": model.encoder.projection}
+    for stream, head in heads.items():
+        if head is not None:
+            matrices = [_shape(p) for p in head.parameters() if len(_shape(p)) == 2]
+            shape = [matrices[-1][0], matrices[0][1]]
+            name = f"{stream}_projection" if len(heads) > 1 else "projection_head"
+            yield name, {"layers": len(matrices), "shape": shape}
+
+
+def _describe_parameters(model: EmbeddingModel, *, composed: bool) -> dict[str, dict[str, Any]]:
+    """Where every value goes, its shape there, and the optimizer group it is trained in."""
+    group_of = _optimizer_groups(model)
+    persistent = model.state_dict().keys()
+    values: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    buffers = model.named_buffers(remove_duplicate=False)
+    values |= {name: buffer for name, buffer in buffers if name in persistent}
+    seen: set[int] = set()
+    entries = {}
+    for name, value in values.items():
+        component, hf_name, shape = _place(model, name, value, composed=composed)
+        group = None if id(value) in seen else group_of.get(id(value))
+        seen.add(id(value))
+        entries[name] = {
+            "component": component,
+            "name": hf_name,
+            "shape": list(shape),
+            "group": group,
+        }
+    return entries
+
+
+def _optimizer_groups(model: EmbeddingModel) -> dict[int, int]:
+    """Index of the group by ``id`` of the parameter.
+
+    Only ZeRO-0 needs it, which saves its masters without names; ZeRO-3 hides the shapes that
+    decide it.
+    """
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        return {}
+    groups = build_param_groups(model, weight_decay=1.0)
+    return {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+
+
+def _place(
+    model: EmbeddingModel, name: str, value: Tensor, *, composed: bool
+) -> tuple[str, str, tuple[int, ...]]:
+    """Component, name in it, and shape there of a parameter or buffer."""
+    if name == LOGIT_SCALE:
+        return _place_of_temperature(model)
+    shape = () if is_lifted(model, name) else _shape(value)
+    _, kind, *rest = name.split(".")
+    stream = ""
+    if kind == "towers":
+        stream, kind, *rest = rest
+    if kind == "projection":
+        component = f"{stream}_projection" if composed else "projection_head"
+    else:
+        component = f"{stream}_encoder" if composed else ""
+    return component, ".".join(rest), shape
+
+
+def _place_of_temperature(model: EmbeddingModel) -> tuple[str, str, tuple[int, ...]]:
+    """The backbone's own temperature, where the model's has replaced it."""
+    encoder = model.encoder
+    if isinstance(encoder, TwoTowerEncoder) and encoder.replaced_scale_shape is not None:
+        return "", LOGIT_SCALE, encoder.replaced_scale_shape
+    return _SETTINGS, LOGIT_SCALE, ()
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(value, "ds_shape", value.shape))  # ZeRO-3 leaves a placeholder behind
+
+
+def _read_settings(description: Path) -> dict[str, Any]:
+    path = description / SETTINGS_FILE
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+    return settings
+
+
+def _split(
+    state: Mapping[str, Tensor], parameters: Mapping[str, Mapping[str, Any]], *, origin: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Consolidated values by component, under their names and in their shapes there."""
+    _check_names(set(state), set(parameters), origin=f"{origin}: {MODEL_FOLDER}/{PARAMETERS_FILE}")
+    components: dict[str, dict[str, Tensor]] = {}
+    for name, entry in parameters.items():
+        value, shape = state[name], tuple(entry["shape"])
+        if tuple(value.shape) != shape and not (shape == () and value.numel() == 1):
+            raise CheckpointError(
+                f"{origin}: {name} has shape {tuple(value.shape)}, described as {shape}"
+            )
+        # Only where it differs, because a view would hide that two names share one tensor.
+        value = value if tuple(value.shape) == shape else value.reshape(shape)
+        components.setdefault(entry["component"], {})[entry["name"]] = value
+    return components
+
+
+def _check_names(found: set[str], expected: set[str], *, origin: str) -> None:
+    problems = {"missing": expected - found, "unexpected": found - expected}
+    text = "; ".join(
+        f"{len(names)} {problem}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
+        for problem, names in problems.items()
+        if names
+    )
+    if text:
+        raise CheckpointError(f"{origin}: the weights do not fit the model: {text}")
+
+
+def _write_components(
+    folder: Path, components: dict[str, dict[str, Tensor]], settings: dict[str, Any]
+) -> None:
+    for component, tensors in components.items():
+        if component == _SETTINGS:
+            values = {name: float(tensor) for name, tensor in tensors.items()}
+            _write_json(folder / SETTINGS_FILE, settings | values)
+        elif component in _PROJECTIONS:
+            save_file(tensors, folder / f"{component}.safetensors", metadata={"format": "pt"})
+        else:
+            _write_backbone(folder / component, tensors)
+
+
+def _write_backbone(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Let transformers write the weights: its names on disk and shared tensors are its own."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=torch.float32)
+    _check_names(set(tensors), set(model.state_dict()), origin=f"{type(model).__name__}")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{type(model).__name__}: the weights do not fit: {error}") from error
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    model.save_pretrained(folder)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

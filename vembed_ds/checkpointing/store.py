@@ -1,0 +1,142 @@
+"""Engine checkpoints: ``<output_dir>/checkpoint-step-<N>`` and the file ``latest``."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from vembed_ds.distributed import comm
+from vembed_ds.errors import CheckpointError
+
+LATEST = "latest"
+STATE = "trainer_state.json"
+# Universal checkpoints of ZeRO-1/2 cannot be made later without it.
+_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    *,
+    output_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    describe: Callable[[Path], None],
+) -> Path:
+    """Write weights, optimizer, schedule, random states and ``state``; then move ``latest``.
+
+    Collective: every rank calls it. ``latest`` moves only after every rank has written.
+
+    Args:
+        engine: The engine to save.
+        output_dir: Folder of the run.
+        step: Optimizer steps done.
+        state: Plain values, kept as JSON.
+        describe: Called on rank 0 with the folder ``model/``, to write what rebuilds the model.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = output_dir / f"checkpoint-step-{step}"
+    engine.save_checkpoint(
+        str(output_dir), tag=folder.name, client_state=dict(_UNIVERSAL), save_latest=False
+    )
+    torch.save(_random_state(), folder / f"random_state_rank_{comm.rank()}.pt")
+    if comm.is_main():
+        describe(folder / "model")
+        facts = {"world_size": comm.world_size(), "zero_stage": engine.zero_optimization_stage()}
+        (folder / STATE).write_text(json.dumps({"step": step, **facts, **state}, indent=2))
+    comm.barrier()
+    if comm.is_main():
+        pointer = output_dir / f"{LATEST}.tmp"
+        pointer.write_text(folder.name)
+        pointer.replace(output_dir / LATEST)
+    comm.barrier()
+    return folder
+
+
+def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        resume: A checkpoint's folder, a run's folder, or ``"auto"`` (the run's own latest).
+        output_dir: Folder of this run.
+
+    Returns:
+        The folder; ``None`` only for ``"auto"`` when the run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: Nothing to resume from.
+    """
+    place = output_dir if resume == "auto" else Path(resume)
+    if (place / STATE).is_file():
+        return place
+    pointer = place / LATEST
+    if pointer.is_file():
+        folder = place / pointer.read_text().strip()
+        if (folder / STATE).is_file():
+            return folder
+        raise CheckpointError(f"{pointer} names {folder.name}, which is not a complete checkpoint")
+    if resume == "auto":
+        return None
+    raise CheckpointError(
+        f"--resume {resume}: no checkpoint there (no {STATE} and no file {LATEST}); "
+        "name a folder checkpoint-step-N or a run's output folder"
+    )
+
+
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Put everything back that :func:`save_checkpoint` wrote. Collective.
+
+    Returns:
+        The state, with ``step``.
+
+    Raises:
+        CheckpointError: It was written by another number of ranks or ZeRO stage, or is incomplete.
+    """
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    now = {"world_size": comm.world_size(), "zero_stage": engine.zero_optimization_stage()}
+    for key, value in now.items():
+        if state[key] != value:
+            raise CheckpointError(
+                f"{folder}: was written with {key}={state[key]}, this run has {value}; "
+                "resume with the same number of ranks and ZeRO stage"
+            )
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
+    mine = folder / f"random_state_rank_{comm.rank()}.pt"
+    if not mine.is_file():
+        raise CheckpointError(f"{mine}: missing; the checkpoint is incomplete")
+    _restore_random_state(torch.load(mine, weights_only=True))
+    return state
+
+
+def _random_state() -> dict[str, Any]:
+    """Generators of this rank, in types that load without unpickling code."""
+    version, keys, gauss = random.getstate()
+    _, array, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(keys), gauss],
+        "numpy": [torch.from_numpy(np.asarray(array).copy()), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["accelerator"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    array, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", array.numpy(), position, has_gauss, cached))
+    if "accelerator" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["accelerator"])

@@ -1,0 +1,54 @@
+"""Command: a checkpoint as a plain Hugging Face folder.
+
+``python -m vembed_ds.convert CHECKPOINT OUT``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vembed_ds.checkpointing.consolidate import resolve_checkpoint
+from vembed_ds.checkpointing.export import export_model
+from vembed_ds.errors import VembedError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Without the program's name; ``None``: those of the process.
+
+    Returns:
+        Exit code: 0, or 2 after an error, which is one line on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        checkpoint = resolve_checkpoint(options.checkpoint)
+        export_model(checkpoint, options.out)
+    except (VembedError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    sys.stdout.write(
+        f"{checkpoint} -> {options.out} (float32)\n"
+        f"load it: from vembed_ds import Encoder; encoder = Encoder({str(options.out)!r})\n"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vembed_ds.convert",
+        description="Write a checkpoint of any ZeRO stage as a plain Hugging Face folder.",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="checkpoint-step-N folder, or the output_dir with `latest`"
+    )
+    parser.add_argument("out", type=Path, help="new or empty folder")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Retrieval metrics over a sharded validation set, and reports of them."""

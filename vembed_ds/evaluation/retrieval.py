@@ -1,0 +1,258 @@
+"""Retrieval over the validation set: every rank embeds a shard, all ranks get the metrics.
+
+Queries and documents are told apart by content: five captions of one image are five queries
+with one document, and several images of one caption are one query with several answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vembed_ds.data.collators import Batch
+from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.loader import build_loader
+from vembed_ds.data.processors import EncodedItem, content_key
+from vembed_ds.data.sampler import shard_indices
+from vembed_ds.distributed import comm
+from vembed_ds.distributed.gather import gather_rows
+from vembed_ds.errors import DataError, VembedError
+from vembed_ds.evaluation.metrics import (
+    check_finite,
+    first_relevant_rank,
+    mean_reciprocal_rank,
+    recall_at_k,
+)
+
+ROLES = ("query", "positive")
+CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
+
+Embed = Callable[[str, Sequence[EncodedItem]], Tensor]
+
+
+@dataclass(frozen=True)
+class Judgments:
+    """Which documents answer which queries.
+
+    Attributes:
+        query_records: For each distinct query, the first record that holds it.
+        document_records: For each distinct document, the first record that holds it.
+        relevant: For each distinct query, its documents as positions in ``document_records``.
+    """
+
+    query_records: list[int]
+    document_records: list[int]
+    relevant: list[list[int]]
+
+
+def evaluate_retrieval(
+    dataset: PairDataset,
+    *,
+    embed: Embed,
+    batch_size: int,
+    recall_k: Sequence[int],
+    num_workers: int,
+    prefetch_factor: int = 2,
+    judgments: Judgments | None = None,
+) -> dict[str, float]:
+    """Recall@k and MRR of searching all distinct positives with all distinct queries.
+
+    Collective: every rank calls it, and makes the same number of ``embed`` calls for the same
+    streams in the same order. The result is the same on every rank, and does not depend on
+    their number or on the batch size.
+
+    Args:
+        dataset: Validation pairs.
+        embed: From a stream and 1 to ``batch_size`` of its items to ``[n, D]``, on any device;
+            called without gradient. The caller puts the model into evaluation mode.
+        batch_size: Records per rank at a time.
+        recall_k: The k of Recall@k.
+        num_workers: Loader processes per rank.
+        prefetch_factor: Batches each loader process prepares ahead.
+        judgments: From ``read_judgments`` of the same data, to read the records only once.
+
+    Returns:
+        ``recall@{k}`` for every k, ``mrr``, ``num_queries`` and ``num_documents``.
+
+    Raises:
+        DataError: When a record cannot be used, or a k is not below the number of documents.
+        VembedError: When embeddings are not finite.
+        DistributedError: When this happened on another rank.
+    """
+    if judgments is None:
+        judgments = read_judgments(dataset)
+    check_recall_k(recall_k, judgments=judgments, origin=dataset.reader.origin)
+    embeddings = embed_pairs(
+        dataset,
+        embed=embed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+    )
+    return retrieval_metrics(embeddings, judgments, recall_k=recall_k)
+
+
+def read_judgments(dataset: PairDataset) -> Judgments:
+    """Compares the records by content, without decoding them.
+
+    Collective: every rank reads its shard; the result is the same on every rank.
+
+    Raises:
+        DataError: When a record cannot be used.
+        DistributedError: When a record of another rank cannot be used.
+    """
+    keys: list[list[str]] = []
+    error: VembedError | None = None
+    try:
+        records = map(dataset.record, _shard(dataset))
+        keys = [[content_key(record.query), content_key(record.positive)] for record in records]
+    except VembedError as found:
+        error = found
+    comm.raise_together(error)
+    shards = comm.all_gather_objects(np.array(keys, dtype=np.bytes_))
+    queries, documents = np.concatenate(shards)[: len(dataset)].T  # without padding, see _gathered
+    return _judgments(queries.tolist(), documents.tolist())
+
+
+def check_recall_k(recall_k: Sequence[int], *, judgments: Judgments, origin: str) -> None:
+    """Refuse a Recall@k that every model would reach.
+
+    Args:
+        recall_k: The k of Recall@k.
+        judgments: Of the validation set.
+        origin: Its name, for the message.
+
+    Raises:
+        DataError: When a k is not below the number of documents.
+    """
+    num_documents = len(judgments.document_records)
+    if too_large := [k for k in recall_k if k >= num_documents]:
+        raise DataError(
+            f"eval_recall_k={too_large[0]}: {origin} has {num_documents} distinct "
+            f"document{'s' if num_documents > 1 else ''}, so that Recall@{too_large[0]} is always "
+            f"100 %; choose k below {num_documents} or evaluate on more data"
+        )
+
+
+def embed_pairs(
+    dataset: PairDataset,
+    *,
+    embed: Embed,
+    batch_size: int,
+    num_workers: int,
+    prefetch_factor: int = 2,
+) -> dict[str, Tensor]:
+    """Embeds both sides of every record, a shard on every rank.
+
+    Collective, with equal numbers of ``embed`` calls; arguments as in ``evaluate_retrieval``.
+
+    Returns:
+        ``query`` and ``positive``: ``[num_records, D]`` float32 in record order, on the device
+        of the embeddings, the same on every rank.
+
+    Raises:
+        DataError: When a record cannot be used.
+        DistributedError: When a record of another rank cannot be used.
+    """
+    shard = _shard(dataset)
+    loader = build_loader(
+        dataset,
+        [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)],
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        pin_memory=False,
+        persistent_workers=False,
+    )
+    with torch.no_grad():
+        batches = [_embed_batch(batch, embed=embed) for batch in loader]
+        return {
+            role: _gathered(torch.cat([batch[role] for batch in batches]), num_rows=len(dataset))
+            for role in ROLES
+        }
+
+
+def retrieval_metrics(
+    embeddings: Mapping[str, Tensor], judgments: Judgments, *, recall_k: Sequence[int]
+) -> dict[str, float]:
+    """Metrics of embedded pairs; every rank compares a share of the queries.
+
+    Collective. Arguments are the same on every rank.
+
+    Args:
+        embeddings: ``query`` and ``positive``, each ``[num_records, D]``.
+        judgments: Of the same records.
+        recall_k: The k of Recall@k.
+
+    Returns:
+        ``recall@{k}`` for every k, ``mrr``, ``num_queries`` and ``num_documents``.
+
+    Raises:
+        VembedError: When embeddings are not finite.
+    """
+    query_emb, corpus_emb = select_distinct(embeddings, judgments)
+    check_finite(query_emb, name="query")  # all of them, so that all ranks stop
+    share = shard_indices(len(query_emb), rank=comm.rank(), world_size=comm.world_size())
+    ranks = first_relevant_rank(
+        query_emb[share],
+        corpus_emb,
+        [judgments.relevant[row] for row in share],
+        chunk_size=query_chunk(len(corpus_emb)),
+    )
+    ranks = _gathered(ranks.to(query_emb.device), num_rows=len(query_emb)).cpu()
+    return {
+        **{f"recall@{k}": recall_at_k(ranks, k) for k in recall_k},
+        "mrr": mean_reciprocal_rank(ranks),
+        "num_queries": len(query_emb),
+        "num_documents": len(corpus_emb),
+    }
+
+
+def select_distinct(
+    embeddings: Mapping[str, Tensor], judgments: Judgments
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of the distinct queries ``[Q, D]`` and documents ``[C, D]``."""
+    return (
+        embeddings["query"][judgments.query_records],
+        embeddings["positive"][judgments.document_records],
+    )
+
+
+def query_chunk(num_documents: int) -> int:
+    """Queries to compare at a time, so that memory stays bounded."""
+    return max(1, CHUNK_ELEMENTS // num_documents)
+
+
+def _shard(dataset: PairDataset) -> list[int]:
+    return shard_indices(len(dataset), rank=comm.rank(), world_size=comm.world_size())
+
+
+def _gathered(rows: Tensor, *, num_rows: int) -> Tensor:
+    """Rows of all shards; those beyond ``num_rows`` are the padding of ``shard_indices``."""
+    return gather_rows(rows)[:num_rows]
+
+
+def _embed_batch(batch: Batch, *, embed: Embed) -> dict[str, Tensor]:
+    comm.raise_together(batch.error)
+    # Equal streams on every rank: all items of a role have one, which the mode decides.
+    return {role: embed(batch.roles[role][0].stream, batch.roles[role]).float() for role in ROLES}
+
+
+def _judgments(queries: Sequence[bytes], documents: Sequence[bytes]) -> Judgments:
+    """From the content keys of all records."""
+    query_places, query_records = _distinct(queries)
+    document_places, document_records = _distinct(documents)
+    relevant: list[dict[int, None]] = [{} for _ in query_records]
+    for query, document in zip(queries, documents, strict=True):
+        relevant[query_places[query]][document_places[document]] = None
+    return Judgments(query_records, document_records, [list(found) for found in relevant])
+
+
+def _distinct(keys: Sequence[bytes]) -> tuple[dict[bytes, int], list[int]]:
+    """The place of each distinct key, in order of appearance, and its first record."""
+    first = {key: record for record, key in reversed(list(enumerate(keys)))}
+    records = sorted(first.values())
+    return {keys[record]: place for place, record in enumerate(records)}, records

@@ -1,0 +1,242 @@
+"""Embedding of texts and images with an exported, or any plain Hugging Face, folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from vembed_ds.data.processor_loading import build_item_processor
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.records import ImageSource, Item
+from vembed_ds.errors import ConfigError
+from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.builder import ModelSpec, build_encoder
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.encoder import TwoTowerEncoder
+from vembed_ds.references import resolve_model_reference
+
+SETTINGS_FILE = "vembed_config.json"
+Array = np.ndarray[Any, Any]
+
+
+class Encoder:
+    """Embeds texts and images.
+
+    A folder that ``vembed_ds.convert`` wrote is rebuilt as it was trained. A plain Hugging Face
+    text, image or CLIP-like folder, which has no ``vembed_config.json``, is pooled as its family
+    is made for: a CLIP-like model by itself, a causal language model at the last token, a
+    convolutional model by its pooler, every other at its first token (``cls``).
+
+    Args:
+        folder: Exported folder, or a reference as in ``model_name``: hub name, folder, or
+            ``package:NAME/folder``.
+        device: ``None``: the first GPU, else the CPU.
+        dtype: Of the weights; embeddings are float32 whatever it is.
+
+    Attributes:
+        model: The :class:`EmbeddingModel`, in evaluation mode.
+        processor: Its :class:`ItemProcessor`.
+        settings: Content of ``vembed_config.json``; empty for a plain folder.
+
+    Raises:
+        ConfigError: The folder, or a part of it, is missing or cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        source = resolve_model_reference(str(folder))
+        self.settings: dict[str, Any] = _read_settings(Path(source))
+        self.model = _load_model(source, self.settings)
+        self.processor: ItemProcessor = _load_processor(source, self.model, self.settings)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default if device is None else device)
+        self.model.to(self.device, dtype).eval()
+
+    def encode_text(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        show_progress: bool = False,
+    ) -> Array:
+        """Embed texts.
+
+        Args:
+            texts: N texts; a single one counts as N = 1. Longer ones are truncated.
+            batch_size: Texts in one forward pass; they are grouped by length.
+            normalize: Scale every embedding to length 1.
+            show_progress: Show a progress bar.
+
+        Returns:
+            ``[N, D]`` float32, in the order of ``texts``; ``[0, D]`` for none.
+
+        Raises:
+            ConfigError: The model embeds no texts.
+            DataError: A text gives no token.
+        """
+        self._require("text")
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        encoded = [self._encode(Item(text=text), index) for index, text in enumerate(listed)]
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].inputs["input_ids"]))
+        batches = ([encoded[i] for i in part] for part in _parts(order, batch_size))
+        progress = tqdm(total=len(listed), unit="text", disable=not show_progress)
+        with progress:
+            rows = self._embed("text", batches, normalize=normalize, progress=progress)
+        embeddings = np.empty_like(rows)
+        embeddings[order] = rows
+        return embeddings
+
+    def encode_image(
+        self,
+        images: ImageSource | Path | Sequence[ImageSource | Path],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        show_progress: bool = False,
+    ) -> Array:
+        """Embed images.
+
+        Args:
+            images: N paths, encoded bytes or PIL images; a single one counts as N = 1. They are
+                opened batch by batch.
+            batch_size: Images in one forward pass.
+            normalize: Scale every embedding to length 1.
+            show_progress: Show a progress bar.
+
+        Returns:
+            ``[N, D]`` float32, in the order of ``images``; ``[0, D]`` for none.
+
+        Raises:
+            ConfigError: The model embeds no images.
+            DataError: An image cannot be read; names it.
+        """
+        self._require("image")
+        single = isinstance(images, str | bytes | Path | dict | Image.Image)
+        listed: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+        sources = [str(source) if isinstance(source, Path) else source for source in listed]
+        batches = (
+            [self._encode(Item(image=sources[i]), i) for i in part]
+            for part in _parts(range(len(sources)), batch_size)
+        )
+        progress = tqdm(total=len(sources), unit="image", disable=not show_progress)
+        with progress:
+            return self._embed("image", batches, normalize=normalize, progress=progress)
+
+    def _require(self, stream: str) -> None:
+        if stream not in self.model.streams:
+            raise ConfigError(
+                f"encode_{stream}: the model has no {stream} tower; "
+                f"it embeds {' and '.join(self.model.streams)}"
+            )
+
+    def _encode(self, item: Item, index: int) -> EncodedItem:
+        return self.processor.encode(item, origin=f"item {index}", augment_seed=None)
+
+    def _embed(
+        self,
+        stream: str,
+        batches: Iterator[list[EncodedItem]],
+        *,
+        normalize: bool,
+        progress: tqdm[Any],
+    ) -> Array:
+        parts = []
+        for batch in batches:
+            parts.append(self._forward(stream, batch))
+            progress.update(len(batch))
+        if not parts:  # the width is what the model gives for anything
+            parts = [self._forward(stream, [self.processor.filler(stream)])[:0]]
+        rows = torch.cat(parts)
+        return (functional.normalize(rows, dim=1) if normalize else rows).numpy()
+
+    @torch.inference_mode()
+    def _forward(self, stream: str, batch: list[EncodedItem]) -> Tensor:
+        inputs = self.processor.pad(stream, batch)
+        moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        embeddings: Tensor = self.model.encoder(stream, moved)
+        return embeddings.float().cpu()
+
+
+def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+    if settings.get("format_version") != 1:
+        raise ConfigError(
+            f"{path}: format_version={settings.get('format_version')}: this version reads 1 "
+            "(another program's folder: remove the file to load it as a plain model)"
+        )
+    return settings
+
+
+def _load_model(source: str, settings: dict[str, Any]) -> EmbeddingModel:
+    names = {"": source}
+    if settings.get("encoder_mode") == "composed":
+        names = {s: str(Path(source) / f"{s}_encoder") for s in settings["streams"]}
+    spec = ModelSpec(
+        sources={key: BackboneSource(name=name) for key, name in names.items()},
+        pooling=settings.get("pooling", {}),
+        projection_dim=settings.get("projection_dim"),
+        projection_layers=settings.get("projection_layers"),
+    )
+    model = EmbeddingModel(build_encoder(spec))
+    for name in settings.get("projections", {}):
+        _load_projection(_projection(model, name), Path(source) / f"{name}.safetensors")
+    return model
+
+
+def _projection(model: EmbeddingModel, name: str) -> nn.Module:
+    encoder = model.encoder
+    if isinstance(encoder, TwoTowerEncoder):
+        projection = encoder.projection
+    else:
+        stream = encoder.streams[0] if name == "projection_head" else name.split("_")[0]
+        projection = encoder.tower(stream).projection
+    assert projection is not None
+    return projection
+
+
+def _load_projection(projection: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing, but {SETTINGS_FILE} names it; convert again")
+    try:
+        projection.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: does not fit {SETTINGS_FILE}: {error}") from error
+
+
+def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]) -> ItemProcessor:
+    folders = dict.fromkeys(model.streams, source)
+    if settings.get("encoder_mode") == "composed":
+        folders = {stream: str(Path(source) / f"{stream}_encoder") for stream in model.streams}
+    processor = build_item_processor(
+        folders.get("text"), folders.get("image"), max_length=settings.get("max_seq_length")
+    )
+    if settings:
+        processor.pad_to_max_length = settings["pad_to_max_length"]
+    return processor

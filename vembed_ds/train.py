@@ -1,0 +1,104 @@
+"""Train: ``deepspeed --num_gpus 8 --module vembed_ds.train --ds_config DS --config YAML``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_ERROR = 2  # a problem the user can mend; anything unexpected ends with a traceback and 1
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
+  python -m vembed_ds.train --ds_config ds_configs/zero0.json --config my.yaml \\
+      --config_override lr=1e-4 batch_size=64
+  ... --resume auto      go on from the newest checkpoint of output_dir
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, set up this rank, train; returns the exit code."""
+    arguments = _parse(argv)
+    _quiet()
+    # Imported late: `--help` and a mistyped flag need no torch.
+    from vembed_ds.config.loading import load_config
+    from vembed_ds.distributed import comm
+    from vembed_ds.engine.ds_config import load_ds_config
+    from vembed_ds.errors import VembedError
+
+    try:
+        config = load_config(arguments.config, arguments.config_override)
+        ds_config = load_ds_config(arguments.ds_config)
+        _start(config.run.timeout_minutes)
+        from vembed_ds.training.run import train
+
+        train(config, ds_config, ds_origin=str(arguments.ds_config), resume=arguments.resume)
+    except VembedError as error:
+        text = str(error).replace("\n", "\n  ")
+        sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
+        sys.stderr.flush()
+        return EXIT_ERROR
+    finally:
+        comm.shutdown()
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vembed_ds.train",
+        description="Train an embedding model on DeepSpeed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON file")
+    parser.add_argument(
+        "--config_override",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that win over the YAML file",
+    )
+    parser.add_argument(
+        "--resume", metavar="PATH|auto", help="checkpoint or run folder to go on from"
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the DeepSpeed launcher")
+    arguments = parser.parse_args(argv)
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    return arguments
+
+
+def _start(timeout_minutes: float) -> None:
+    """Pick this rank's device, prepare compiled extensions, and join the other ranks."""
+    from deepspeed.accelerator import get_accelerator
+
+    from vembed_ds.distributed import comm
+    from vembed_ds.engine.extensions import prepare_extensions
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(comm.local_rank())
+    comm.init_distributed(
+        device_type=accelerator.device_name(), timeout_minutes=timeout_minutes
+    )
+    prepare_extensions()
+    level = logging.INFO if comm.is_main() else logging.ERROR
+    logging.getLogger("vembed_ds").setLevel(level)
+
+
+def _quiet() -> None:
+    """Our own log lines, on standard error; other libraries from warnings up."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Composition: from a validated configuration to a trained model."""

@@ -1,0 +1,65 @@
+"""From the configuration to training and validation data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import datasets
+
+from vembed_ds.config.schema import Config, DataConfig
+from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.images import first_missing_image
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.readers import load_table
+from vembed_ds.data.records import RecordReader
+from vembed_ds.distributed import comm
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table with the reader that understands its rows."""
+
+    table: datasets.Dataset
+    reader: RecordReader
+
+
+def open_source(config: DataConfig, *, key: str) -> Source | None:
+    """Open ``data_path`` or ``val_data_path`` memory-mapped; ``None`` when it is not set.
+
+    Raises:
+        DataError: The file or its columns do not fit.
+    """
+    value = getattr(config, key)
+    if value is None:
+        return None
+    paths = [value] if isinstance(value, str) else list(value)
+    table = load_table(paths, key=key)
+    reader = RecordReader(
+        table.column_names,
+        retrieval_mode=config.retrieval_mode,
+        column_mapping=config.column_mapping,
+        image_root=config.image_root,
+        origin=", ".join(paths),
+    )
+    return Source(table, reader)
+
+
+def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -> PairDataset:
+    """The data set that encodes ``source``'s records."""
+    return PairDataset(
+        source.table, reader=source.reader, processor=processor, seed=config.training.seed
+    )
+
+
+def check_records(dataset: PairDataset) -> None:
+    """Find images that do not exist before a model is loaded; each rank looks at its share.
+
+    Collective.
+
+    Raises:
+        DataError: On every rank, naming the first record without its image.
+    """
+    if "image" not in dataset.reader.streams.values():
+        return
+    mine = range(comm.rank(), len(dataset), comm.world_size())
+    comm.raise_together(first_missing_image(dataset.record(index) for index in mine))

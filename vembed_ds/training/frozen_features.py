@@ -1,0 +1,103 @@
+"""A frozen text tower is run once per distinct text, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.features import load_features, write_features
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.records import Item
+from vembed_ds.distributed import comm
+from vembed_ds.distributed.gather import gather_rows
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
+
+STREAM = "text"
+
+
+def has_frozen_text_tower(model: EmbeddingModel) -> bool:
+    """Whether the text backbone's features of a text never change."""
+    encoder = model.encoder
+    return (
+        isinstance(encoder, TowersEncoder)
+        and STREAM in encoder.streams
+        and encoder.tower(STREAM).backbone_frozen
+    )
+
+
+def cache_text_features(
+    model: EmbeddingModel,
+    datasets: Iterable[PairDataset],
+    *,
+    processor: ItemProcessor,
+    folder: Path,
+    device: torch.device,
+    batch_size: int,
+) -> None:
+    """Compute the features of every distinct text, share them, and let ``processor`` use them.
+
+    Each rank computes its share. Collective, before the engine is built.
+
+    Args:
+        model: Its text backbone is frozen.
+        datasets: Training and validation data.
+        processor: From then on gives ``{"features": [H]}`` for texts.
+        folder: Where the table is kept, memory-mapped; must be visible to every rank.
+        device: Where to compute.
+        batch_size: Texts per forward pass.
+    """
+    assert isinstance(model.encoder, TowersEncoder)
+    tower = model.encoder.tower(STREAM)
+    texts = _distinct_texts(datasets)
+    share = -(-len(texts) // comm.world_size())
+    mine = texts[comm.rank() * share :][:share]
+    rows = _embed(tower.to(device).eval(), mine, processor, device=device, batch_size=batch_size)
+    padded = torch.zeros(share, rows.shape[1] if len(rows) else _width(tower, processor, device))
+    padded[: len(rows)] = rows
+    gathered = gather_rows(padded)[: len(texts)]
+    if comm.is_main():
+        write_features(folder, keys=texts, array=gathered.numpy())
+    comm.barrier()
+    processor.feature_tables[STREAM] = load_features(folder)
+
+
+def _distinct_texts(datasets: Iterable[PairDataset]) -> list[str]:
+    found: set[str] = set()
+    for dataset in datasets:
+        for role, stream in dataset.reader.streams.items():
+            if stream == STREAM:
+                found.update(dataset.table.unique(dataset.reader.role_columns[role]))
+    return sorted(text for text in found if isinstance(text, str) and text.strip())
+
+
+def _embed(
+    tower: TowerEncoder,
+    texts: list[str],
+    processor: ItemProcessor,
+    *,
+    device: torch.device,
+    batch_size: int,
+) -> Tensor:
+    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    starts = range(0, len(texts), batch_size)
+    rows: dict[int, Tensor] = {}
+    for start in tqdm(starts, desc="frozen text tower", disable=not comm.is_main()):
+        chosen = by_length[start : start + batch_size]
+        items = [
+            processor.encode(Item(text=texts[index]), origin="text", augment_seed=None)
+            for index in chosen
+        ]
+        inputs = {key: value.to(device) for key, value in processor.pad(STREAM, items).items()}
+        with torch.no_grad():
+            rows.update(zip(chosen, tower.features(inputs).float().cpu(), strict=True))
+    return torch.stack([rows[index] for index in range(len(texts))]) if texts else torch.zeros(0, 0)
+
+
+def _width(tower: TowerEncoder, processor: ItemProcessor, device: torch.device) -> int:
+    return _embed(tower, ["a"], processor, device=device, batch_size=1).shape[1]

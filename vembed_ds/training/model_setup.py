@@ -1,0 +1,123 @@
+"""From the configuration to the model and its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vembed_ds.config.schema import Config, ModelConfig, ScratchModel
+from vembed_ds.data.augment import ImageAugmentation
+from vembed_ds.data.processor_loading import build_item_processor
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.errors import ConfigError
+from vembed_ds.models.backbones import BackboneSource, kind_of, load_skeleton
+from vembed_ds.models.builder import ModelSpec, build_model
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.references import resolve_model_reference
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """The shape of the model, as configured."""
+    if config.model_name is not None:
+        sources = {"": config.model_name}
+    else:
+        assert config.text_model_name is not None
+        assert config.image_model_name is not None
+        sources = {"text": config.text_model_name, "image": config.image_model_name}
+    # The one pooling_method of a composed encoder is its text tower's, as in vembed-factory.
+    pooled = "" if "" in sources else "text"
+    return ModelSpec(
+        sources={key: _source(reference) for key, reference in sources.items()},
+        pooling={pooled: config.pooling_method} if config.pooling_method else {},
+        projection_dim=config.projection_dim,
+        projection_layers=config.projection_layers,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def setup_model(config: Config, spec: ModelSpec) -> EmbeddingModel:
+    """The model to train, in float32 on the host; the same on every rank for the same seed."""
+    model = config.model
+    return build_model(
+        spec,
+        freeze={"text": model.freeze_text_encoder, "image": model.freeze_image_encoder},
+        freeze_batch_norm=model.freeze_batch_norm,
+        init_temperature=config.loss.temperature if config.loss.learnable_temperature else None,
+    )
+
+
+def setup_processor(
+    config: Config, spec: ModelSpec, *, needed: Mapping[str, str]
+) -> ItemProcessor:
+    """Tokenizer and image processor of the model; no weights are loaded.
+
+    Args:
+        config: The run's configuration.
+        spec: The model's shape.
+        needed: Stream of each role that the data gives.
+
+    Raises:
+        ConfigError: The model has no tower for a role, or its processor cannot be loaded.
+    """
+    sources = _stream_sources(spec)
+    for role, stream in needed.items():
+        if stream not in sources:
+            raise ConfigError(
+                f"retrieval_mode={config.data.retrieval_mode}: the {role} is of kind {stream}, "
+                f"but the model embeds {' and '.join(sources)} only; choose another model or mode"
+            )
+    processors = {stream: _processor_source(config, key) for stream, key in sources.items()}
+    text_source = processors.get("text")
+    if isinstance(text_source, Mapping):
+        raise ConfigError(
+            "processor: a text model needs the folder or name of a tokenizer, not settings"
+        )
+    return build_item_processor(
+        text_source,
+        processors.get("image"),
+        max_length=config.model.max_seq_length,
+        augmentation=_augmentation(config),
+        text_model_type=_text_model_type(spec),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _source(reference: str | ScratchModel) -> BackboneSource:
+    if isinstance(reference, ScratchModel):
+        return BackboneSource(config=reference.config)
+    return BackboneSource(name=reference)
+
+
+def _stream_sources(spec: ModelSpec) -> dict[str, str]:
+    """For every stream the key of the source that embeds it."""
+    if spec.composed:
+        return {stream: stream for stream in spec.sources}
+    kind = kind_of(load_skeleton(spec.sources[""], trust_remote_code=spec.trust_remote_code))
+    return {"text": "", "image": ""} if kind == "two_tower" else {kind: ""}
+
+
+def _processor_source(config: Config, key: str) -> str | Mapping[str, Any]:
+    """Where the processor of a model reference comes from: beside its weights, or as stated."""
+    name = f"{key}_model_name" if key else "model_name"
+    reference = getattr(config.model, name)
+    if not isinstance(reference, ScratchModel):
+        return resolve_model_reference(reference)
+    if reference.processor is None:
+        raise ConfigError(
+            f"{name}.processor: a model that starts from random weights brings no processor; "
+            "name a folder with one, or give image processor settings"
+        )
+    if isinstance(reference.processor, str):
+        return resolve_model_reference(reference.processor)
+    return reference.processor
+
+
+def _text_model_type(spec: ModelSpec) -> str | None:
+    source = spec.sources.get("text") or spec.sources.get("")
+    return None if source is None or source.config is None else source.config["model_type"]
+
+
+def _augmentation(config: Config) -> ImageAugmentation | None:
+    entries = config.data.image_augmentation
+    return ImageAugmentation(entries) if entries else None

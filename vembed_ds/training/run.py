@@ -1,0 +1,312 @@
+"""A whole run: check everything cheap, build everything, train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.checkpointing.store import find_checkpoint, load_checkpoint, save_checkpoint
+from vembed_ds.config.schema import Config
+from vembed_ds.data.collators import collate
+from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.loader import build_loader
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.sampler import GlobalBatchSampler, steps_per_epoch
+from vembed_ds.distributed import comm
+from vembed_ds.distributed.seeding import seed_everything
+from vembed_ds.engine.activation import enable_activation_checkpointing
+from vembed_ds.engine.ds_config import resolve_ds_config
+from vembed_ds.engine.initialize import initialize_engine
+from vembed_ds.engine.param_groups import build_param_groups
+from vembed_ds.engine.schedules import build_schedule
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import ConfigError
+from vembed_ds.evaluation.retrieval import check_recall_k, evaluate_retrieval, read_judgments
+from vembed_ds.losses import build_loss
+from vembed_ds.models.builder import ModelSpec
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.steps.self_test import TOLERANCES, check_gradient
+from vembed_ds.tracking.trackers import build_tracker
+from vembed_ds.training.data_setup import build_dataset, check_records, open_source
+from vembed_ds.training.frozen_features import cache_text_features, has_frozen_text_tower
+from vembed_ds.training.model_setup import model_spec, setup_model, setup_processor
+from vembed_ds.training.output import prepare_output
+from vembed_ds.training.trainer import Intervals, Trainer
+
+logger = logging.getLogger(__name__)
+
+SELF_TEST_PAIRS = 3  # per rank: two chunks would hide an error that needs a middle one
+
+
+def train(
+    config: Config, raw_ds_config: Mapping[str, Any], *, ds_origin: str, resume: str | None
+) -> dict[str, float]:
+    """Train as configured, from the data to the last checkpoint.
+
+    Collective, after ``comm.init_distributed``. Everything that can be wrong is looked at
+    before the model's weights are loaded.
+
+    Args:
+        config: The validated configuration.
+        raw_ds_config: DeepSpeed's, with ``"auto"`` where ``config`` decides.
+        ds_origin: Where that came from, for messages.
+        resume: A checkpoint, a run's folder, ``"auto"``, or ``None`` for a fresh start.
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        VembedError: On every rank.
+    """
+    ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin)
+    checkpoint = None if resume is None else find_checkpoint(resume, Path(config.run.output_dir))
+    if resume == "auto" and checkpoint is None:
+        logger.warning("--resume auto: %s has no checkpoint; starting fresh", config.run.output_dir)
+    spec = model_spec(config.model)
+    processor, train_data, val_data = setup_data(config, spec)
+    intervals = plan_run(config, num_records=len(train_data))
+    folder = _prepare_output_together(config, ds_config, resuming=checkpoint is not None)
+    model, engine = build_engine(
+        config, spec, ds_config, processor, [train_data, val_data], intervals, folder
+    )
+    trainer = _build_trainer(
+        config, spec, model, engine, processor, train_data, val_data, intervals, folder, checkpoint
+    )
+    return trainer.train()
+
+
+def fill_ds_config(config: Config, raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """DeepSpeed's config with our values in place of ``"auto"``."""
+    accelerator, optimizer = get_accelerator(), config.optimizer
+    return resolve_ds_config(
+        raw,
+        origin=origin,
+        world_size=comm.world_size(),
+        batch_size=config.training.batch_size,
+        precision=config.model.precision,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr=optimizer.lr,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        eps=optimizer.adam_epsilon,
+        weight_decay=optimizer.weight_decay,
+        device_type=accelerator.device_name(),
+        fp16_supported=bool(accelerator.is_fp16_supported()),
+        bf16_supported=bool(accelerator.is_bf16_supported()),
+    )
+
+
+def setup_data(
+    config: Config, spec: ModelSpec
+) -> tuple[ItemProcessor, PairDataset, PairDataset | None]:
+    """Processor, training and validation data, all checked. Collective."""
+    train_source = open_source(config.data, key="data_path")
+    val_source = open_source(config.data, key="val_data_path")
+    assert train_source is not None  # data_path is required
+    processor = setup_processor(config, spec, needed=train_source.reader.streams)
+    train_data = build_dataset(train_source, processor=processor, config=config)
+    check_records(train_data)
+    if val_source is None:
+        return processor, train_data, None
+    val_data = build_dataset(val_source, processor=processor, config=config)
+    check_records(val_data)
+    check_recall_k(
+        config.run.eval_recall_k,
+        judgments=read_judgments(val_data),
+        origin=val_source.reader.origin,
+    )
+    return processor, train_data, val_data
+
+
+def plan_run(config: Config, *, num_records: int) -> Intervals:
+    """How many steps, and what happens when.
+
+    Raises:
+        DataError: The records do not fill one global batch.
+    """
+    global_batch_size = config.training.batch_size * comm.world_size()
+    per_epoch = steps_per_epoch(num_records, global_batch_size)
+    run = config.run
+    return Intervals(
+        num_steps=config.training.max_steps or config.training.epochs * per_epoch,
+        steps_per_epoch=per_epoch,
+        logging_steps=run.logging_steps,
+        eval_steps=run.eval_steps,
+        save_steps=run.save_steps,
+        eval_on_start=run.eval_on_start,
+    )
+
+
+def build_engine(
+    config: Config,
+    spec: ModelSpec,
+    ds_config: dict[str, Any],
+    processor: ItemProcessor,
+    data: list[PairDataset | None],
+    intervals: Intervals,
+    folder: Path,
+) -> tuple[EmbeddingModel, TrainEngine]:
+    """The model inside its engine; frozen text features are computed on the way. Collective."""
+    seed_everything(config.training.seed)
+    model = setup_model(config, spec)
+    if config.model.cache_frozen_encoder and has_frozen_text_tower(model):
+        cache_text_features(
+            model,
+            [dataset for dataset in data if dataset is not None],
+            processor=processor,
+            folder=folder / "frozen_text_features",
+            device=torch.device(get_accelerator().current_device_name()),
+            batch_size=config.run.eval_batch_size or config.training.batch_size,
+        )
+    if config.model.gradient_checkpointing:
+        for backbone in model.trained_backbones():
+            enable_activation_checkpointing(
+                backbone, mechanism=config.model.activation_checkpointing, ds_config=ds_config
+            )
+    optimizer = config.optimizer
+    engine = initialize_engine(
+        model,
+        ds_config=ds_config,
+        param_groups=build_param_groups(model, weight_decay=optimizer.weight_decay),
+        schedule=build_schedule(
+            optimizer.scheduler_type,
+            num_steps=intervals.num_steps,
+            warmup_steps=optimizer.warmup_steps,
+            warmup_ratio=optimizer.warmup_ratio,
+        ),
+    )
+    # Same weights everywhere, but each rank drops out units of its own.
+    seed_everything(config.training.seed + 1 + comm.rank())
+    return model, engine
+
+
+def _build_trainer(
+    config: Config,
+    spec: ModelSpec,
+    model: EmbeddingModel,
+    engine: TrainEngine,
+    processor: ItemProcessor,
+    train_data: PairDataset,
+    val_data: PairDataset | None,
+    intervals: Intervals,
+    folder: Path,
+    checkpoint: Path | None,
+) -> Trainer:
+    step = load_checkpoint(engine.engine, checkpoint)["step"] if checkpoint else 0
+    data, run = config.data, config.run
+    sampler = GlobalBatchSampler(
+        len(train_data),
+        global_batch_size=config.training.batch_size * comm.world_size(),
+        rank=comm.rank(),
+        world_size=comm.world_size(),
+        seed=config.training.seed,
+        num_steps=intervals.num_steps,
+        start_step=step,
+    )
+    settings = export_settings(config)
+    trainer = Trainer(
+        engine=engine,
+        model=model,
+        loader=build_loader(
+            train_data,
+            sampler,
+            num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=data.pin_memory,
+            persistent_workers=data.persistent_workers,
+        ),
+        processor=processor,
+        loss_function=build_loss(
+            config.loss.loss_type,
+            temperature=config.loss.temperature,
+            bidirectional=config.loss.loss_bidirectional,
+        ),
+        chunk_size=config.training.gradient_cache_chunk_size
+        if config.training.use_gradient_cache
+        else None,
+        intervals=intervals,
+        tracker=build_tracker(
+            run.report_to,
+            folder=folder,
+            run_name=run.run_name,
+            config=config.model_dump(mode="json"),
+            resume_step=step,
+        )
+        if comm.is_main()
+        else None,
+        save=lambda step: save_checkpoint(
+            engine.engine,
+            output_dir=folder,
+            step=step,
+            state={},
+            describe=lambda place: describe_model(
+                place, model=model, processor=processor, settings=settings
+            ),
+        ),
+        evaluate=None
+        if val_data is None
+        else lambda: evaluate_retrieval(
+            val_data,
+            embed=trainer.embed,
+            batch_size=run.eval_batch_size or config.training.batch_size,
+            recall_k=run.eval_recall_k,
+            num_workers=data.num_workers,
+        ),
+        step=step,
+        pin_memory=data.pin_memory,
+    )
+    if config.training.gradient_self_test:
+        _self_test(trainer, train_data, precision=config.model.precision)
+    return trainer
+
+
+def _self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
+    """Stop the run when chunking changes the gradient of its own model on its own data."""
+    first = comm.rank() * SELF_TEST_PAIRS
+    batch = collate([data[index % len(data)] for index in range(first, first + SELF_TEST_PAIRS)])
+    comm.raise_together(batch.error)
+    difference = check_gradient(
+        trainer.engine,
+        batch.roles,
+        loss_function=trainer.batch_loss,
+        pad=trainer.pad,
+        streams=trainer.model.streams,
+        trainable=trainer.model.trainable,
+        fillers=trainer.fillers(),
+        tolerance=TOLERANCES[precision],
+    )
+    if comm.is_main():
+        logger.info("gradient self-test passed: chunking moves the gradient by %.1e", difference)
+
+
+def _prepare_output_together(
+    config: Config, ds_config: Mapping[str, Any], *, resuming: bool
+) -> Path:
+    error = None
+    if comm.is_main():
+        try:
+            prepare_output(config, ds_config, resuming=resuming)
+        except OSError as found:
+            error = ConfigError(
+                f"output_dir={config.run.output_dir!r}: cannot be written ({found}); "
+                "choose another folder"
+            )
+    comm.raise_together(error)
+    return Path(config.run.output_dir)
+
+
+def export_settings(config: Config) -> dict[str, Any]:
+    """What ``vembed_config.json`` says beside the shape of the model."""
+    return {
+        "retrieval_mode": config.data.retrieval_mode,
+        "column_mapping": dict(config.data.column_mapping),
+        "image_root": config.data.image_root,
+        "loss_type": config.loss.loss_type,
+        "temperature": config.loss.temperature,
+        "precision": config.model.precision,
+    }

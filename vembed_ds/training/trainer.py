@@ -1,0 +1,228 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.collators import Batch
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.distributed import comm
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.losses import LossFunction, LossInputs
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.steps.gradient_cache import StepResult, compute_gradient
+from vembed_ds.tracking.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often things happen, in optimizer steps; 0: only at the end."""
+
+    num_steps: int
+    steps_per_epoch: int
+    logging_steps: int
+    eval_steps: int = 0
+    save_steps: int = 0
+    eval_on_start: bool = True
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens every ``every`` steps happens after ``step``."""
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+
+@dataclass
+class _Window:
+    """What was seen since the last log line; tensors stay on the device until it is written."""
+
+    loss: Tensor | float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+
+class Trainer:
+    """Trains to the end, then evaluates and saves.
+
+    Args:
+        engine: Wraps ``model``.
+        model: The model inside the engine.
+        loader: Batches of this rank from ``step`` on.
+        processor: Pads chunks.
+        loss_function: From :func:`build_loss`.
+        chunk_size: Items of each stream per chunk; ``None``: the standard step.
+        intervals: When to log, evaluate, save and stop.
+        tracker: Gets the metrics; ``None`` on all ranks but 0.
+        save: Writes a checkpoint after a step; collective.
+        evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
+        step: Optimizer steps already done.
+        pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: TrainEngine,
+        model: EmbeddingModel,
+        loader: DataLoader[Batch],
+        processor: ItemProcessor,
+        loss_function: LossFunction,
+        chunk_size: int | None,
+        intervals: Intervals,
+        tracker: Tracker | None,
+        save: Callable[[int], Path],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        step: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.engine, self.model, self.processor = engine, model, processor
+        self.loader, self.chunk_size, self.loss_function = loader, chunk_size, loss_function
+        self.intervals, self.tracker = intervals, tracker
+        self._save, self._evaluate = save, evaluate
+        self.step = step
+        self._pin_memory = pin_memory and engine.device.type != "cpu"
+        self._fillers: dict[str, EncodedItem] = {}
+        self._window = _Window()
+        self._progress: tqdm[None] | None = None
+
+    def train(self) -> dict[str, float]:
+        """Run to the last step. Collective.
+
+        Returns:
+            The last evaluation's metrics; empty without validation data.
+        """
+        metrics: dict[str, float] = {}
+        if self.step == 0 and self.intervals.eval_on_start:
+            metrics = self.evaluate()
+        self.model.train()
+        self._progress = tqdm(
+            initial=self.step, total=self.intervals.num_steps, disable=not comm.is_main()
+        )
+        for batch in self.batches():
+            result, rate = self.compute_gradient(batch), self.engine.learning_rate()
+            norm = self.engine.step()
+            self.step += 1
+            self.log(result, norm, rate, num_pairs=len(batch.indices))
+            if self.intervals.due(self.intervals.eval_steps, self.step):
+                metrics = self.evaluate()
+            if self.intervals.due(self.intervals.save_steps, self.step):
+                self.save()
+        self._progress.close()
+        return metrics
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches; an error in any rank's data is raised on every rank."""
+        self._window.started = waited = time.perf_counter()
+        for batch in self.loader:
+            comm.raise_together(batch.error)
+            self._window.waited += time.perf_counter() - waited
+            yield batch
+            waited = time.perf_counter()
+
+    def compute_gradient(self, batch: Batch) -> StepResult:
+        """Gradient of the global batch, reduced, left in the engine. Collective."""
+        counts = comm.all_max(count_streams(batch.roles, self.model.streams))
+        plan = plan_step(
+            batch.roles,
+            chunk_size=self.chunk_size,
+            counts=dict(zip(self.model.streams, counts, strict=True)),
+            fillers=self.fillers(),
+        )
+        return compute_gradient(
+            self.engine,
+            plan,
+            loss_function=self.batch_loss,
+            pad=self.pad,
+            trainable=self.model.trainable,
+        )
+
+    def batch_loss(self, rows: Mapping[str, Tensor], logit_scale: Tensor | None) -> Tensor:
+        """The loss of this rank's rows; collective."""
+        return self.loss_function(LossInputs(rows["query"], rows["positive"], logit_scale))
+
+    def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
+        """Items of a chunk to one batch on the host."""
+        inputs = self.processor.pad(stream, items)
+        return {k: v.pin_memory() for k, v in inputs.items()} if self._pin_memory else inputs
+
+    def fillers(self) -> dict[str, EncodedItem]:
+        """One valid item per stream, for ranks that have fewer chunks than others."""
+        if not self._fillers:
+            self._fillers = {stream: self.processor.filler(stream) for stream in self.model.streams}
+        return self._fillers
+
+    def embed(self, stream: str, items: Sequence[EncodedItem]) -> Tensor:
+        """Embeddings ``[n, D]`` float32 of items, without gradient. Collective under ZeRO-3."""
+        inputs = {key: value.to(self.engine.device) for key, value in self.pad(stream, items).items()}
+        with torch.no_grad():
+            return self.engine.embed({stream: inputs})[stream].float()
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate, log and return the metrics; the model is in training mode afterwards."""
+        if self._evaluate is None:
+            return {}
+        self.model.eval()
+        metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
+        self.model.train()
+        self._report(metrics)
+        self._window.started = time.perf_counter()
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective."""
+        folder = self._save(self.step)
+        if comm.is_main():
+            logger.info("step %d: saved %s", self.step, folder)
+        self._window.started = time.perf_counter()
+
+    def log(
+        self, result: StepResult, norm: Tensor | None, learning_rate: float, *, num_pairs: int
+    ) -> None:
+        """Add a step to the window; write the window when it is due (first and last step too)."""
+        window = self._window
+        window.loss = window.loss + result.loss
+        window.steps += 1
+        window.skipped += norm is None
+        if self._progress is not None:
+            self._progress.update()
+        due = self.step == 1 or self.intervals.due(self.intervals.logging_steps, self.step)
+        if not due:
+            return
+        seconds = time.perf_counter() - window.started
+        pairs = num_pairs * comm.world_size() * window.steps
+        loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / window.steps)
+        metrics = {
+            "train/loss": float(loss),
+            "train/lr": learning_rate,
+            "train/grad_norm": float("nan") if norm is None else float(norm),
+            "train/epoch": self.step / self.intervals.steps_per_epoch,
+            "train/samples_per_second": pairs / seconds,
+            "train/data_wait_seconds": window.waited / window.steps,
+            "train/skipped_steps": float(window.skipped),
+        }
+        if result.logit_scale is not None:
+            metrics["train/temperature"] = float(1 / result.logit_scale.exp())
+        self._window = _Window()
+        self._report(metrics)
+
+    def _report(self, metrics: Mapping[str, float]) -> None:
+        if self.tracker is None:
+            return
+        self.tracker.log(metrics, step=self.step)
+        if self._progress is not None and "train/loss" in metrics:
+            shown = ("loss", "lr", "grad_norm", "samples_per_second")
+            self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})
+        line = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
+        logger.info("step %d: %s", self.step, line)
