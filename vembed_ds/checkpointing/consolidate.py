@@ -142,7 +142,7 @@ def _unnamed_masters(
         shapes = [weights[name].shape for name in names]
         if sum(map(math.prod, shapes)) != flat.numel():
             raise _wrong_groups(checkpoint, f"group {index} has {flat.numel()} values")
-        pieces = flat.split([math.prod(shape) for shape in shapes])
+        pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
         for name, shape, piece in zip(names, shapes, pieces, strict=True):
             master = piece.view(shape)
             if not torch.equal(master.to(weights[name].dtype), weights[name]):
@@ -270,4 +270,5 @@ def _shared_storages(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _with_shared(state: dict[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
-    return state | {name: state[source] for name, source in shared.items()}
+    detached = {name: tensor.detach() for name, tensor in state.items()}
+    return detached | {name: detached[source] for name, source in shared.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vembed_ds.data.batches import count_streams, plan_step
 from vembed_ds.data.collators import Batch
@@ -103,6 +104,10 @@ class Trainer:
         Returns:
             The last evaluation's metrics; empty without validation data.
         """
+        with logging_redirect_tqdm():
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if self.step == 0 and self.intervals.eval_on_start:
             metrics = self.evaluate()

@@ -1,0 +1,121 @@
+"""The training run on 2 ranks: same losses at every ZeRO stage, resume, what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import ROOT
+from tests.worlds import World
+
+RUN = "tests.distributed.train_cases:run_train"
+
+
+def ds_file(stage: int | str) -> str:
+    return str(ROOT / "ds_configs" / f"zero{stage}.json")
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    return {m["step"]: m["train/loss"] for m in metrics_of(folder) if "train/loss" in m}
+
+
+def run(world: World, config: str, stage: int | str, **more: Any) -> list[dict[str, Any]]:
+    results = world.run(RUN, config=config, ds_config=ds_file(stage), **more)
+    for result in results:
+        assert "error" not in result, result["error"]
+    return results
+
+
+@pytest.fixture
+def stage_0(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> dict[int, float]:
+    run(world(2), make_config("reference.yaml", output_dir=str(tmp_path / "reference")), 0)
+    return losses_of(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, "2_offload", "3_offload"])
+def test_every_shipped_ds_config_follows_the_same_losses(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    tmp_path: Path,
+    stage: int | str,
+    stage_0: dict[int, float],
+) -> None:
+    run(world(2), make_config(), stage)
+    losses = losses_of(tmp_path / "out")
+    assert list(losses) == [1, 2, 3, 4]
+    # Dropout is on: the ranks draw the same random numbers at every stage.
+    assert losses == pytest.approx(stage_0, rel=1e-4)
+    assert losses[1] == pytest.approx(stage_0[1], rel=1e-6)
+
+
+def test_what_a_run_writes(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    results = run(world(2), make_config(report_to="tensorboard"), 2)
+    out = tmp_path / "out"
+    assert (out / "config.yaml").is_file()
+    ds_config = json.loads((out / "ds_config.json").read_text())
+    assert ds_config["gradient_clipping"] == 1.0
+    assert ds_config["train_batch_size"] == 8
+    assert (out / "latest").read_text() == "checkpoint-step-4"
+    assert list((out / "tensorboard").glob("events.*"))
+    first, *_, last = metrics_of(out)
+    assert first["step"] == 0
+    assert last == {"step": 4} | results[0]["metrics"]
+    assert {"eval/recall@1", "eval/recall@5", "eval/recall@10", "eval/mrr"} <= last.keys()
+    logged = next(m for m in metrics_of(out) if m["step"] == 1)
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/temperature"} <= logged.keys()
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+def test_a_second_run_moves_the_first_aside(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(max_steps=1, warmup_ratio=0.0)
+    run(world(2), config, 1)
+    first = (tmp_path / "out" / "metrics.jsonl").read_text()
+    run(world(2), config, 1)
+    assert (tmp_path / "out" / "previous-1" / "metrics.jsonl").read_text() == first
+    assert (tmp_path / "out" / "latest").is_file()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_run_continues_its_losses(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
+) -> None:
+    whole = make_config("whole.yaml", output_dir=str(tmp_path / "whole"), save_steps=2)
+    run(world(2), whole, stage)
+    expected = losses_of(tmp_path / "whole")
+    # Stopped after two steps (the schedule still aims at four), then resumed.
+    (tmp_path / "whole" / "latest").write_text("checkpoint-step-2")
+    run(world(2), whole, stage, resume="auto")
+    assert losses_of(tmp_path / "whole") == expected
+    assert list(expected) == [1, 2, 3, 4]
+
+
+def test_resume_needs_a_checkpoint(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    answers = world(2).run(RUN, config=make_config(), ds_config=ds_file(1), resume=str(tmp_path))
+    for answer in answers:
+        assert answer["error"].startswith("CheckpointError: --resume")
+        assert "no checkpoint there" in answer["error"]
+
+
+def test_resume_refuses_another_stage(
+    world: Callable[[int], World], make_config: Callable[..., str]
+) -> None:
+    config = make_config(max_steps=1, warmup_ratio=0.0)
+    run(world(2), config, 1)
+    for answer in world(2).run(RUN, config=config, ds_config=ds_file(2), resume="auto"):
+        assert "zero_stage=1, this run has 2" in answer["error"]
