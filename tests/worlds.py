@@ -31,7 +31,7 @@ class World:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs))
             process.start()
             self._connections.append(ours)
             self._processes.append(process)
@@ -88,5 +88,5 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
         module, _, name = function.partition(":")
         try:
             connection.send((True, getattr(importlib.import_module(module), name)(**kwargs)))
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (whatever it is, the test process reports it)
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))

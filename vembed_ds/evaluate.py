@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF, Config
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error, which is printed on one line.
     """
     arguments = build_parser().parse_args(argv)
+    transformers_logging.disable_progress_bar()
     try:
         sys.stdout.write(run(arguments) + "\n")
     except VembedError as error:
@@ -88,7 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="folder from python -m vembed_ds.convert")
+    add(
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="folder from python -m vembed_ds.convert, or any Hugging Face model to compare with",
+    )
     add("--data_path", required=True, nargs="+", metavar="DATA", help="pairs to evaluate on")
     add(
         "--config_override",
@@ -120,11 +127,6 @@ def run(arguments: argparse.Namespace) -> str:
             "start it with python -m vembed_ds.evaluate, without a launcher"
         )
     before = read_before(Path(arguments.before)) if arguments.before else None
-    if not Path(arguments.model).is_dir():
-        raise ConfigError(
-            f"--model {arguments.model}: no such folder; "
-            "give one that python -m vembed_ds.convert wrote"
-        )
     encoder = Encoder(arguments.model)
     config = evaluation_config(arguments, settings=encoder.settings)
     dataset = open_pairs(arguments.data_path, config=config, encoder=encoder)
@@ -138,6 +140,11 @@ def run(arguments: argparse.Namespace) -> str:
         prefetch_factor=config.data.prefetch_factor,
     )
     metrics = retrieval_metrics(embeddings, judgments, recall_k=config.run.eval_recall_k)
+    if before is not None and not before.keys() & metrics.keys():
+        raise DataError(
+            f"--before {arguments.before}: has {', '.join(before) or 'no metrics'}, none of "
+            f"{', '.join(metrics)}; give an --output of this command"
+        )
     if arguments.output:
         write_report(arguments.output, report(arguments, config, metrics=metrics, before=before))
     if arguments.picture:
@@ -211,6 +218,8 @@ def embed_with(encoder: Encoder) -> Embed:
 def read_before(path: Path) -> dict[str, float]:
     """Metrics of an earlier evaluation: a report, or a JSON object of numbers.
 
+    Names may begin with ``eval/``, as the trackers have them.
+
     Raises:
         DataError: When the file is missing or holds something else.
     """
@@ -224,7 +233,7 @@ def read_before(path: Path) -> dict[str, float]:
             f"--before {path}: holds no metrics; give a file that --output wrote, "
             'or {"recall@1": 0.1, ...}'
         )
-    return metrics
+    return {name.removeprefix("eval/"): value for name, value in metrics.items()}
 
 
 def report(

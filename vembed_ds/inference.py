@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
+from transformers.utils import cached_file
 
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
@@ -59,7 +62,7 @@ class Encoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        source = resolve_model_reference(str(folder))
+        source = _locate(str(folder))
         self.settings: dict[str, Any] = _read_settings(Path(source))
         self.model = _load_model(source, self.settings)
         self.processor: ItemProcessor = _load_processor(source, self.model, self.settings)
@@ -178,6 +181,18 @@ def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + size]
 
 
+def _locate(reference: str) -> str:
+    """Folder or hub name; an exported model on the hub is fetched whole."""
+    source = resolve_model_reference(reference)
+    if Path(source).is_dir():
+        return source
+    try:
+        found = cached_file(source, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
+        return source if found is None else snapshot_download(source)
+    except OSError as error:
+        raise ConfigError(f"{reference}: no such folder or hub model: {error}") from error
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -226,7 +241,7 @@ def _load_projection(projection: nn.Module, path: Path) -> None:
         raise ConfigError(f"{path}: missing, but {SETTINGS_FILE} names it; convert again")
     try:
         projection.load_state_dict(load_file(path))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path}: does not fit {SETTINGS_FILE}: {error}") from error
 
 

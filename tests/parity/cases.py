@@ -68,7 +68,9 @@ def train_step(
     """Gradient of one step, left in the engine; the loss of the global batch."""
     loss_function = build_loss("infonce", temperature=temperature, bidirectional=bidirectional)
     roles = rank_roles(kind, step)
-    counts = dict(zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True))
+    counts = dict(
+        zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True)
+    )
     fillers = {stream: EncodedItem(*item) for stream, item in data.fillers().items()}
     plan = plan_step(roles, chunk_size=chunk_size, counts=counts, fillers=fillers)
     result = compute_gradient(
@@ -152,4 +154,8 @@ def reference_name(name: str) -> str:
 
 def _backbones(model: EmbeddingModel) -> list[torch.nn.Module]:
     encoder = model.encoder
-    return [encoder.backbone] if hasattr(encoder, "backbone") else [t.backbone for t in encoder.towers.values()]
+    return (
+        [encoder.backbone]
+        if hasattr(encoder, "backbone")
+        else [t.backbone for t in encoder.towers.values()]
+    )

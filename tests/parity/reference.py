@@ -88,8 +88,12 @@ def train_plain(
     for step in range(steps):
         records = make_batch(kind, step)
         roles = _embed(model, records, dropout_plan, rng)
-        query, positive = (functional.normalize(roles[r].float(), dim=-1) for r in ("query", "positive"))
-        scale = model.logit_scale.float().exp() if model.logit_scale is not None else 1 / temperature
+        query, positive = (
+            functional.normalize(roles[r].float(), dim=-1) for r in ("query", "positive")
+        )
+        scale = (
+            model.logit_scale.float().exp() if model.logit_scale is not None else 1 / temperature
+        )
         logits = query @ positive.T * scale
         target = torch.arange(len(logits))
         loss = functional.cross_entropy(logits, target)

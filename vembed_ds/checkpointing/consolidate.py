@@ -57,22 +57,13 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
-    latest = path / "latest"
-    if not latest.is_file():
-        if not any(path.glob("*_model_states.pt")):
-            raise CheckpointError(
-                f"{path}: no DeepSpeed checkpoint (*_model_states.pt) and no file `latest`; give "
-                "a checkpoint-step-N folder or the output_dir that holds them"
-            )
-        return path
-    name = latest.read_text(encoding="utf-8").strip()
-    folder = path / name
-    if Path(name).name != name or not folder.is_dir():
+    folder = _latest(path) if (path / "latest").is_file() else path
+    if not any(folder.glob("*_model_states.pt")):
         raise CheckpointError(
-            f"{latest}: names {name!r}, which is no folder beside it; give a checkpoint-step-N "
-            "folder instead"
+            f"{folder}: no DeepSpeed checkpoint (*_model_states.pt) and no file `latest`; give a "
+            "checkpoint-step-N folder or the output_dir that holds them"
         )
-    return resolve_checkpoint(folder) if not (folder / "latest").is_file() else folder
+    return folder
 
 
 def load_consolidated(checkpoint: Path) -> dict[str, Tensor]:
@@ -114,6 +105,17 @@ def read_parameters(checkpoint: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     return parameters
+
+
+def _latest(path: Path) -> Path:
+    name = (path / "latest").read_text(encoding="utf-8").strip()
+    folder = path / name
+    if not name or Path(name).name != name or not folder.is_dir():
+        raise CheckpointError(
+            f"{path / 'latest'}: names {name!r}, which is no folder beside it; give a "
+            "checkpoint-step-N folder instead"
+        )
+    return folder
 
 
 def _load_stage_0(checkpoint: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:

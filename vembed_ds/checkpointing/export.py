@@ -91,7 +91,7 @@ def export_model(checkpoint: Path, out: Path) -> None:
         CheckpointError: The checkpoint is missing, incomplete or does not fit its description,
             or ``out`` holds something.
     """
-    checkpoint = resolve_checkpoint(checkpoint)
+    checkpoint, out = resolve_checkpoint(checkpoint), out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder; give a new one")
     parameters = read_parameters(checkpoint)
@@ -103,7 +103,7 @@ def export_model(checkpoint: Path, out: Path) -> None:
     try:
         ignore = shutil.ignore_patterns(PARAMETERS_FILE)
         shutil.copytree(description, partial, ignore=ignore)
-        _write_components(partial, components, settings)
+        _write_components(partial, components, settings, origin=checkpoint)
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,7 +130,7 @@ def _config(backbone: nn.Module) -> Any:
 
 def _save_processor(folder: Path, processor: ItemProcessor) -> None:
     processor.save_pretrained(folder)
-    if processor.tokenizer is None:
+    if processor.tokenizer is None or processor.max_length is None:
         return
     # Readers truncate at `model_max_length`; the training length may be another.
     path = folder / "tokenizer_config.json"
@@ -277,28 +277,35 @@ def _check_names(found: set[str], expected: set[str], *, origin: str) -> None:
 
 
 def _write_components(
-    folder: Path, components: dict[str, dict[str, Tensor]], settings: dict[str, Any]
+    folder: Path,
+    components: dict[str, dict[str, Tensor]],
+    settings: dict[str, Any],
+    *,
+    origin: Path,
 ) -> None:
     for component, tensors in components.items():
         if component == _SETTINGS:
             values = {name: float(tensor) for name, tensor in tensors.items()}
             _write_json(folder / SETTINGS_FILE, settings | values)
         elif component in _PROJECTIONS:
-            save_file(tensors, folder / f"{component}.safetensors", metadata={"format": "pt"})
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}  # unshared memory
+            save_file(copies, folder / f"{component}.safetensors", metadata={"format": "pt"})
         else:
-            _write_backbone(folder / component, tensors)
+            _write_backbone(folder / component, tensors, origin=origin / MODEL_FOLDER / component)
 
 
-def _write_backbone(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write_backbone(folder: Path, tensors: dict[str, Tensor], *, origin: Path) -> None:
     """Let transformers write the weights: its names on disk and shared tensors are its own."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{origin / 'config.json'}: missing; the checkpoint is incomplete")
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
-    _check_names(set(tensors), set(model.state_dict()), origin=f"{type(model).__name__}")
+    _check_names(set(tensors), set(model.state_dict()), origin=f"{origin}: {type(model).__name__}")
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{type(model).__name__}: the weights do not fit: {error}") from error
+        raise CheckpointError(f"{origin}: the weights do not fit the model: {error}") from error
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     model.save_pretrained(folder)
 

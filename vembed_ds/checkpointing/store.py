@@ -110,7 +110,9 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
             )
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
-        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
+        raise CheckpointError(
+            f"{folder}: DeepSpeed found nothing to load; the folder is incomplete"
+        )
     mine = folder / f"random_state_rank_{comm.rank()}.pt"
     if not mine.is_file():
         raise CheckpointError(f"{mine}: missing; the checkpoint is incomplete")

@@ -92,16 +92,14 @@ def _cut_chunks(counts: Mapping[str, int], chunk_size: int | None) -> list[dict[
     if chunk_size is None:
         chunk_size = max(counts.values())
     num_chunks = -(-max(counts.values()) // chunk_size)
-    chunks = []
-    for start in range(0, num_chunks * chunk_size, chunk_size):
-        chunks.append(
-            {
-                name: slice(start, min(start + chunk_size, count))
-                for name, count in counts.items()
-                if start < count
-            }
-        )
-    return chunks
+    return [
+        {
+            name: slice(start, min(start + chunk_size, count))
+            for name, count in counts.items()
+            if start < count
+        }
+        for start in range(0, num_chunks * chunk_size, chunk_size)
+    ]
 
 
 def _fill_up(

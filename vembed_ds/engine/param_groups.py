@@ -17,11 +17,12 @@ def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[s
     Returns:
         Non-empty groups for :func:`deepspeed.initialize`.
     """
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             (decay if _is_matrix(parameter) else no_decay).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]

@@ -47,9 +47,7 @@ def setup_model(config: Config, spec: ModelSpec) -> EmbeddingModel:
     )
 
 
-def setup_processor(
-    config: Config, spec: ModelSpec, *, needed: Mapping[str, str]
-) -> ItemProcessor:
+def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str]) -> ItemProcessor:
     """Tokenizer and image processor of the model; no weights are loaded.
 
     Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,12 @@ from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError
-from vembed_ds.evaluation.retrieval import check_recall_k, evaluate_retrieval, read_judgments
+from vembed_ds.evaluation.retrieval import (
+    Judgments,
+    check_recall_k,
+    evaluate_retrieval,
+    read_judgments,
+)
 from vembed_ds.losses import build_loss
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -42,6 +49,16 @@ from vembed_ds.training.trainer import Intervals, Trainer
 logger = logging.getLogger(__name__)
 
 SELF_TEST_PAIRS = 3  # per rank: two chunks would hide an error that needs a middle one
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, and what turns it into model inputs."""
+
+    processor: ItemProcessor
+    train: PairDataset
+    val: PairDataset | None = None
+    judgments: Judgments | None = None
 
 
 def train(
@@ -69,15 +86,14 @@ def train(
     if resume == "auto" and checkpoint is None:
         logger.warning("--resume auto: %s has no checkpoint; starting fresh", config.run.output_dir)
     spec = model_spec(config.model)
-    processor, train_data, val_data = setup_data(config, spec)
-    intervals = plan_run(config, num_records=len(train_data))
+    data = setup_data(config, spec)
+    intervals = plan_run(config, num_records=len(data.train))
     folder = _prepare_output_together(config, ds_config, resuming=checkpoint is not None)
-    model, engine = build_engine(
-        config, spec, ds_config, processor, [train_data, val_data], intervals, folder
-    )
-    trainer = _build_trainer(
-        config, spec, model, engine, processor, train_data, val_data, intervals, folder, checkpoint
-    )
+    model, engine = build_engine(config, spec, ds_config, data, intervals, folder)
+    step = load_checkpoint(engine.engine, checkpoint)["step"] if checkpoint else 0
+    trainer = build_trainer(config, model, engine, data, intervals, folder, step=step)
+    if config.training.gradient_self_test:
+        self_test(trainer, data.train, precision=config.model.precision)
     return trainer.train()
 
 
@@ -101,9 +117,7 @@ def fill_ds_config(config: Config, raw: Mapping[str, Any], *, origin: str) -> di
     )
 
 
-def setup_data(
-    config: Config, spec: ModelSpec
-) -> tuple[ItemProcessor, PairDataset, PairDataset | None]:
+def setup_data(config: Config, spec: ModelSpec) -> RunData:
     """Processor, training and validation data, all checked. Collective."""
     train_source = open_source(config.data, key="data_path")
     val_source = open_source(config.data, key="val_data_path")
@@ -112,15 +126,12 @@ def setup_data(
     train_data = build_dataset(train_source, processor=processor, config=config)
     check_records(train_data)
     if val_source is None:
-        return processor, train_data, None
+        return RunData(processor, train_data)
     val_data = build_dataset(val_source, processor=processor, config=config)
     check_records(val_data)
-    check_recall_k(
-        config.run.eval_recall_k,
-        judgments=read_judgments(val_data),
-        origin=val_source.reader.origin,
-    )
-    return processor, train_data, val_data
+    judgments = read_judgments(val_data)
+    check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=val_source.reader.origin)
+    return RunData(processor, train_data, val_data, judgments)
 
 
 def plan_run(config: Config, *, num_records: int) -> Intervals:
@@ -146,8 +157,7 @@ def build_engine(
     config: Config,
     spec: ModelSpec,
     ds_config: dict[str, Any],
-    processor: ItemProcessor,
-    data: list[PairDataset | None],
+    data: RunData,
     intervals: Intervals,
     folder: Path,
 ) -> tuple[EmbeddingModel, TrainEngine]:
@@ -157,8 +167,8 @@ def build_engine(
     if config.model.cache_frozen_encoder and has_frozen_text_tower(model):
         cache_text_features(
             model,
-            [dataset for dataset in data if dataset is not None],
-            processor=processor,
+            [dataset for dataset in (data.train, data.val) if dataset is not None],
+            processor=data.processor,
             folder=folder / "frozen_text_features",
             device=torch.device(get_accelerator().current_device_name()),
             batch_size=config.run.eval_batch_size or config.training.batch_size,
@@ -185,22 +195,20 @@ def build_engine(
     return model, engine
 
 
-def _build_trainer(
+def build_trainer(
     config: Config,
-    spec: ModelSpec,
     model: EmbeddingModel,
     engine: TrainEngine,
-    processor: ItemProcessor,
-    train_data: PairDataset,
-    val_data: PairDataset | None,
+    data: RunData,
     intervals: Intervals,
     folder: Path,
-    checkpoint: Path | None,
+    *,
+    step: int,
 ) -> Trainer:
-    step = load_checkpoint(engine.engine, checkpoint)["step"] if checkpoint else 0
-    data, run = config.data, config.run
+    """The trainer, ready to go on after ``step`` optimizer steps. Collective."""
+    training, loading, run = config.training, config.data, config.run
     sampler = GlobalBatchSampler(
-        len(train_data),
+        len(data.train),
         global_batch_size=config.training.batch_size * comm.world_size(),
         rank=comm.rank(),
         world_size=comm.world_size(),
@@ -208,27 +216,24 @@ def _build_trainer(
         num_steps=intervals.num_steps,
         start_step=step,
     )
-    settings = export_settings(config)
     trainer = Trainer(
         engine=engine,
         model=model,
         loader=build_loader(
-            train_data,
+            data.train,
             sampler,
-            num_workers=data.num_workers,
-            prefetch_factor=data.prefetch_factor,
-            pin_memory=data.pin_memory,
-            persistent_workers=data.persistent_workers,
+            num_workers=loading.num_workers,
+            prefetch_factor=loading.prefetch_factor,
+            pin_memory=loading.pin_memory,
+            persistent_workers=loading.persistent_workers,
         ),
-        processor=processor,
+        processor=data.processor,
         loss_function=build_loss(
             config.loss.loss_type,
             temperature=config.loss.temperature,
             bidirectional=config.loss.loss_bidirectional,
         ),
-        chunk_size=config.training.gradient_cache_chunk_size
-        if config.training.use_gradient_cache
-        else None,
+        chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
         intervals=intervals,
         tracker=build_tracker(
             run.report_to,
@@ -239,33 +244,48 @@ def _build_trainer(
         )
         if comm.is_main()
         else None,
-        save=lambda step: save_checkpoint(
-            engine.engine,
-            output_dir=folder,
-            step=step,
-            state={},
-            describe=lambda place: describe_model(
-                place, model=model, processor=processor, settings=settings
-            ),
-        ),
-        evaluate=None
-        if val_data is None
-        else lambda: evaluate_retrieval(
-            val_data,
-            embed=trainer.embed,
-            batch_size=run.eval_batch_size or config.training.batch_size,
-            recall_k=run.eval_recall_k,
-            num_workers=data.num_workers,
-        ),
+        save=functools.partial(_save, config, model, engine, data.processor, folder),
+        evaluate=None if data.val is None else lambda: _evaluate(config, data, trainer),
         step=step,
-        pin_memory=data.pin_memory,
+        pin_memory=loading.pin_memory,
     )
-    if config.training.gradient_self_test:
-        _self_test(trainer, train_data, precision=config.model.precision)
     return trainer
 
 
-def _self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
+def _save(
+    config: Config,
+    model: EmbeddingModel,
+    engine: TrainEngine,
+    processor: ItemProcessor,
+    folder: Path,
+    step: int,
+) -> Path:
+    settings = export_settings(config)
+    return save_checkpoint(
+        engine.engine,
+        output_dir=folder,
+        step=step,
+        state={},
+        describe=lambda place: describe_model(
+            place, model=model, processor=processor, settings=settings
+        ),
+    )
+
+
+def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, float]:
+    assert data.val is not None
+    return evaluate_retrieval(
+        data.val,
+        embed=trainer.embed,
+        batch_size=config.run.eval_batch_size or config.training.batch_size,
+        recall_k=config.run.eval_recall_k,
+        num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        judgments=data.judgments,
+    )
+
+
+def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
     first = comm.rank() * SELF_TEST_PAIRS
     batch = collate([data[index % len(data)] for index in range(first, first + SELF_TEST_PAIRS)])

