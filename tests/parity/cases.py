@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from vembed_ds.distributed import comm
 from vembed_ds.engine.activation import enable_activation_checkpointing
 from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import GradientError
 from vembed_ds.losses import LossInputs, build_loss
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.gradient_cache import compute_gradient
+from vembed_ds.steps.self_test import check_gradient
 
 
 def train(
@@ -159,3 +162,49 @@ def _backbones(model: EmbeddingModel) -> list[torch.nn.Module]:
         if hasattr(encoder, "backbone")
         else [t.backbone for t in encoder.towers.values()]
     )
+
+
+def self_test(
+    *, folder: str, ds_config: dict[str, Any], fault: str | None = None, kind: str = "clip"
+) -> dict[str, Any]:
+    """Run the start-up self-test, then two steps; ``fault`` breaks the schedule first."""
+    model = make_model(Path(folder), kind=kind, temperature=0.1)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
+    if fault == "repeated backward":
+        engine.reduce_once = contextlib.nullcontext  # every backward reduces by itself
+    if fault == "batch statistics":
+        model.encoder.backbone.visual_projection.register_forward_hook(
+            lambda module, inputs, output: output - output.mean(dim=0)
+        )
+    loss_function = build_loss("infonce", temperature=0.1, bidirectional=True)
+    torch.manual_seed(comm.rank())
+    model.train()
+    state = torch.get_rng_state()
+    try:
+        difference = check_gradient(
+            engine,
+            {role: items[:3] for role, items in rank_roles(kind, 0).items()},
+            loss_function=lambda rows, scale: loss_function(
+                LossInputs(rows["query"], rows["positive"], scale)
+            ),
+            pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
+            streams=model.streams,
+            trainable=model.trainable,
+            fillers={},
+            tolerance=1e-3,
+        )
+    except GradientError as error:
+        return {"error": str(error)}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    losses, norms = [], []
+    for step in range(3):
+        losses.append(train_step(engine, model, kind, step, 3, True, 0.1))
+        norms.append(float(engine.step()))
+    return {
+        "difference": difference,
+        "losses": losses,
+        "norms": norms,
+        "after": whole_parameters(engine),
+    }

@@ -14,7 +14,6 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.references import resolve_model_reference
 
 BackboneKind = Literal["text", "image", "two_tower"]
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def load_backbone(
             model = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
         else:
             model = AutoModel.from_config(_scratch_config(source), dtype=torch.float32, **options)
-    except LOADING_ERRORS as error:
+    except Exception as error:  # transformers raises anything for a wrong config
         raise _not_loadable(source, error) from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # no generation here; the cache would only cost memory
@@ -78,7 +77,7 @@ def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Modu
             config = _scratch_config(source)
         with torch.device("meta"):
             return AutoModel.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
-    except LOADING_ERRORS as error:
+    except Exception as error:  # transformers raises anything for a wrong config
         raise _not_loadable(source, error) from error
 
 
