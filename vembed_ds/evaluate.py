@@ -233,7 +233,8 @@ def read_before(path: Path) -> dict[str, float]:
             f"--before {path}: holds no metrics; give a file that --output wrote, "
             'or {"recall@1": 0.1, ...}'
         )
-    return {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    # A line of metrics.jsonl also says at which step it was measured.
+    return {name.removeprefix("eval/"): v for name, v in metrics.items() if name != "step"}
 
 
 def report(

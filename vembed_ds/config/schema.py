@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-COLUMN_ROLES = ("query", "query_image", "positive", "positive_image", "negatives", "label")
+COLUMN_ROLES = ("query", "query_image", "positive", "positive_image")
 
 ALIASES = {"model_name_or_path": "model_name", "learning_rate": "lr"}
 """Other spellings of a key, as vembed-factory's files have them, to the key's name here."""

@@ -32,6 +32,9 @@ COLUMN_CANDIDATES: dict[tuple[str, Stream], tuple[tuple[str, ...], tuple[str, ..
 }
 
 
+NEGATIVES = "negatives"
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One thing to embed: a text or an image.
@@ -69,7 +72,7 @@ class RecordReader:
 
     Raises:
         ConfigError: When the retrieval mode is not one of the four.
-        DataError: When a column is missing.
+        DataError: When a column is missing, or one is there that would be ignored.
     """
 
     def __init__(
@@ -81,6 +84,11 @@ class RecordReader:
         image_root: str,
         origin: str,
     ) -> None:
+        if NEGATIVES in columns:
+            raise DataError(
+                f"{origin}: column {NEGATIVES!r}: explicit negatives are not trained on in this "
+                "version, and nothing is dropped in silence; remove or rename the column"
+            )
         self.origin = origin
         self.image_root = image_root
         self.streams = _streams(retrieval_mode)

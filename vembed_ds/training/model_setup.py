@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from vembed_ds.config.schema import Config, ModelConfig, ScratchModel
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
@@ -39,12 +41,19 @@ def model_spec(config: ModelConfig) -> ModelSpec:
 def setup_model(config: Config, spec: ModelSpec) -> EmbeddingModel:
     """The model to train, in float32 on the host; the same on every rank for the same seed."""
     model = config.model
-    return build_model(
+    built = build_model(
         spec,
         freeze={"text": model.freeze_text_encoder, "image": model.freeze_image_encoder},
         freeze_batch_norm=model.freeze_batch_norm,
         init_temperature=config.loss.temperature if config.loss.learnable_temperature else None,
     )
+    if model.precision != "fp32" and any(isinstance(m, _BatchNorm) for m in built.modules()):
+        # DeepSpeed casts weights and keeps statistics in float32; batch_norm refuses the mix.
+        raise ConfigError(
+            f"precision={model.precision}: the model has batch normalisation, whose statistics "
+            "stay float32 beside 16-bit weights; use precision: fp32"
+        )
+    return built
 
 
 def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str]) -> ItemProcessor:

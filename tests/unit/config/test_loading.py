@@ -226,8 +226,7 @@ def test_a_broken_list_in_an_override(base):
         (
             "column_mapping",
             {"qury": "a"},
-            "unknown role 'qury'; expected one of query, query_image, positive, positive_image, "
-            "negatives, label",
+            "unknown role 'qury'; expected one of query, query_image, positive, positive_image",
         ),
         (
             "image_augmentation",

@@ -137,3 +137,14 @@ def test_image_of_wrong_type_is_an_error(value: object) -> None:
     kind = type(value).__name__
     with pytest.raises(DataError, match=rf"column 'image': .* is {kind}, not an image"):
         reader(["query", "image"], mode="t2i").read({"query": "a", "image": value}, 7)
+
+
+def test_explicit_negatives_are_refused_rather_than_dropped() -> None:
+    with pytest.raises(DataError, match="column 'negatives': explicit negatives are not trained"):
+        RecordReader(
+            ["query", "positive", "negatives"],
+            retrieval_mode="t2t",
+            column_mapping={},
+            image_root="",
+            origin="pairs.jsonl",
+        )

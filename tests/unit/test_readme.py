@@ -1,0 +1,31 @@
+"""The README says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vembed_ds.config.schema import SECTION_OF
+from vembed_ds.config.table import render_table
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_config_table_is_the_generated_one() -> None:
+    assert render_table().strip() in README
+
+
+def test_every_key_of_the_yaml_example_exists() -> None:
+    example = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert example is not None
+    keys = re.findall(r"^(\w+):", example[1], re.MULTILINE)
+    assert len(keys) > 8
+    assert set(keys) <= set(SECTION_OF)
+
+
+def test_every_file_it_names_exists() -> None:
+    named = set(re.findall(r"(?:ds_configs|launch|examples|docs|tests)/[\w./-]+", README))
+    assert {"launch/quickstart.sh", "launch/test.sh", "ds_configs/zero2.json"} <= named
+    for name in named:
+        assert (ROOT / name.rstrip(".")).exists(), name
