@@ -57,9 +57,10 @@ def test_shipped_files_resolve_and_deepspeed_accepts_them(path, precision, world
 
     raw = load_ds_config(path)
     if (path.stem, precision) == ("zero0", "fp16"):
-        assert "DeepSpeed divides by the loss scale" in problems_of(
-            raw, precision=precision, fp16_supported=True
-        )[0]
+        assert (
+            "DeepSpeed divides by the loss scale"
+            in problems_of(raw, precision=precision, fp16_supported=True)[0]
+        )
         return
     config = resolve(raw, world_size=world_size, precision=precision, fp16_supported=True)
     assert json.loads(json.dumps(config)) == config
