@@ -8,7 +8,7 @@ out=output/emoji
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$((gpus > 0 ? gpus : 2))
 if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
-batch=$((128 / ranks > 0 ? 128 / ranks : 1)) # 128 pairs in the loss, whatever the number of ranks
+batch=$(((128 + ranks - 1) / ranks)) # about 128 pairs in the loss, whatever the number of ranks
 
 echo "== Training on $ranks $([ "$gpus" -gt 0 ] && echo GPUs || echo CPU ranks)"
 started=$SECONDS

@@ -9,5 +9,13 @@ export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extension
 ruff format --check .
 ruff check .
 mypy
-python -c "from vembed_ds.engine.extensions import prepare_extensions; prepare_extensions()"
+python - <<'PYTHON'
+from vembed_ds.engine.extensions import prepare_extensions
+prepare_extensions(
+    {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": False}},
+    }
+)
+PYTHON
 python -m pytest "$@"

@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
         sys.stderr.flush()
         return EXIT_ERROR
+    except Exception:
+        sys.stderr.write(f"vembed_ds: rank {comm.rank()} ended by an unexpected error:\n")
+        raise
     finally:
         comm.shutdown()
     return 0
@@ -59,6 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config_override",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="values that win over the YAML file",
@@ -74,17 +78,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _start(timeout_minutes: float) -> None:
-    """Pick this rank's device, prepare compiled extensions, and join the other ranks."""
+    """Pick this rank's device, or its share of the cores, and join the other ranks."""
+    import torch
     from deepspeed.accelerator import get_accelerator
 
     from vembed_ds.distributed import comm
-    from vembed_ds.engine.extensions import prepare_extensions
 
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(comm.local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Every rank would start a thread per core, and they would wait for each other.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // comm.local_world_size()))
     comm.init_distributed(device_type=accelerator.device_name(), timeout_minutes=timeout_minutes)
-    prepare_extensions()
     level = logging.INFO if comm.is_main() else logging.ERROR
     logging.getLogger("vembed_ds").setLevel(level)
 

@@ -191,3 +191,14 @@ def test_output_dir_that_is_a_file(
 def test_yaml_that_is_no_mapping(fails: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text(yaml.safe_dump([1, 2]))
     fails(str(tmp_path / "list.yaml"), r"list\.yaml")
+
+
+@pytest.mark.parametrize("index", [4, 5])
+def test_a_blank_text_in_one_ranks_share(
+    fails: Callable[..., None], make_config: MakeConfig, pairs: Path, tmp_path: Path, index: int
+) -> None:
+    lines = pairs.read_text().splitlines()
+    lines[index] = json.dumps({"query": "  ", "positive": "0.png"})
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    config = make_config(data_path=str(tmp_path / "data.jsonl"), val_data_path=None)
+    fails(config, rf"record {index}, column 'query'")

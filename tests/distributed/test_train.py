@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed.conftest import ROOT
 from tests.worlds import World
+from vembed_ds import Encoder, convert, evaluate
 
 RUN = "tests.distributed.train_cases:run_train"
 
@@ -118,7 +120,7 @@ def test_resume_refuses_another_stage(
     config = make_config(max_steps=1, warmup_ratio=0.0)
     run(world(2), config, 1)
     for answer in world(2).run(RUN, config=config, ds_config=ds_file(2), resume="auto"):
-        assert "zero_stage=1, this run has 2" in answer["error"]
+        assert "zero_stage was 1, is 2" in answer["error"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -158,3 +160,52 @@ def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
         assert (out / "frozen_text_features").exists() == cached
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     assert len(losses[True]) == 5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_converted_model_scores_as_the_trained_one(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    pairs: Path,
+    tmp_path: Path,
+    stage: int,
+) -> None:
+    out = tmp_path / "out"
+    trained = run(world(2), make_config(), stage)[0]["metrics"]
+    assert convert.main([str(out), str(out / "model")]) == 0
+    report = out / "report.json"
+    command = ["--model", str(out / "model"), "--data_path", str(pairs), "--output", str(report)]
+    assert evaluate.main([*command, "--config_override", "num_workers=0"]) == 0
+    scores = json.loads(report.read_text())["metrics"]
+    assert {f"eval/{name}": value for name, value in scores.items()} == pytest.approx(trained)
+
+
+def test_the_encoder_of_the_readme(
+    world: Callable[[int], World], make_config: Callable[..., str], pairs: Path, tmp_path: Path
+) -> None:
+    run(world(2), make_config(max_steps=1, warmup_ratio=0.0), 3)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    encoder = Encoder(tmp_path / "model")
+    texts = encoder.encode_text(["a grey cat", "a red car"])
+    images = encoder.encode_image([str(pairs.parent / "0.png")])
+    scores = texts @ images.T
+    assert scores.shape == (2, 1)
+    assert np.linalg.norm(texts, axis=1) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_resume_refuses_another_run(
+    world: Callable[[int], World], make_config: Callable[..., str]
+) -> None:
+    run(world(2), make_config(max_steps=1, warmup_ratio=0.0), 1)
+    other = make_config(max_steps=1, warmup_ratio=0.0, batch_size=2, seed=7)
+    for answer in world(2).run(RUN, config=other, ds_config=ds_file(1), resume="auto"):
+        assert "batch_size was 4, is 2; seed was 42, is 7" in answer["error"]
+
+
+def test_trackers_are_checked_before_the_model(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    # Rank 0 alone opens the trackers; the other must not wait for it.
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    for answer in world(2).run(RUN, config=make_config(), ds_config=ds_file(1)):
+        assert "metrics.jsonl" in answer["error"]

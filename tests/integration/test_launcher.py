@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,3 +61,52 @@ def test_a_mistake_ends_every_rank_with_its_message_and_an_exit_code(tmp_path: P
     assert "vembed_ds: rank 0: ConfigError: " in done.stderr
     assert "graident_cache" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_overrides_may_be_given_in_several_flags(tmp_path: Path) -> None:
+    done = launch(
+        *("--ds_config", "ds_configs/zero2.json", "--config", "examples/emoji/t2i.yaml"),
+        *("--config_override", "first_typo=1"),
+        *("--config_override", "second_typo=1", f"output_dir={tmp_path}"),
+        port=29_611,
+    )
+    assert "first_typo" in done.stderr
+    assert "second_typo" in done.stderr
+
+
+def test_a_killed_run_ends_and_resumes_with_the_losses_of_an_uninterrupted_one(
+    tmp_path: Path,
+) -> None:
+    table = pq.read_table(ROOT / "examples" / "emoji" / "noto.parquet")
+    pq.write_table(table.slice(0, 320), tmp_path / "data.parquet")
+    arguments = [
+        *("--ds_config", "ds_configs/zero2.json", "--config", "examples/emoji/t2i.yaml"),
+        *("--config_override", "val_data_path=null", "eval_steps=0", "max_steps=9"),
+        *("warmup_steps=2", "logging_steps=1", "batch_size=32", "save_steps=3", "num_workers=1"),
+        *("gradient_self_test=false", f"data_path={tmp_path / 'data.parquet'}"),
+    ]
+    whole = launch(*arguments, f"output_dir={tmp_path / 'whole'}", port=29_620)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    command = [*TRAIN[:5], "--master_port", "29621", *TRAIN[5:], *arguments]
+    command.append(f"output_dir={tmp_path / 'killed'}")
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    started = time.monotonic()
+    while not (tmp_path / "killed" / "latest").exists():
+        assert running.poll() is None, "ended before its first checkpoint"
+        assert time.monotonic() - started < 240
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-KILL", "-f", f"local_rank=1.*{tmp_path / 'killed'}"], check=True)
+    assert running.wait(timeout=90) != 0
+
+    resumed = launch(
+        *arguments, f"output_dir={tmp_path / 'killed'}", "--resume", "auto", port=29_622
+    )
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resuming from" in resumed.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}

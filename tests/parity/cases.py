@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
 
 from tests.parity import data
 from tests.parity.reference import PROJECTION
@@ -17,6 +18,8 @@ from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.engine.activation import enable_activation_checkpointing
 from vembed_ds.engine.initialize import initialize_engine
+from vembed_ds.engine.param_groups import build_param_groups
+from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import GradientError
 from vembed_ds.losses import LossInputs, build_loss
@@ -37,16 +40,21 @@ def train(
     bidirectional: bool,
     temperature: float,
     checkpointing: str | None = None,
+    weight_decay: float | None = None,
+    cosine: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Train as the project does; losses, norms, and whole parameters after the last step."""
+    """Train as the project does; losses, norms, and whole parameters after the last step.
+
+    ``weight_decay`` sorts the parameters into the project's groups; ``None``: one group.
+    ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
+    """
     if ds_config["fp16"]["enabled"]:
         _pretend_fp16_support()
     model = make_model(Path(folder), kind=kind, temperature=temperature)
     if checkpointing:
         for backbone in _backbones(model):
             enable_activation_checkpointing(backbone, mechanism=checkpointing, ds_config=ds_config)
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
+    engine = make_engine(model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine)
     torch.manual_seed(comm.rank())
     model.train()
     losses, norms = [], []
@@ -57,6 +65,24 @@ def train(
     after = whole_parameters(engine)
     engine.engine.destroy()
     return {"losses": losses, "norms": norms, "after": after}
+
+
+def make_engine(
+    model: EmbeddingModel,
+    *,
+    ds_config: dict[str, Any],
+    weight_decay: float | None = None,
+    cosine: tuple[int, int] | None = None,
+) -> TrainEngine:
+    """The project's engine; see `train`."""
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if weight_decay is not None:
+        groups = build_param_groups(model, weight_decay=weight_decay)
+    schedule = None
+    if cosine:
+        warm_up, total = cosine
+        schedule = build_schedule("cosine", num_steps=total, warmup_steps=warm_up, warmup_ratio=0.0)
+    return initialize_engine(model, ds_config=ds_config, param_groups=groups, schedule=schedule)
 
 
 def train_step(
@@ -208,3 +234,70 @@ def self_test(
         "norms": norms,
         "after": whole_parameters(engine),
     }
+
+
+def sum_chunks(*, folder: str, kind: str, ds_config: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """One step of one-item chunks; per trained parameter, all float32:
+
+    ``reduced``: what the engine would step with. ``summed``: the gradients of this rank's chunks,
+    as autograd hands them over in 16 bit, summed in float32. ``rounded``: the same, rounded to 16
+    bit after every chunk, as plain accumulation in ``.grad`` does.
+    """
+    model = make_model(Path(folder), kind=kind, temperature=0.1)
+    engine = make_engine(model, ds_config=ds_config)
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    chunks: list[list[Tensor]] = [[] for _ in trained]
+    for seen, parameter in zip(chunks, trained, strict=True):
+        parameter.register_hook(lambda grad, seen=seen: seen.append(grad.detach().clone()))
+    model.train()
+    train_step(engine, model, kind, 0, 1, True, 0.1)
+    found = [
+        {
+            "reduced": reduced.clone(),
+            "summed": sum((grad.float() for grad in seen), torch.zeros_like(reduced)),
+            "rounded": sum(seen, torch.zeros_like(reduced, dtype=torch.bfloat16)).float(),
+        }
+        for reduced, seen in zip(engine.full_gradients(), chunks, strict=True)
+    ]
+    engine.engine.destroy()
+    return found
+
+
+def overflow(
+    *, folder: str, kind: str, ds_config: dict[str, Any], steps: int, cosine: tuple[int, int]
+) -> dict[str, Any]:
+    """Train in fp16, repeating every step until its gradient does not overflow.
+
+    Returns:
+        ``attempts``: per call of ``engine.step()`` its norm, and loss scale, next learning rate
+        and whether a weight (fp32 or fp16) changed behind it. ``after``: as `train` has it.
+    """
+    _pretend_fp16_support()
+    model = make_model(Path(folder), kind=kind, temperature=0.1)
+    engine = make_engine(model, ds_config=ds_config, cosine=cosine)
+    model.train()
+    attempts = []
+    done = 0
+    while done < steps:
+        before = _all_weights(engine)
+        train_step(engine, model, kind, done, 3, True, 0.1)
+        norm = engine.step()
+        done += norm is not None
+        same = map(torch.equal, before, _all_weights(engine))
+        attempts.append(
+            {
+                "norm": None if norm is None else float(norm),
+                "scale": float(engine.engine.optimizer.loss_scale),
+                "rate": engine.learning_rate(),
+                "changed": not all(same),
+            }
+        )
+    after = whole_parameters(engine)
+    engine.engine.destroy()
+    return {"attempts": attempts, "after": after}
+
+
+def _all_weights(engine: TrainEngine) -> list[Tensor]:
+    """Copies of the whole float32 weights and of what this rank holds of the 16-bit ones."""
+    held = [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
+    return [*whole_parameters(engine).values(), *held]

@@ -65,6 +65,8 @@ def train_plain(
     temperature: float,
     dropout_plan: tuple[int, int] | None,
     dtype: torch.dtype = torch.float32,
+    decay_matrices_only: bool = False,
+    cosine: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Train ``steps`` steps; losses, gradient norms, and every parameter before and after.
 
@@ -72,6 +74,8 @@ def train_plain(
     be drawn, so every chunk of every rank is embedded under its rank's stream of random
     numbers. Nothing else is distributed about it: all graphs are kept and the loss is computed
     once, on all rows. Without dropout the batch is embedded at once.
+
+    ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
     """
     model = PlainModel(folder, kind=kind, temperature=temperature)
     model.train()
@@ -82,7 +86,8 @@ def train_plain(
     masters = {n: p if dtype == torch.float32 else p.detach().float() for n, p in trained.items()}
     before = {name: p.detach().clone() for name, p in masters.items()}
     settings = dict(optimizer)
-    stepper = getattr(torch.optim, settings.pop("type"))(list(masters.values()), **settings)
+    groups = _groups(masters, decay_matrices_only=decay_matrices_only)
+    stepper = getattr(torch.optim, settings.pop("type"))(groups, **settings)
     rng: dict[int, Tensor] = {}
     losses, norms = [], []
     for step in range(steps):
@@ -109,12 +114,33 @@ def train_plain(
         norms.append(float(nn.utils.get_total_norm([p.grad for p in masters.values()])))
         if max_grad_norm:
             nn.utils.clip_grad_norm_(masters.values(), max_grad_norm)
+        if cosine:
+            for group in stepper.param_groups:
+                group["lr"] = optimizer["lr"] * _warm_up_cosine(step, *cosine)
         stepper.step()
         for name, parameter in trained.items():
             parameter.data.copy_(masters[name].data)
         losses.append(float(loss.detach()))
     after = {name: p.detach().clone() for name, p in masters.items()}
     return {"losses": losses, "norms": norms, "before": before, "after": after}
+
+
+def _groups(masters: dict[str, Tensor], *, decay_matrices_only: bool) -> list[dict[str, Any]]:
+    if not decay_matrices_only:
+        return [{"params": list(masters.values())}]
+    # A class token [1, 1, D], a bias, a norm and the temperature are no matrices.
+    matrices = [n for n, p in masters.items() if sum(size > 1 for size in p.shape) >= 2]
+    others = [n for n in masters if n not in matrices]
+    return [
+        {"params": [masters[n] for n in matrices]},
+        {"params": [masters[n] for n in others], "weight_decay": 0.0},
+    ]
+
+
+def _warm_up_cosine(step: int, warm_up: int, total: int) -> float:
+    if step < warm_up:
+        return step / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up))) / 2
 
 
 def _embed(

@@ -47,17 +47,21 @@ def save_checkpoint(
     engine.save_checkpoint(
         str(output_dir), tag=folder.name, client_state=dict(_UNIVERSAL), save_latest=False
     )
-    torch.save(_random_state(), folder / f"random_state_rank_{comm.rank()}.pt")
-    if comm.is_main():
-        describe(folder / "model")
-        facts = {"world_size": comm.world_size(), "zero_stage": engine.zero_optimization_stage()}
-        (folder / STATE).write_text(json.dumps({"step": step, **facts, **state}, indent=2))
-    comm.barrier()
-    if comm.is_main():
-        pointer = output_dir / f"{LATEST}.tmp"
-        pointer.write_text(folder.name)
-        pointer.replace(output_dir / LATEST)
-    comm.barrier()
+    facts = {
+        "step": step,
+        "world_size": comm.world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        **state,
+    }
+
+    def write_own_files() -> None:
+        torch.save(_random_state(), _random_file(folder))
+        if comm.is_main():
+            describe(folder / "model")
+            (folder / STATE).write_text(json.dumps(facts, indent=2))
+
+    comm.run_together(write_own_files, doing=f"writing {folder}")
+    comm.run_together(lambda: _point_at(folder), doing=f"writing {output_dir / LATEST}")
     return folder
 
 
@@ -91,33 +95,65 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     )
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Put everything back that :func:`save_checkpoint` wrote. Collective.
+def check_resumable(folder: Path, *, zero_stage: int, state: Mapping[str, Any]) -> int:
+    """Refuse a checkpoint of another run before a model is loaded. Collective.
+
+    Args:
+        folder: From :func:`find_checkpoint`.
+        zero_stage: Of this run.
+        state: What this run would pass to :func:`save_checkpoint`.
 
     Returns:
-        The state, with ``step``.
+        Optimizer steps that the checkpoint has done.
 
     Raises:
-        CheckpointError: It was written by another number of ranks or ZeRO stage, or is incomplete.
+        CheckpointError: On every rank: another number of ranks, ZeRO stage, or anything else
+            that decides which samples come next; or a file is missing.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    now = {"world_size": comm.world_size(), "zero_stage": engine.zero_optimization_stage()}
-    for key, value in now.items():
-        if state[key] != value:
+
+    def check() -> int:
+        saved: dict[str, Any] = json.loads((folder / STATE).read_text())
+        now = {"world_size": comm.world_size(), "zero_stage": zero_stage, **state}
+        changed = [
+            f"{key} was {saved.get(key)!r}, is {value!r}"
+            for key, value in now.items()
+            if saved.get(key) != value
+        ]
+        if changed:
             raise CheckpointError(
-                f"{folder}: was written with {key}={state[key]}, this run has {value}; "
-                "resume with the same number of ranks and ZeRO stage"
+                f"{folder}: belongs to another run: {'; '.join(changed)}; resume with what it was "
+                "written with, or start afresh from its converted model"
             )
+        if not _random_file(folder).is_file():
+            raise CheckpointError(f"{_random_file(folder)}: missing; the checkpoint is incomplete")
+        return int(saved["step"])
+
+    return comm.run_together(check, doing=f"reading {folder}")
+
+
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Put everything back that :func:`save_checkpoint` wrote. Collective.
+
+    Raises:
+        CheckpointError: DeepSpeed found nothing to load.
+    """
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(
             f"{folder}: DeepSpeed found nothing to load; the folder is incomplete"
         )
-    mine = folder / f"random_state_rank_{comm.rank()}.pt"
-    if not mine.is_file():
-        raise CheckpointError(f"{mine}: missing; the checkpoint is incomplete")
-    _restore_random_state(torch.load(mine, weights_only=True))
-    return state
+    _restore_random_state(torch.load(_random_file(folder), weights_only=True))
+
+
+def _point_at(folder: Path) -> None:
+    if comm.is_main():
+        pointer = folder.parent / f"{LATEST}.tmp"
+        pointer.write_text(folder.name)
+        pointer.replace(folder.parent / LATEST)
+
+
+def _random_file(folder: Path) -> Path:
+    return folder / f"random_state_rank_{comm.rank()}.pt"
 
 
 def _random_state() -> dict[str, Any]:

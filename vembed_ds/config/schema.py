@@ -110,7 +110,8 @@ class ModelConfig(Section):
         default=None, description="Image tower of a composed encoder."
     )
     pooling_method: Literal["cls", "mean", "last_token", "pooler"] | None = Field(
-        default=None, description="How token states become one vector; null: by model family."
+        default=None,
+        description="How token states become one vector (composed: of the text tower); null: by model family.",
     )
     projection_dim: PositiveInt | None = Field(
         default=None, description="Width of the projection; null: none, or 512 when composed."
@@ -141,9 +142,6 @@ class ModelConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Number format of weights and activations."
     )
-    trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with the model."
-    )
 
 
 class DataConfig(Section):
@@ -168,7 +166,8 @@ class DataConfig(Section):
     )
     pin_memory: bool = Field(default=True, description="Page-locked batches, for faster copies.")
     persistent_workers: bool = Field(
-        default=True, description="Keep loader processes between epochs."
+        default=True,
+        description="Accepted from vembed-factory; one loader serves the whole run anyway.",
     )
     image_augmentation: Augmentations = Field(
         default=(), description="Kornia classes in order: `[{ClassName: {argument: value}}, ...]`."
@@ -206,7 +205,8 @@ class OptimizerConfig(Section):
         default=0.1, description="Share of all steps that warm up."
     )
     warmup_steps: NonNegativeInt = Field(
-        default=0, description="Warm-up steps; above 0 it wins over warmup_ratio."
+        default=0,
+        description="Warm-up steps; above 0 it wins over warmup_ratio. `constant` has no warm-up.",
     )
 
 

@@ -82,6 +82,11 @@ def _warmup(config: Config) -> Iterator[str]:
             f"warmup_steps={warmup}: must be below max_steps={total}; "
             "the learning rate would never be reached"
         )
+    if warmup and config.optimizer.scheduler_type == "constant":
+        yield (
+            f"warmup_steps={warmup}: scheduler_type=constant has no warm-up; "
+            "set scheduler_type=constant_with_warmup, or remove warmup_steps"
+        )
 
 
 def _augmentation(config: Config) -> Iterator[str]:
@@ -163,7 +168,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     ((*MODEL_KEYS, "encoder_mode"), _encoders),
     (MODEL_KEYS, _references),
     (("projection_layers", "projection_dim", *MODEL_KEYS, "encoder_mode"), _projection),
-    (("warmup_steps", "max_steps"), _warmup),
+    (("warmup_steps", "max_steps", "scheduler_type"), _warmup),
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
     (("eval_steps", "val_data_path"), _evaluation),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from vembed_ds.errors import DistributedError, VembedError
+
+T = TypeVar("T")
 
 
 def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
@@ -38,11 +40,6 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def is_initialized() -> bool:
-    """Whether this process is part of a process group."""
-    return dist.is_initialized()
-
-
 def rank() -> int:
     """Global rank; 0 in a plain process. Before start-up, what the launcher announced."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
@@ -51,6 +48,12 @@ def rank() -> int:
 def local_rank() -> int:
     """Rank on this machine, which is the index of the device to use."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine, as the launcher announced it."""
+    # The DeepSpeed launcher and torchrun have a name each.
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def world_size() -> int:
@@ -114,6 +117,46 @@ def raise_together(error: VembedError | None) -> None:
         raise error
     failed = next(rank for rank, found in enumerate(errors) if found is not None)
     raise DistributedError(f"rank {failed} failed: {errors[failed]}") from errors[failed]
+
+
+def run_together(action: Callable[[], T], *, doing: str) -> T:
+    """Run ``action`` on this rank; when it fails on any rank, every rank raises.
+
+    Collective: for work in which one rank can fail alone (its files, its share of the data),
+    and the others would wait for it. ``action`` itself must not be collective.
+
+    Args:
+        action: What to do.
+        doing: Words for the message of a failing file operation, such as "writing x".
+
+    Raises:
+        VembedError: On every rank, when ``action`` raised it or an ``OSError`` on any.
+    """
+    error: VembedError | None = None
+    result: Any = None
+    try:
+        result = action()
+    except VembedError as found:
+        error = found
+    except OSError as found:
+        error = VembedError(f"{doing}: {found}")
+    raise_together(error)
+    return cast(T, result)
+
+
+def require_equal(value: Any, *, what: str) -> None:
+    """Raise on every rank unless all have the same ``value``. Collective.
+
+    Raises:
+        DistributedError: Naming what differs, and two ranks with their values.
+    """
+    values = all_gather_objects(value)
+    for other, found in enumerate(values):
+        if found != values[0]:
+            raise DistributedError(
+                f"{what}: rank 0 has {values[0]!r}, rank {other} has {found!r}; "
+                "every rank must see the same files"
+            )
 
 
 def _describe_world_of_one() -> None:

@@ -93,9 +93,12 @@ def default_pooling(backbone: nn.Module) -> str:
 
     A causal language model has seen the whole text only at the last token; a convolutional
     backbone has no tokens, so its own pooled output is used; the rest have a first token.
+
+    Raises:
+        ConfigError: A text model that does not run on token ids alone.
     """
-    if _is_causal(backbone):
-        return "last_token"
+    if kind_of(backbone) == "text":
+        return "cls" if _first_token_sees_the_last(backbone) else "last_token"
     return "pooler" if _is_convolutional(backbone) else "cls"
 
 
@@ -129,9 +132,27 @@ def _scratch_config(source: BackboneSource) -> Any:
     return AutoConfig.for_model(model_type, **settings)
 
 
-def _is_causal(backbone: nn.Module) -> bool:
-    # Attention modules state it themselves; a CLIP text tower is causal too but pools its own.
-    return any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+def _vocabulary(backbone: nn.Module) -> int:
+    config: Any = backbone.config
+    return int(config.vocab_size)
+
+
+def _first_token_sees_the_last(backbone: nn.Module) -> bool:
+    """Whether changing the last token changes the first state; no list of families can say."""
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]]) % _vocabulary(backbone)
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            first = backbone.eval()(input_ids=ids).last_hidden_state[:, 0]
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{type(backbone).__name__}: does not embed a text by itself ({reason}); "
+            "not supported as a text encoder"
+        ) from error
+    finally:
+        backbone.train(training)
+    return float((first[0] - first[1]).norm()) > 1e-5 * float(first[0].norm())
 
 
 def _is_convolutional(backbone: nn.Module) -> bool:

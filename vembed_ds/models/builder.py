@@ -20,6 +20,7 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
 from vembed_ds.models.scalars import is_lifted, lift_scalars
 
+TEMPERATURES = ("logit_scale", "logit_bias")
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
 
 
@@ -142,6 +143,7 @@ def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
             f"pooling_method={spec.pooling['']}: {type(backbone).__name__} pools by itself; "
             "leave pooling_method out"
         )
+    _check_parts(backbone, spec.sources[""])
     width = getattr(backbone.config, "projection_dim", None) or embedding_width(backbone)
     projection = None
     if spec.projection_dim is not None:
@@ -149,6 +151,20 @@ def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
             int(width), spec.projection_dim, num_layers=spec.projection_layers or 1
         )
     return TwoTowerEncoder(backbone, projection=projection)
+
+
+def _check_parts(backbone: nn.Module, source: BackboneSource) -> None:
+    """Every weight must belong to a tower we know: else it is trained or frozen wrongly."""
+    known = {name for names in TwoTowerEncoder.PARTS.values() for name in names}
+    owners = {name.split(".")[0] for name, _ in backbone.named_parameters()}
+    missing = sorted({names[0] for names in TwoTowerEncoder.PARTS.values()} - owners)
+    unknown = sorted(owners - known - set(TEMPERATURES))
+    if missing or unknown:
+        raise ConfigError(
+            f"model {source.describe()}: {type(backbone).__name__} is not built like CLIP "
+            f"(missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}), "
+            "so its towers cannot be told apart; not supported"
+        )
 
 
 def _projection(backbone: nn.Module, dim: int | None, num_layers: int) -> nn.Module | None:
@@ -175,7 +191,7 @@ def _settle_own_temperature(encoder: TwoTowerEncoder, *, learned: bool) -> None:
     of the loss and must not move.
     """
     backbone = encoder.backbone
-    for name in ("logit_scale", "logit_bias"):
+    for name in TEMPERATURES:
         parameter = backbone._parameters.get(name)
         if parameter is None:
             continue
@@ -188,10 +204,11 @@ def _settle_own_temperature(encoder: TwoTowerEncoder, *, learned: bool) -> None:
 
 
 def _settle_batch_norm(model: EmbeddingModel, *, frozen: bool) -> None:
+    model.train()  # what is kept in evaluation stays there, and with it its stored statistics
     layers = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and any(p.requires_grad for p in module.parameters())
+        if isinstance(module, _BatchNorm) and module.training
     ]
     if not layers:
         return

@@ -79,6 +79,6 @@ class EmbeddingModel(nn.Module):
         """
         outputs = {stream: self.encoder(stream, chunk) for stream, chunk in inputs.items()}
         if self.logit_scale is not None:
-            # A view of its own: an output that *is* a parameter loses its engine hooks.
+            # A tensor of its own: an output that *is* a parameter loses its engine hooks.
             outputs[LOGIT_SCALE] = self.logit_scale * 1.0
         return outputs

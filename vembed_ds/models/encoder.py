@@ -102,7 +102,7 @@ class TwoTowerEncoder(nn.Module):
     """
 
     streams = ("text", "image")
-    _PARTS: ClassVar[dict[str, tuple[str, str]]] = {
+    PARTS: ClassVar[dict[str, tuple[str, str]]] = {
         "text": ("text_model", "text_projection"),
         "image": ("vision_model", "visual_projection"),
     }
@@ -115,7 +115,7 @@ class TwoTowerEncoder(nn.Module):
 
     def backbone_modules(self, stream: str) -> list[nn.Module]:
         """The modules of the backbone that only this stream uses."""
-        found = [getattr(self.backbone, name, None) for name in self._PARTS[stream]]
+        found = [getattr(self.backbone, name, None) for name in self.PARTS[stream]]
         return [module for module in found if isinstance(module, nn.Module)]
 
     def trainable(self, stream: str) -> bool:

@@ -34,7 +34,6 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         projection_dim=config.projection_dim,
         projection_layers=config.projection_layers,
         attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
     )
 
 
@@ -86,7 +85,6 @@ def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str
         max_length=config.model.max_seq_length,
         augmentation=_augmentation(config),
         text_model_type=_text_model_type(spec),
-        trust_remote_code=config.model.trust_remote_code,
     )
 
 

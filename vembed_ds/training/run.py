@@ -13,10 +13,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vembed_ds.checkpointing.export import describe_model
-from vembed_ds.checkpointing.store import find_checkpoint, load_checkpoint, save_checkpoint
+from vembed_ds.checkpointing.store import (
+    check_resumable,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import collate
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.data.loader import build_loader
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.sampler import GlobalBatchSampler, steps_per_epoch
@@ -24,11 +30,11 @@ from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
 from vembed_ds.engine.activation import enable_activation_checkpointing
 from vembed_ds.engine.ds_config import resolve_ds_config
+from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import ConfigError
 from vembed_ds.evaluation.retrieval import (
     Judgments,
     check_recall_k,
@@ -39,7 +45,7 @@ from vembed_ds.losses import build_loss
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
-from vembed_ds.tracking.trackers import build_tracker
+from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import build_dataset, check_records, open_source
 from vembed_ds.training.frozen_features import cache_text_features, has_frozen_text_tower
 from vembed_ds.training.model_setup import model_spec, setup_model, setup_processor
@@ -57,6 +63,7 @@ class RunData:
 
     processor: ItemProcessor
     train: PairDataset
+    fingerprint: str
     val: PairDataset | None = None
     judgments: Judgments | None = None
 
@@ -82,19 +89,60 @@ def train(
         VembedError: On every rank.
     """
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin)
-    checkpoint = None if resume is None else find_checkpoint(resume, Path(config.run.output_dir))
-    if resume == "auto" and checkpoint is None:
-        logger.warning("--resume auto: %s has no checkpoint; starting fresh", config.run.output_dir)
     spec = model_spec(config.model)
     data = setup_data(config, spec)
     intervals = plan_run(config, num_records=len(data.train))
-    folder = _prepare_output_together(config, ds_config, resuming=checkpoint is not None)
+    checkpoint, step = _choose_checkpoint(config, ds_config, data, intervals, resume)
+    folder = Path(config.run.output_dir)
+    tracker = comm.run_together(
+        lambda: _open_output(config, ds_config, resuming=checkpoint is not None, step=step),
+        doing=f"output_dir={config.run.output_dir!r}",
+    )
+    prepare_extensions(ds_config)
     model, engine = build_engine(config, spec, ds_config, data, intervals, folder)
-    step = load_checkpoint(engine.engine, checkpoint)["step"] if checkpoint else 0
-    trainer = build_trainer(config, model, engine, data, intervals, folder, step=step)
+    if checkpoint is not None:
+        load_checkpoint(engine.engine, checkpoint)
+    trainer = build_trainer(
+        config, model, engine, data, intervals, folder, tracker=tracker, step=step
+    )
     if config.training.gradient_self_test:
         self_test(trainer, data.train, precision=config.model.precision)
     return trainer.train()
+
+
+def _choose_checkpoint(
+    config: Config,
+    ds_config: Mapping[str, Any],
+    data: RunData,
+    intervals: Intervals,
+    resume: str | None,
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, and its step; ``(None, 0)`` for a fresh start."""
+    if resume is None:
+        return None, 0
+    checkpoint = comm.run_together(
+        lambda: find_checkpoint(resume, Path(config.run.output_dir)), doing=f"--resume {resume}"
+    )
+    comm.require_equal(checkpoint and checkpoint.name, what=f"--resume {resume}")
+    if checkpoint is None:
+        logger.warning("--resume auto: %s has no checkpoint; starting fresh", config.run.output_dir)
+        return None, 0
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    state = run_identity(config, data, intervals)
+    step = check_resumable(checkpoint, zero_stage=stage, state=state)
+    logger.info("resuming from %s, step %d of %d", checkpoint, step, intervals.num_steps)
+    return checkpoint, step
+
+
+def run_identity(config: Config, data: RunData, intervals: Intervals) -> dict[str, Any]:
+    """What decides which samples and rates come next; a resumed run must have the same."""
+    return {
+        "batch_size": config.training.batch_size,
+        "seed": config.training.seed,
+        "num_steps": intervals.num_steps,
+        "num_records": len(data.train),
+        "data_fingerprint": data.fingerprint,
+    }
 
 
 def fill_ds_config(config: Config, raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
@@ -125,13 +173,16 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
     processor = setup_processor(config, spec, needed=train_source.reader.streams)
     train_data = build_dataset(train_source, processor=processor, config=config)
     check_records(train_data)
+    comm.require_equal(len(train_data), what="number of records in data_path")
+    # One rank reads the whole data for it; the others' copies are compared by length.
+    digest = comm.all_gather_objects(fingerprint(train_data.table) if comm.is_main() else None)[0]
     if val_source is None:
-        return RunData(processor, train_data)
+        return RunData(processor, train_data, digest)
     val_data = build_dataset(val_source, processor=processor, config=config)
     check_records(val_data)
     judgments = read_judgments(val_data)
     check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=val_source.reader.origin)
-    return RunData(processor, train_data, val_data, judgments)
+    return RunData(processor, train_data, digest, val_data, judgments)
 
 
 def plan_run(config: Config, *, num_records: int) -> Intervals:
@@ -203,10 +254,11 @@ def build_trainer(
     intervals: Intervals,
     folder: Path,
     *,
+    tracker: Tracker | None,
     step: int,
 ) -> Trainer:
     """The trainer, ready to go on after ``step`` optimizer steps. Collective."""
-    training, loading, run = config.training, config.data, config.run
+    training, loading = config.training, config.data
     sampler = GlobalBatchSampler(
         len(data.train),
         global_batch_size=config.training.batch_size * comm.world_size(),
@@ -235,16 +287,16 @@ def build_trainer(
         ),
         chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
         intervals=intervals,
-        tracker=build_tracker(
-            run.report_to,
-            folder=folder,
-            run_name=run.run_name,
-            config=config.model_dump(mode="json"),
-            resume_step=step,
-        )
-        if comm.is_main()
-        else None,
-        save=functools.partial(_save, config, model, engine, data.processor, folder),
+        tracker=tracker,
+        save=functools.partial(
+            _save,
+            config,
+            model,
+            engine,
+            data.processor,
+            folder,
+            run_identity(config, data, intervals),
+        ),
         evaluate=None if data.val is None else lambda: _evaluate(config, data, trainer),
         step=step,
         pin_memory=loading.pin_memory,
@@ -258,6 +310,7 @@ def _save(
     engine: TrainEngine,
     processor: ItemProcessor,
     folder: Path,
+    state: Mapping[str, Any],
     step: int,
 ) -> Path:
     settings = export_settings(config)
@@ -265,7 +318,7 @@ def _save(
         engine.engine,
         output_dir=folder,
         step=step,
-        state={},
+        state=state,
         describe=lambda place: describe_model(
             place, model=model, processor=processor, settings=settings
         ),
@@ -304,20 +357,20 @@ def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
         logger.info("gradient self-test passed: chunking moves the gradient by %.1e", difference)
 
 
-def _prepare_output_together(
-    config: Config, ds_config: Mapping[str, Any], *, resuming: bool
-) -> Path:
-    error = None
-    if comm.is_main():
-        try:
-            prepare_output(config, ds_config, resuming=resuming)
-        except OSError as found:
-            error = ConfigError(
-                f"output_dir={config.run.output_dir!r}: cannot be written ({found}); "
-                "choose another folder"
-            )
-    comm.raise_together(error)
-    return Path(config.run.output_dir)
+def _open_output(
+    config: Config, ds_config: Mapping[str, Any], *, resuming: bool, step: int
+) -> Tracker | None:
+    """Folder and trackers of the run, on rank 0; before the model, so that mistakes show early."""
+    if not comm.is_main():
+        return None
+    run = config.run
+    return build_tracker(
+        run.report_to,
+        folder=prepare_output(config, ds_config, resuming=resuming),
+        run_name=run.run_name,
+        config=config.model_dump(mode="json"),
+        resume_step=step,
+    )
 
 
 def export_settings(config: Config) -> dict[str, Any]:

@@ -106,8 +106,12 @@ class Trainer:
         Returns:
             The last evaluation's metrics; empty without validation data.
         """
-        with logging_redirect_tqdm():
-            return self._train()
+        try:
+            with logging_redirect_tqdm():
+                return self._train()
+        finally:
+            if self.tracker is not None:
+                self.tracker.close()
 
     def _train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

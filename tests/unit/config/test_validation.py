@@ -101,6 +101,11 @@ ONLY_TOWERS = (
             "remove prefetch_factor, or set num_workers above 0",
         ),
         (
+            {"warmup_steps": 5, "scheduler_type": "constant"},
+            "warmup_steps=5: scheduler_type=constant has no warm-up; "
+            "set scheduler_type=constant_with_warmup, or remove warmup_steps",
+        ),
+        (
             {"num_workers": 0, "persistent_workers": True},
             "persistent_workers=True: has no effect with num_workers=0; "
             "remove persistent_workers, or set num_workers above 0",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vembed_ds.engine import ds_config
+from vembed_ds.engine import ds_keys
 from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
 from vembed_ds.errors import ConfigError
 
@@ -255,6 +255,16 @@ def test_auto_sizes_of_hugging_face_fall_back_to_deepspeed_defaults():
             "optimizer.params.fused=true (x.json): only torch's AdamW takes it; "
             'set torch_adam=true, or fused="auto"',
         ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"foreach": True, "torch_adam": False}}},
+            "optimizer.params.foreach=true (x.json): only torch's AdamW takes it; "
+            "set torch_adam=true, or remove it",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"foreach": True, "fused": True}}},
+            "optimizer.params.foreach=true with fused=true (x.json): torch runs one of them; "
+            "remove one",
+        ),
         ({"zero_optimizaton": {}}, "zero_optimizaton (x.json): not a DeepSpeed key; did you mean zero_optimization?"),
         ({"qqqq": {}}, "qqqq (x.json): not a DeepSpeed key; remove it"),
         (
@@ -271,11 +281,19 @@ def test_each_problem_by_its_message(raw, message):
     assert problems_of(raw) == [message]
 
 
-@pytest.mark.parametrize("kind", ["OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon", "MuonAdam"])
-def test_optimizers_with_their_own_communication(kind):
-    assert problems_of({"optimizer": {"type": kind}}) == [
-        f'optimizer.type="{kind}" (x.json): refused, its own communication or grouping is not '
-        "proven exact here; use AdamW"
+@pytest.mark.parametrize("kind", ["OneBitAdam", "Muon", "Lion", "Lamb", "RMSprop", 3])
+def test_optimizers_that_are_not_proven(kind):
+    raw = {"type": kind, "params": {"momentum": 0.9}}
+    assert problems_of({"optimizer": raw}) == [
+        f"optimizer.type={json.dumps(kind)} (x.json): refused, only AdamW and SGD are proven exact "
+        "here; use AdamW"
+    ]
+
+
+def test_torch_spells_sgd_in_capitals():
+    assert problems_of({"optimizer": {"type": "sgd"}}) == [
+        'optimizer.type="sgd" (x.json): refused, only AdamW and SGD are proven exact here; '
+        "write SGD"
     ]
 
 
@@ -289,7 +307,7 @@ def test_precision_that_the_device_lacks(precision):
     ]
 
 
-@pytest.mark.parametrize("path", ds_config._REMOVED_KEYS)
+@pytest.mark.parametrize("path", ds_keys.REMOVED_KEYS)
 @pytest.mark.parametrize("value", [{}, {"enabled": False}, -1])
 def test_keys_that_deepspeed_removed(path, value):
     raw = nested(path, value)
@@ -301,9 +319,6 @@ def test_keys_that_deepspeed_removed(path, value):
 
 SWITCH_ON = {
     "sequence_parallel_size": 2,
-    "zero_optimization.zero_hpz_partition_size": 8,
-    "data_types.param_dtype": "bf16",
-    "data_types.buffer_dtype": "bf16",
     "compile": {"deepcompile": True},
     "tensor_parallel": {"autotp_size": 2},
     "weight_quantization": {"post_init_quant": {"x": {"num_bits": 8}}},
@@ -311,34 +326,187 @@ SWITCH_ON = {
 }
 
 
-@pytest.mark.parametrize("path", ds_config._UNPROVEN_KEYS)
-def test_what_is_not_proven_is_refused_by_name(path):
-    value = SWITCH_ON.get(path, True)
-    reason = ds_config._UNPROVEN_KEYS[path]
-    expected = f"{path}={json.dumps(value)} (x.json): refused, {reason}; remove it"
-    assert problems_of(nested(path, value)) == [expected]
+@pytest.mark.parametrize("key", ds_keys.UNPROVEN_KEYS)
+def test_top_level_switches_are_refused_by_name(key):
+    value = SWITCH_ON.get(key, True)
+    reason = ds_keys.UNPROVEN_KEYS[key]
+    expected = f"{key}={json.dumps(value)} (x.json): refused, {reason}; remove it"
+    assert problems_of({key: value}) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("key", "value"),
     [
         ("managed_gradient_accumulation", False),
         ("gradient_allreduce_op", "sum"),
         ("gradient_predivide_factor", 2.0),
-        ("zero_optimization.compute_grad_norm", False),
-        ("zero_optimization.offload_optimizer.ratio", 0.5),
+        ("datastates_ckpt", {}),
     ],
 )
-def test_values_that_are_fixed(path, value):
-    fixed, reason = ds_config._FIXED_VALUES[path]
-    assert problems_of(nested(path, value)) == [
-        f"{path}={json.dumps(value)} (x.json): only {json.dumps(fixed)} is supported, {reason}; "
+def test_values_that_are_fixed(key, value):
+    fixed, reason = ds_keys.FIXED_VALUES[key]
+    assert problems_of({key: value}) == [
+        f"{key}={json.dumps(value)} (x.json): only {json.dumps(fixed)} is supported, {reason}; "
         "remove it"
     ]
 
 
 def test_every_row_of_the_fixed_values_is_tested():
-    assert len(ds_config._FIXED_VALUES) == 5
+    assert len(ds_keys.FIXED_VALUES) == 4
+
+
+def section_keys(*, proven: bool) -> list[tuple[str, Any]]:
+    """Every key that DeepSpeed knows in a section, with its default."""
+    found = []
+    for section, defaults in ds_keys._section_defaults().items():
+        for key, default in defaults.items():
+            known = {key, f"stage3_{key}"} & ds_keys.PROVEN[section]
+            if bool(known) is proven:
+                found.append((f"{section}.{key}", default))
+    return found
+
+
+def in_section(path: str, value: Any) -> dict[str, Any]:
+    raw = nested(path, value)
+    if "optimizer" in raw:
+        raw["optimizer"]["type"] = "AdamW"
+    return raw
+
+
+def test_every_key_of_a_section_that_is_not_proven_must_have_its_default():
+    keys = section_keys(proven=False)
+    assert len(keys) > 50
+    for path, default in keys:
+        value = not default if isinstance(default, bool) else "other"
+        reason = ds_keys.REASONS.get(path, "not proven exact here")
+        assert problems_of(in_section(path, value)) == [
+            f"{path}={json.dumps(value)} (x.json): refused, {reason}; remove it"
+        ]
+        if isinstance(default, bool | int | float | None):
+            resolve(in_section(path, default))
+
+
+def test_the_tables_name_keys_that_deepspeed_has():
+    defaults = ds_keys._section_defaults()
+    assert defaults.keys() == ds_keys.PROVEN.keys()
+    for section, proven in ds_keys.PROVEN.items():
+        assert proven <= defaults[section].keys(), section
+    for kind, proven in ds_keys.PROVEN_OPTIMIZERS.items():
+        assert proven <= ds_keys._optimizer_defaults(kind).keys(), kind
+    unproven = {path for path, _ in section_keys(proven=False)}
+    assert ds_keys.REASONS.keys() - unproven == {"optimizer.params.adam_w_mode"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("zero_optimization.round_robin_gradients", True, "a checkpoint so trained is exported wrongly"),
+        ("zero_optimization.stage3_allgather_sequential", True, "not proven exact here"),
+        ("zero_optimization.parameter_alignment", True, "not proven exact here"),
+        ("zero_optimization.load_from_fp32_weights", False, "not proven exact here"),
+        ("zero_optimization.leaf_module", {"names": ["x"]}, "not proven exact here"),
+        ("zero_optimization.zenflow", {}, "it changes the gradient or the weights"),
+        ("zero_optimization.zero_hpz_partition_size", 8, "sharding over anything but data-parallel ranks is not proven exact here"),
+        ("zero_optimization.compute_grad_norm", False, "clipping and the log need the norm"),
+        ("zero_optimization.cpu_offload", True, "deprecated; write offload_optimizer"),
+        ("zero_optimization.offload_optimizer.ratio", 0.5, "partial offload is not proven exact here"),
+        ("zero_optimization.offload_optimizer.nvme_path", "/x", "only the device cpu is supported"),
+        ("bf16.check_grad_overflow", False, "not proven exact here"),
+        ("fp16.auto_cast", True, "the YAML's precision decides number formats"),
+        ("data_types.keep_in_fp32_modules", ["norm"], "the YAML's precision decides number formats"),
+        ("activation_checkpointing.partition_activations", True, "sharding over anything but data-parallel ranks is not proven exact here"),
+        ("activation_checkpointing.contiguous_memory_optimization", True, "the gradient cache drives accumulation itself"),
+        ("activation_checkpointing.number_checkpoints", 4, "it would have no effect, our engine does not hand it to DeepSpeed"),
+        ("checkpoint.load_universal", True, "our checkpoints and their export rely on DeepSpeed's default format"),
+        ("checkpoint.writer", {"type": "mock"}, "our checkpoints and their export rely on DeepSpeed's default format"),
+        ("optimizer.legacy_fusion", True, "not proven exact here"),
+        ("optimizer.params.amsgrad", True, "not proven exact here"),
+        ("optimizer.params.maximize", True, "not proven exact here"),
+        ("optimizer.params.bias_correction", False, "not proven exact here"),
+        ("optimizer.params.fp32_optimizer_states", False, "not proven exact here"),
+        ("optimizer.params.adam_w_mode", False, "only AdamW's decay, apart from the gradient, is proven exact"),
+    ],
+)  # fmt: skip
+def test_features_that_are_not_proven_are_refused_by_name(path, value, reason):
+    expected = f"{path}={json.dumps(value)} (x.json): refused, {reason}; remove it"
+    assert problems_of(in_section(path, value)) == [expected]
+
+
+def test_dampening_is_refused():
+    raw = {"type": "SGD", "params": {"momentum": 0.9, "dampening": 0.1}}
+    assert problems_of({"optimizer": raw}) == [
+        "optimizer.params.dampening=0.1 (x.json): refused, not proven exact here; remove it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("zero_optimization.round_robin_gradient", "round_robin_gradients"),
+        ("zero_optimization.offload_optimizer.pin_memroy", "pin_memory"),
+        ("zero_optimization.offload_param.devise", "device"),
+        ("fp16.los_scale", "loss_scale"),
+        ("bf16.enable", "enabled"),
+        ("data_types.grad_accum_type", "grad_accum_dtype"),
+        ("activation_checkpointing.cpu_checkpoint", "cpu_checkpointing"),
+        ("checkpoint.load_universl", "load_universal"),
+        ("checkpoint.parallel_write.pipelin_stage", "pipeline_stage"),
+        ("optimizer.parms", "params"),
+        ("optimizer.params.weight_decy", "weight_decay"),
+    ],
+)
+def test_typing_errors_in_sections(path, meant):
+    section = path.rpartition(".")[0]
+    expected = f"{path} (x.json): not a DeepSpeed key; did you mean {section}.{meant}?"
+    assert problems_of(in_section(path, True)) == [expected]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["activation_checkpointing", "checkpoint", "checkpoint.parallel_write", "data_types", "fp16",
+     "zero_optimization.offload_optimizer", "optimizer.params"],
+)  # fmt: skip
+def test_sections_are_objects(path):
+    expected = f"{path}=3 (x.json): expected an object of its keys"
+    assert problems_of(in_section(path, 3)) == [expected]
+
+
+def test_what_is_proven_or_harmless_is_passed_on():
+    raw = {
+        "zero_optimization": {
+            "stage": 3,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": 1e6,
+            "use_multi_rank_bucket_allreduce": False,
+            "sub_group_size": 1e9,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 0,
+            "param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+            "offload_optimizer": {"device": "cpu", "pin_memory": False, "buffer_count": 8},
+            "offload_param": {"device": "cpu", "buffer_size": 10, "max_in_cpu": 0},
+        },
+        "fp16": {"loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1, "min_loss_scale": 1},
+        "activation_checkpointing": {"cpu_checkpointing": True, "partition_activations": False},
+        "checkpoint": {"tag_validation": "Fail", "parallel_write": {"pipeline_stage": False}},
+    }
+    config = resolve(raw)
+    for section in ("zero_optimization", "activation_checkpointing", "checkpoint"):
+        assert config[section] == raw[section]
+    assert config["fp16"] == raw["fp16"] | {"enabled": False}
+
+
+def test_the_default_of_deepspeed_for_its_float32_modules_is_its_own():
+    types = {"data_types": {"keep_in_fp32_modules": "auto"}}
+    assert resolve(types)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_defaults_that_not_every_optimizer_takes_are_left_out():
+    switches = {"adam_w_mode": True, "bias_correction": True, "maximize": False, "amsgrad": False}
+    params = resolve({"optimizer": {"type": "AdamW", "params": switches}})["optimizer"]["params"]
+    assert params.keys() == {"lr", "weight_decay", "betas", "eps", "torch_adam"}
 
 
 def test_an_offloaded_optimizer_is_deepspeeds_own():
@@ -349,7 +517,7 @@ def test_an_offloaded_optimizer_is_deepspeeds_own():
     assert "fused" not in params
     expected = (
         'zero_optimization.offload_optimizer.device="cpu" (x.json): DeepSpeed offloads its own '
-        'CPU Adam or Lion only; set optimizer.type=AdamW and torch_adam="auto", '
+        'CPU Adam only; set optimizer.type=AdamW and torch_adam="auto", '
         "or zero_force_ds_cpu_optimizer=false"
     )
     torch_adam = {"type": "AdamW", "params": {"torch_adam": True}}
@@ -365,6 +533,9 @@ def test_fused_follows_the_device(device_type, fused):
     params = resolve({"optimizer": optimizer}, device_type=device_type)["optimizer"]["params"]
     assert params["fused"] is fused
     assert params["torch_adam"] is True
+    optimizer["params"]["foreach"] = True  # torch runs one of them
+    params = resolve({"optimizer": optimizer}, device_type=device_type)["optimizer"]["params"]
+    assert params["fused"] is False
 
 
 def test_another_optimizer_is_passed_on_with_our_rate():
@@ -381,16 +552,18 @@ def test_all_problems_come_together():
         "gradient_clipping": 3,
         "amp": {"enabled": True},
         "scheduler": {},
-        "bf16": {"enabled": False},
+        "schedular": {},
+        "bf16": {"enabled": False, "enable": True},
         "zero_optimization": {"stage": 3, "zero_quantized_weights": True, "sub_group_size": "auto"},
+        "optimizer": {"type": "Lion"},
     }
-    assert len(problems_of(raw, precision="bf16")) == 7
+    assert len(problems_of(raw, precision="bf16")) == 10
 
 
 def test_known_keys_are_those_deepspeed_reads():
     from deepspeed.runtime import constants
 
-    names = ds_config._words(
+    names = ds_keys._words(
         "TRAIN_BATCH_SIZE OPTIMIZER SCHEDULER ZERO_ALLOW_UNTESTED_OPTIMIZER STEPS_PER_PRINT "
         "ZERO_FORCE_DS_CPU_OPTIMIZER TRAIN_MICRO_BATCH_SIZE_PER_GPU GRADIENT_ACCUMULATION_STEPS "
         "MANAGED_GRADIENT_ACCUMULATION TORCH_AUTOCAST GRADIENT_CLIPPING COMMUNICATION_DATA_TYPE "
@@ -399,7 +572,7 @@ def test_known_keys_are_those_deepspeed_reads():
         "WALL_CLOCK_BREAKDOWN MEMORY_BREAKDOWN CHECKPOINT DATA_TYPES DATALOADER_DROP_LAST "
         "USE_DATA_BEFORE_EXPERT_PARALLEL LOG_LEVEL"
     )
-    assert {getattr(constants, name) for name in names} <= ds_config.KNOWN_KEYS
+    assert {getattr(constants, name) for name in names} <= ds_keys.KNOWN_KEYS
 
 
 def test_load_reads_an_object(tmp_path):

@@ -1,0 +1,40 @@
+"""What is compiled before the ranks start, and stale locks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from vembed_ds.engine.extensions import needed_extensions, remove_stale_locks
+
+SHIPPED = Path(__file__).parent.parent.parent.parent / "ds_configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "torch_adam", "builders"),
+    [
+        ("zero2", True, ["ShareMemCommBuilder"]),
+        ("zero2_offload", False, ["ShareMemCommBuilder", "CPUAdamBuilder"]),
+        ("zero3_offload", False, ["ShareMemCommBuilder", "CPUAdamBuilder"]),
+        ("zero3_offload", True, ["ShareMemCommBuilder"]),
+    ],
+)
+def test_what_a_configuration_needs(name: str, torch_adam: bool, builders: list[str]) -> None:
+    config = json.loads((SHIPPED / f"{name}.json").read_text())
+    config["optimizer"]["params"]["torch_adam"] = torch_adam
+    assert needed_extensions(config) == builders
+
+
+def test_a_stale_lock_is_removed_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    with caplog.at_level(logging.WARNING):
+        assert remove_stale_locks(tmp_path) == [lock]
+    assert not lock.exists()
+    assert f"{lock} was left by a build that was killed; removed" in caplog.text
