@@ -68,7 +68,10 @@ class Encoder:
         self.processor: ItemProcessor = _load_processor(source, self.model, self.settings)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
-        self.model.to(self.device, dtype).eval()
+        self.model.to(self.device).eval()
+        for parameter in self.model.parameters():
+            # Weights only: rotary frequencies and the like lose too much in 16 bit.
+            parameter.data = parameter.data.to(dtype)
 
     def encode_text(
         self,

@@ -220,7 +220,9 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = Field(
         default=None, description="Optimizer steps; wins over epochs."
     )
-    seed: NonNegativeInt = Field(default=42, description="Seed of weights, order and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=42, description="Seed of weights, order and dropout."
+    )
     use_gradient_cache: bool = Field(
         default=False, description="Embed in chunks, then replay them: memory of one chunk."
     )

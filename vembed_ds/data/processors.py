@@ -175,8 +175,9 @@ class ItemProcessor:
         length = max(len(row) for row in rows)
         padded = np.full((len(rows), length), fill, dtype=np.int64)
         for target, row in zip(padded, rows, strict=True):
-            start = length - len(row) if self.tokenizer.padding_side == "left" else 0
-            target[start : start + len(row)] = row
+            # On the right whatever the tokenizer says: absolute positions count from the left, so
+            # left padding would let a text's embedding depend on its neighbours' lengths.
+            target[: len(row)] = row
         return torch.from_numpy(padded)
 
 

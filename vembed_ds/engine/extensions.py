@@ -1,8 +1,8 @@
 """DeepSpeed's compiled extensions: a folder of our own, built by one rank before the others.
 
 A process that is killed while torch compiles an extension leaves a file ``lock``, and every
-later start waits for it for ever without a word. Here every build happens under an operating
-system lock, which dies with its process; whoever holds it knows that such a file is stale.
+later start waits for it for ever without a word. Here every job holds an operating system lock on
+the folder, which dies with its processes: who has it alone knows that such a file is stale.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import fcntl
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from vembed_ds.distributed import comm
+from vembed_ds.errors import VembedError
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
+OLDEST_BUILD_SECONDS = 15 * 60
+_HELD: dict[Path, TextIO] = {}  # open for as long as the process lives
 
 
 def prepare_extensions(ds_config: Mapping[str, Any]) -> Path:
@@ -40,14 +43,49 @@ def prepare_extensions(ds_config: Mapping[str, Any]) -> Path:
         The folder.
     """
     folder = Path(os.environ.setdefault(FOLDER, str(_default_folder())))
-    if comm.local_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder / "vembed_ds.lock"):
-            remove_stale_locks(folder)
-            for name in needed_extensions(ds_config):
-                get_accelerator().create_op_builder(name).load(verbose=False)
-    comm.barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = needed_extensions(ds_config) if comm.local_rank() == 0 else []
+    comm.run_together(lambda: _build(folder, names), doing=f"building {names} in {folder}")
+    _hold(folder, fcntl.LOCK_SH)
     return folder
+
+
+def _build(folder: Path, names: list[str]) -> None:
+    if not names:
+        return
+    # Only alone in the folder: every start of DeepSpeed takes torch's lock for a moment.
+    if _hold(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        remove_stale_locks(folder)
+    else:
+        refuse_old_locks(folder)
+    for name in names:
+        get_accelerator().create_op_builder(name).load(verbose=False)
+
+
+def _hold(folder: Path, kind: int) -> bool:
+    """Take the folder's lock, shared or exclusive, until this process ends."""
+    file = _HELD.setdefault(folder, (folder / "vembed_ds.lock").open("w"))
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def refuse_old_locks(folder: Path) -> None:
+    """Name a lock that no build can still be holding; torch would wait for it for ever.
+
+    Raises:
+        VembedError: A ``lock`` older than any compilation takes.
+    """
+    for lock in folder.glob("**/lock"):
+        age = time.time() - lock.stat().st_mtime
+        if age > OLDEST_BUILD_SECONDS:
+            raise VembedError(
+                f"{lock} is {age / 60:.0f} minutes old: a build was killed and left it, and DeepSpeed "
+                "would wait for it for ever; end the other jobs on this machine that are "
+                "starting, and remove the file"
+            )
 
 
 def needed_extensions(ds_config: Mapping[str, Any]) -> list[str]:
@@ -79,10 +117,3 @@ def _default_folder() -> Path:
         f"-deepspeed{deepspeed.__version__}"
     )
     return cache / "vembed_ds" / "torch_extensions" / f"{platform.node()}-{versions}"
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -21,7 +21,7 @@ def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[s
     no_decay: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            (decay if _is_matrix(parameter) else no_decay).append(parameter)
+            (decay if _decays(parameter) else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
@@ -29,6 +29,8 @@ def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
+def _decays(parameter: nn.Parameter) -> bool:
+    if getattr(parameter, "vembed_unreached", False):
+        return False  # see models/reach.py: decay would be all that ever moves it
     # A class token is [1, 1, D] and a layer scale [D, 1, 1]: vectors, whatever their dim().
     return sum(size > 1 for size in parameter.shape) >= 2

@@ -15,6 +15,22 @@ from vembed_ds.references import resolve_model_reference
 
 BackboneKind = Literal["text", "image", "two_tower"]
 
+_OFFSET_POSITIONS = (
+    "camembert",
+    "data2vec-text",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+_REFUSED = {
+    "vit_mae": "it masks patches at random, in evaluation too; load its encoder with model_type vit"
+}
+# DINOv3 draws one distortion of its coordinates per forward call, for all images of the chunk.
+_NOISE_PER_CALL = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+
 
 @dataclass(frozen=True)
 class BackboneSource:
@@ -49,12 +65,13 @@ def load_backbone(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    config = _load_config(source, trust_remote_code=trust_remote_code)
     try:
         if source.name is not None:
             folder = resolve_model_reference(source.name)
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
+            model = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **options)
         else:
-            model = AutoModel.from_config(_scratch_config(source), dtype=torch.float32, **options)
+            model = AutoModel.from_config(config, dtype=torch.float32, **options)
     except Exception as error:  # transformers raises anything for a wrong config
         raise _not_loadable(source, error) from error
     if hasattr(model.config, "use_cache"):
@@ -68,17 +85,24 @@ def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Modu
     Raises:
         ConfigError: Its config cannot be found; names the source.
     """
+    config = _load_config(source, trust_remote_code=trust_remote_code)
     try:
-        if source.name is not None:
-            config = AutoConfig.from_pretrained(
-                resolve_model_reference(source.name), trust_remote_code=trust_remote_code
-            )
-        else:
-            config = _scratch_config(source)
         with torch.device("meta"):
             return AutoModel.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
-    except Exception as error:  # transformers raises anything for a wrong config
+    except Exception as error:
         raise _not_loadable(source, error) from error
+
+
+def position_limit(source: BackboneSource) -> int | None:
+    """Longest text, in tokens, that the model has positions for; ``None``: it does not say."""
+    config = _load_config(source, trust_remote_code=False)
+    config = getattr(config, "text_config", None) or config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    # RoBERTa and its kin count positions from behind the padding token's number.
+    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    return int(limit) - offset
 
 
 def kind_of(backbone: nn.Module) -> BackboneKind:
@@ -91,15 +115,18 @@ def kind_of(backbone: nn.Module) -> BackboneKind:
 def default_pooling(backbone: nn.Module) -> str:
     """The pooling the family is made for.
 
-    A causal language model has seen the whole text only at the last token; a convolutional
-    backbone has no tokens, so its own pooled output is used; the rest have a first token.
+    A causal language model has seen the whole text only at the last token. An image backbone
+    without a class token would give its corner as the first one, so its own pooled output is
+    used, or the mean where it has none. The rest have a first token.
 
     Raises:
         ConfigError: A text model that does not run on token ids alone.
     """
     if kind_of(backbone) == "text":
         return "cls" if _first_token_sees_the_last(backbone) else "last_token"
-    return "pooler" if _is_convolutional(backbone) else "cls"
+    if any("cls_token" in name or "class_" in name for name, _ in backbone.named_parameters()):
+        return "cls"
+    return "pooler" if _has_pooler(backbone) else "mean"
 
 
 def embedding_width(backbone: nn.Module) -> int:
@@ -126,10 +153,29 @@ def _not_loadable(source: BackboneSource, error: Exception) -> ConfigError:
     return ConfigError(f"model {source.describe()}: cannot be loaded: {reason}")
 
 
-def _scratch_config(source: BackboneSource) -> Any:
-    settings = dict(source.config or {})
-    model_type = settings.pop("model_type")
-    return AutoConfig.for_model(model_type, **settings)
+def _load_config(source: BackboneSource, *, trust_remote_code: bool) -> Any:
+    """The model's config, with what would make an embedding depend on its chunk switched off."""
+    try:
+        if source.name is not None:
+            config = AutoConfig.from_pretrained(
+                resolve_model_reference(source.name), trust_remote_code=trust_remote_code
+            )
+        else:
+            settings = dict(source.config or {})
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:
+        raise _not_loadable(source, error) from error
+    if refusal := _REFUSED.get(config.model_type):
+        raise ConfigError(f"model {source.describe()}: {refusal}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model {source.describe()}: an encoder-decoder has no single embedding; "
+            "use an encoder or a causal language model"
+        )
+    for name in _NOISE_PER_CALL:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return config
 
 
 def _vocabulary(backbone: nn.Module) -> int:
@@ -155,6 +201,14 @@ def _first_token_sees_the_last(backbone: nn.Module) -> bool:
     return float((first[0] - first[1]).norm()) > 1e-5 * float(first[0].norm())
 
 
-def _is_convolutional(backbone: nn.Module) -> bool:
+def _has_pooler(backbone: nn.Module) -> bool:
+    """Whether the backbone's output has a pooled part; only running it tells."""
     config: Any = backbone.config
-    return kind_of(backbone) == "image" and not hasattr(config, "num_attention_heads")
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, width)
+    training = backbone.training
+    with torch.no_grad():
+        outputs = backbone.eval()(pixel_values=pixels)
+    backbone.train(training)
+    return getattr(outputs, "pooler_output", None) is not None

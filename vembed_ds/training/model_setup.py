@@ -12,7 +12,7 @@ from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.backbones import BackboneSource, kind_of, load_skeleton
+from vembed_ds.models.backbones import BackboneSource, kind_of, load_skeleton, position_limit
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.references import resolve_model_reference
@@ -79,13 +79,29 @@ def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str
         raise ConfigError(
             "processor: a text model needs the folder or name of a tokenizer, not settings"
         )
-    return build_item_processor(
+    processor = build_item_processor(
         text_source,
         processors.get("image"),
         max_length=config.model.max_seq_length,
         augmentation=_augmentation(config),
         text_model_type=_text_model_type(spec),
     )
+    if text_source is not None:
+        limit = position_limit(spec.sources[sources["text"]])
+        processor.max_length = _within_positions(config, processor, limit)
+    return processor
+
+
+def _within_positions(config: Config, processor: ItemProcessor, limit: int | None) -> int | None:
+    """A text longer than the model has positions for would fail at the step that meets it."""
+    wanted = config.model.max_seq_length
+    if limit is None or processor.max_length is None:
+        return processor.max_length
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"max_seq_length={wanted}: the model has positions for {limit} tokens; set at most that"
+        )
+    return min(processor.max_length, limit)
 
 
 def _source(reference: str | ScratchModel) -> BackboneSource:

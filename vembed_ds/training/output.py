@@ -16,12 +16,22 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 _PREVIOUS = "previous-"
+_WRITTEN = (
+    CONFIG_FILE,
+    DS_CONFIG_FILE,
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    "checkpoint-step-*",
+    "latest",
+    "frozen_text_features",
+)
 
 
 def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bool) -> Path:
     """Make the folder ready and write the resolved configuration. Rank 0 only.
 
-    A fresh run in the folder of an earlier one moves everything there to ``previous-<n>/``;
+    A fresh run in the folder of an earlier one moves what that wrote to ``previous-<n>/``;
     nothing is overwritten.
 
     Returns:
@@ -39,7 +49,8 @@ def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bo
 def _set_aside(folder: Path) -> None:
     if not (folder / CONFIG_FILE).exists():
         return
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(_PREVIOUS)]
+    # Only what a run writes: data, or the model to train, may lie in the folder too.
+    entries = [entry for pattern in _WRITTEN for entry in folder.glob(pattern)]
     number = 1
     while (folder / f"{_PREVIOUS}{number}").exists():
         number += 1

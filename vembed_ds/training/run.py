@@ -20,11 +20,11 @@ from vembed_ds.checkpointing.store import (
     save_checkpoint,
 )
 from vembed_ds.config.schema import Config
-from vembed_ds.data.collators import collate
+from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.data.loader import build_loader
-from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.sampler import GlobalBatchSampler, steps_per_epoch
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
@@ -44,6 +44,7 @@ from vembed_ds.evaluation.retrieval import (
 from vembed_ds.losses import build_loss
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.reach import mark_unreached
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import build_dataset, check_records, open_source
@@ -54,7 +55,7 @@ from vembed_ds.training.trainer import Intervals, Trainer
 
 logger = logging.getLogger(__name__)
 
-SELF_TEST_PAIRS = 3  # per rank: two chunks would hide an error that needs a middle one
+SELF_TEST_CANDIDATES = 16  # per rank; three of them are compared
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ def build_engine(
             device=torch.device(get_accelerator().current_device_name()),
             batch_size=config.run.eval_batch_size or config.training.batch_size,
         )
+    _spare_unreached(model, data.processor)
     if config.model.gradient_checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(
@@ -244,6 +246,17 @@ def build_engine(
     # Same weights everywhere, but each rank drops out units of its own.
     seed_everything(config.training.seed + 1 + comm.rank())
     return model, engine
+
+
+def _spare_unreached(model: EmbeddingModel, processor: ItemProcessor) -> None:
+    """Keep weight decay from what no embedding depends on."""
+    inputs = {stream: processor.pad(stream, [processor.filler(stream)]) for stream in model.streams}
+    device = next(model.parameters()).device
+    names = mark_unreached(
+        model, {s: {k: v.to(device) for k, v in chunk.items()} for s, chunk in inputs.items()}
+    )
+    if names:
+        logger.info("%d parameters are not used (first: %s): no decay", len(names), names[0])
 
 
 def build_trainer(
@@ -340,12 +353,13 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
 
 def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
-    first = comm.rank() * SELF_TEST_PAIRS
-    batch = collate([data[index % len(data)] for index in range(first, first + SELF_TEST_PAIRS)])
+    first = comm.rank() * SELF_TEST_CANDIDATES
+    candidates = range(first, first + SELF_TEST_CANDIDATES)
+    batch = collate([data[index % len(data)] for index in candidates])
     comm.raise_together(batch.error)
     difference = check_gradient(
         trainer.engine,
-        batch.roles,
+        _unequal_pairs(batch),
         loss_function=trainer.batch_loss,
         pad=trainer.pad,
         streams=trainer.model.streams,
@@ -355,6 +369,17 @@ def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
     )
     if comm.is_main():
         logger.info("gradient self-test passed: chunking moves the gradient by %.1e", difference)
+
+
+def _unequal_pairs(batch: Batch) -> dict[str, list[EncodedItem]]:
+    """The shortest, the middle and the longest pair, so that chunks are padded differently."""
+    sizes = [
+        sum(array.size for items in batch.roles.values() for array in items[row].inputs.values())
+        for row in range(len(batch.indices))
+    ]
+    order = sorted(range(len(sizes)), key=lambda row: sizes[row])
+    chosen = [order[0], order[len(order) // 2], order[-1]]
+    return {role: [items[row] for row in chosen] for role, items in batch.roles.items()}
 
 
 def _open_output(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from vembed_ds.engine.extensions import needed_extensions, remove_stale_locks
+from vembed_ds.engine.extensions import needed_extensions, refuse_old_locks, remove_stale_locks
+from vembed_ds.errors import VembedError
 
 SHIPPED = Path(__file__).parent.parent.parent.parent / "ds_configs"
 
@@ -38,3 +41,13 @@ def test_a_stale_lock_is_removed_and_named(
         assert remove_stale_locks(tmp_path) == [lock]
     assert not lock.exists()
     assert f"{lock} was left by a build that was killed; removed" in caplog.text
+
+
+def test_an_old_lock_is_refused_while_other_jobs_run(tmp_path: Path) -> None:
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    refuse_old_locks(tmp_path)  # a build may be running
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(VembedError, match="lock is 60 minutes old: a build was killed"):
+        refuse_old_locks(tmp_path)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from tests.parity.data import CLIP, IMAGE, TEXT
+from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.backbones import BackboneSource, load_skeleton
+from vembed_ds.models.backbones import BackboneSource, load_skeleton, position_limit
 from vembed_ds.models.builder import COMPOSED_PROJECTION_DIM, ModelSpec, build_model
 from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
+from vembed_ds.models.reach import mark_unreached
 
 QWEN = {
     "model_type": "qwen3",
@@ -175,3 +177,84 @@ def test_nothing_to_train_is_refused() -> None:
 def test_a_skeleton_has_no_weights() -> None:
     skeleton = load_skeleton(BackboneSource(config=TEXT), trust_remote_code=False)
     assert all(p.device.type == "meta" for p in skeleton.parameters())
+
+
+SWIN = {
+    "model_type": "swin",
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "window_size": 2,
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
+BLOOM = {"model_type": "bloom", "vocab_size": 50, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+POOLFORMER = {
+    "model_type": "poolformer",
+    "hidden_sizes": [8, 8, 8, 8],
+    "depths": [1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [(GPT2, "last_token"), (BLOOM, "last_token"), (SWIN, "pooler"), (POOLFORMER, "mean")],
+)
+def test_no_family_is_pooled_where_it_sees_nothing(settings: dict[str, Any], pooling: str) -> None:
+    encoder = build_model(spec(one=settings)).encoder
+    assert next(iter(encoder.towers.values())).pooling == pooling
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "vit_mae"}, "masks patches at random"),
+        ({"model_type": "t5"}, "an encoder-decoder has no single embedding"),
+        ({"model_type": "flava"}, "FlavaModel is not built like CLIP"),
+    ],
+)
+def test_families_that_cannot_be_exact_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(spec(one=settings))
+
+
+def test_coordinate_noise_that_a_chunk_would_share_is_off() -> None:
+    settings = {
+        "model_type": "dinov3_vit",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 16,
+        "patch_size": 8,
+        "pos_embed_rescale": 2.0,
+    }
+    model = build_model(spec(one=settings)).train()
+    pixels = {"image": {"pixel_values": torch.randn(2, 3, 16, 16)}}
+    torch.testing.assert_close(model(pixels)["image"], model(pixels)["image"])
+
+
+def test_what_no_embedding_depends_on_is_marked() -> None:
+    settings = {**TEXT, "num_hidden_layers": 1}
+    model = build_model(spec(one=settings))
+    tower = model.encoder.tower("text")
+    tower.backbone.spare = torch.nn.Linear(4, 4)
+    found = mark_unreached(model, {"text": {"input_ids": IDS, "attention_mask": MASK}})
+    assert found == [
+        "encoder.towers.text.backbone.spare.weight",
+        "encoder.towers.text.backbone.spare.bias",
+    ]
+    decay, rest = build_param_groups(model, weight_decay=0.1)
+    assert any(p is tower.backbone.spare.weight for p in rest["params"])
+    assert not any(p is tower.backbone.spare.weight for p in decay["params"])
+
+
+@pytest.mark.parametrize(("settings", "limit"), [(TEXT, 16), (CLIP, 16), (BIT, None)])
+def test_position_limit(settings: dict[str, Any], limit: int | None) -> None:
+    assert position_limit(BackboneSource(config=settings)) == limit
+
+
+def test_roberta_has_fewer_positions_than_it_says() -> None:
+    settings = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    assert position_limit(BackboneSource(config=settings)) == 512
