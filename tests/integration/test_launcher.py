@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -13,15 +14,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-TRAIN = [*DEEPSPEED, "--module", "vembed_ds.train"]
 SHORT = ["max_steps=2", "logging_steps=1", "warmup_steps=1", "val_data_path=null", "eval_steps=0"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed(2)]
 
 
-def launch(*arguments: str, port: int) -> subprocess.CompletedProcess[str]:
-    command = [*TRAIN[:5], "--master_port", str(port), *TRAIN[5:], *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=280)
+def train(*arguments: str) -> list[str]:
+    """The command on 2 ranks, at a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [*DEEPSPEED, "--master_port", port, "--module", "vembed_ds.train", *arguments]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(train(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=280)
 
 
 def test_the_example_starts_with_one_loss_at_every_stage(tmp_path: Path) -> None:
@@ -36,7 +43,6 @@ def test_the_example_starts_with_one_loss_at_every_stage(tmp_path: Path) -> None
             "--config_override",
             f"output_dir={out}",
             *SHORT,
-            port=29_600 + stage,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -55,7 +61,6 @@ def test_a_mistake_ends_every_rank_with_its_message_and_an_exit_code(tmp_path: P
         "--config_override",
         "graident_cache=true",
         f"output_dir={tmp_path}",
-        port=29_610,
     )
     assert done.returncode != 0
     assert "vembed_ds: rank 0: ConfigError: " in done.stderr
@@ -68,7 +73,6 @@ def test_overrides_may_be_given_in_several_flags(tmp_path: Path) -> None:
         *("--ds_config", "ds_configs/zero2.json", "--config", "examples/emoji/t2i.yaml"),
         *("--config_override", "first_typo=1"),
         *("--config_override", "second_typo=1", f"output_dir={tmp_path}"),
-        port=29_611,
     )
     assert "first_typo" in done.stderr
     assert "second_typo" in done.stderr
@@ -85,11 +89,10 @@ def test_a_killed_run_ends_and_resumes_with_the_losses_of_an_uninterrupted_one(
         *("warmup_steps=2", "logging_steps=1", "batch_size=32", "save_steps=3", "num_workers=1"),
         *("gradient_self_test=false", f"data_path={tmp_path / 'data.parquet'}"),
     ]
-    whole = launch(*arguments, f"output_dir={tmp_path / 'whole'}", port=29_620)
+    whole = launch(*arguments, f"output_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr[-3000:]
 
-    command = [*TRAIN[:5], "--master_port", "29621", *TRAIN[5:], *arguments]
-    command.append(f"output_dir={tmp_path / 'killed'}")
+    command = train(*arguments, f"output_dir={tmp_path / 'killed'}")
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     started = time.monotonic()
     while not (tmp_path / "killed" / "latest").exists():
@@ -99,9 +102,7 @@ def test_a_killed_run_ends_and_resumes_with_the_losses_of_an_uninterrupted_one(
     subprocess.run(["pkill", "-KILL", "-f", f"local_rank=1.*{tmp_path / 'killed'}"], check=True)
     assert running.wait(timeout=90) != 0
 
-    resumed = launch(
-        *arguments, f"output_dir={tmp_path / 'killed'}", "--resume", "auto", port=29_622
-    )
+    resumed = launch(*arguments, f"output_dir={tmp_path / 'killed'}", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "resuming from" in resumed.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

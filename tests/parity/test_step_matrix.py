@@ -3,6 +3,9 @@
 Three consecutive steps, because a stale buffer shows only in the second. Cells are pruned only
 where they run the same code:
 
+* Dropout and checkpointing cells have one chunk and an uneven last one; "many" differs from the
+  latter only by the length of a slice. 16-bit cells use three of the models on 2 ranks: precision
+  enters in `LocalGradients` and in DeepSpeed, which see parameters and no towers.
 * Dropout needs a reference that draws the same random numbers, so it also differs by world size
   and chunk size; it is crossed with clipping 1 (plain cells have clipping 0), because clipping
   happens in `engine.step`, which knows neither chunks nor random states.

@@ -132,6 +132,8 @@ def _choose_checkpoint(
     state = run_identity(config, data, intervals)
     step = check_resumable(checkpoint, zero_stage=stage, state=state)
     logger.info("resuming from %s, step %d of %d", checkpoint, step, intervals.num_steps)
+    if step >= intervals.num_steps:
+        logger.warning("the run is complete: nothing is left to train")
     return checkpoint, step
 
 

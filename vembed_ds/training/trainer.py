@@ -135,21 +135,19 @@ class Trainer:
         return metrics
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches; an error in any rank's data is raised on every rank."""
+        """This rank's batches, and the time they were waited for."""
         self._window.started = waited = time.perf_counter()
         for batch in self.loader:
-            comm.raise_together(batch.error)
             self._window.waited += time.perf_counter() - waited
             yield batch
             waited = time.perf_counter()
 
     def compute_gradient(self, batch: Batch) -> StepResult:
         """Gradient of the global batch, reduced, left in the engine. Collective."""
-        counts = comm.all_max(count_streams(batch.roles, self.model.streams))
         plan = plan_step(
             batch.roles,
             chunk_size=self.chunk_size,
-            counts=dict(zip(self.model.streams, counts, strict=True)),
+            counts=self.agree_on_counts(batch),
             fillers=self.fillers(),
         )
         return compute_gradient(
@@ -159,6 +157,20 @@ class Trainer:
             pad=self.pad,
             trainable=self.model.trainable,
         )
+
+    def agree_on_counts(self, batch: Batch) -> dict[str, int]:
+        """Per stream, the largest number of items on any rank. Collective.
+
+        Raises:
+            VembedError: On every rank, when any rank's batch could not be read.
+        """
+        streams = self.model.streams
+        failed = int(batch.error is not None)
+        # One host-side reduction tells both.
+        any_failed, *counts = comm.all_max([failed, *count_streams(batch.roles, streams)])
+        if any_failed:
+            comm.raise_together(batch.error)
+        return dict(zip(streams, counts, strict=True))
 
     def batch_loss(self, rows: Mapping[str, Tensor], logit_scale: Tensor | None) -> Tensor:
         """The loss of this rank's rows; collective."""
