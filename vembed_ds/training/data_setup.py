@@ -8,11 +8,15 @@ import datasets
 
 from vembed_ds.config.schema import Config, DataConfig
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.data.images import first_missing_image
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import RecordReader
 from vembed_ds.distributed import comm
+from vembed_ds.evaluation.retrieval import Judgments, check_recall_k, read_judgments
+from vembed_ds.models.builder import ModelSpec
+from vembed_ds.training.model_setup import setup_processor
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,37 @@ class Source:
 
     table: datasets.Dataset
     reader: RecordReader
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, and what turns it into model inputs."""
+
+    processor: ItemProcessor
+    train: PairDataset
+    fingerprint: str
+    val: PairDataset | None = None
+    judgments: Judgments | None = None
+
+
+def setup_data(config: Config, spec: ModelSpec) -> RunData:
+    """Processor, training and validation data, all checked. Collective."""
+    train_source = open_source(config.data, key="data_path")
+    val_source = open_source(config.data, key="val_data_path")
+    assert train_source is not None  # data_path is required
+    processor = setup_processor(config, spec, needed=train_source.reader.streams)
+    train_data = build_dataset(train_source, processor=processor, config=config)
+    check_records(train_data)
+    comm.require_equal(len(train_data), what="number of records in data_path")
+    # One rank reads the whole data for it; the others' copies are compared by length.
+    digest = comm.all_gather_objects(fingerprint(train_data.table) if comm.is_main() else None)[0]
+    if val_source is None:
+        return RunData(processor, train_data, digest)
+    val_data = build_dataset(val_source, processor=processor, config=config)
+    check_records(val_data)
+    judgments = read_judgments(val_data)
+    check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=val_source.reader.origin)
+    return RunData(processor, train_data, digest, val_data, judgments)
 
 
 def open_source(config: DataConfig, *, key: str) -> Source | None:

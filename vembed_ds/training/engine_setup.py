@@ -1,0 +1,105 @@
+"""From the configuration to the model inside its DeepSpeed engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from vembed_ds.config.schema import Config
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.distributed import comm
+from vembed_ds.distributed.seeding import seed_everything
+from vembed_ds.engine.activation import enable_activation_checkpointing
+from vembed_ds.engine.ds_config import resolve_ds_config
+from vembed_ds.engine.initialize import initialize_engine
+from vembed_ds.engine.param_groups import build_param_groups
+from vembed_ds.engine.schedules import build_schedule
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.models.builder import ModelSpec
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.reach import mark_unreached
+from vembed_ds.training.data_setup import RunData
+from vembed_ds.training.frozen_features import cache_text_features, has_frozen_text_tower
+from vembed_ds.training.model_setup import setup_model
+from vembed_ds.training.trainer import Intervals
+
+logger = logging.getLogger(__name__)
+
+
+def fill_ds_config(config: Config, raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """DeepSpeed's config with our values in place of ``"auto"``."""
+    accelerator, optimizer = get_accelerator(), config.optimizer
+    return resolve_ds_config(
+        raw,
+        origin=origin,
+        world_size=comm.world_size(),
+        batch_size=config.training.batch_size,
+        precision=config.model.precision,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr=optimizer.lr,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        eps=optimizer.adam_epsilon,
+        weight_decay=optimizer.weight_decay,
+        device_type=accelerator.device_name(),
+        fp16_supported=bool(accelerator.is_fp16_supported()),
+        bf16_supported=bool(accelerator.is_bf16_supported()),
+    )
+
+
+def build_engine(
+    config: Config,
+    spec: ModelSpec,
+    ds_config: dict[str, Any],
+    data: RunData,
+    intervals: Intervals,
+    folder: Path,
+) -> tuple[EmbeddingModel, TrainEngine]:
+    """The model inside its engine; frozen text features are computed on the way. Collective."""
+    seed_everything(config.training.seed)
+    model = setup_model(config, spec)
+    if config.model.cache_frozen_encoder and has_frozen_text_tower(model):
+        cache_text_features(
+            model,
+            [dataset for dataset in (data.train, data.val) if dataset is not None],
+            processor=data.processor,
+            folder=folder / "frozen_text_features",
+            device=torch.device(get_accelerator().current_device_name()),
+            batch_size=config.run.eval_batch_size or config.training.batch_size,
+        )
+    _spare_unreached(model, data.processor)
+    if config.model.gradient_checkpointing:
+        for backbone in model.trained_backbones():
+            enable_activation_checkpointing(
+                backbone, mechanism=config.model.activation_checkpointing, ds_config=ds_config
+            )
+    optimizer = config.optimizer
+    engine = initialize_engine(
+        model,
+        ds_config=ds_config,
+        param_groups=build_param_groups(model, weight_decay=optimizer.weight_decay),
+        schedule=build_schedule(
+            optimizer.scheduler_type,
+            num_steps=intervals.num_steps,
+            warmup_steps=optimizer.warmup_steps,
+            warmup_ratio=optimizer.warmup_ratio,
+        ),
+    )
+    # Same weights everywhere, but each rank drops out units of its own.
+    seed_everything(config.training.seed + 1 + comm.rank())
+    return model, engine
+
+
+def _spare_unreached(model: EmbeddingModel, processor: ItemProcessor) -> None:
+    """Keep weight decay from what no embedding depends on."""
+    inputs = {stream: processor.pad(stream, [processor.filler(stream)]) for stream in model.streams}
+    device = next(model.parameters()).device
+    names = mark_unreached(
+        model, {s: {k: v.to(device) for k, v in chunk.items()} for s, chunk in inputs.items()}
+    )
+    if names:
+        logger.info("%d parameters are not used (first: %s): no decay", len(names), names[0])
