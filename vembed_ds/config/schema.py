@@ -111,7 +111,7 @@ class ModelConfig(Section):
     )
     pooling_method: Literal["cls", "mean", "last_token", "pooler"] | None = Field(
         default=None,
-        description="How token states become one vector (composed: of the text tower); null: by model family.",
+        description="How token states become one vector (composed: of the text tower); null: what a sentence-transformers folder states, else by what the model is.",
     )
     projection_dim: PositiveInt | None = Field(
         default=None, description="Width of the projection; null: none, or 512 when composed."

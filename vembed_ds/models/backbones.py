@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
 
 from vembed_ds.errors import ConfigError
 from vembed_ds.references import resolve_model_reference
@@ -25,6 +28,11 @@ _OFFSET_POSITIONS = (
     "xlm-roberta-xl",
     "xmod",
 )
+_STATED_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last_token",
+}
 _REFUSED = {
     "vit_mae": "it masks patches at random, in evaluation too; load its encoder with model_type vit"
 }
@@ -103,6 +111,39 @@ def position_limit(source: BackboneSource) -> int | None:
     # RoBERTa and its kin count positions from behind the padding token's number.
     offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
     return int(limit) - offset
+
+
+def stated_pooling(source: BackboneSource) -> str | None:
+    """The pooling that a sentence-transformers folder states; ``None``: it states none.
+
+    Raises:
+        ConfigError: It states one that is not offered.
+    """
+    if source.name is None:
+        return None
+    file = cached_file(
+        resolve_model_reference(source.name),
+        "1_Pooling/config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return None
+    settings = json.loads(Path(file).read_text())
+    modes = [key for key in _STATED_POOLING if settings.get(key) is True]
+    if mode := settings.get("pooling_mode"):  # newer files name it
+        modes = [
+            f"pooling_mode_{mode}",
+            f"pooling_mode_{mode}_token",
+            f"pooling_mode_{mode}_tokens",
+        ]
+    found = {_STATED_POOLING[key] for key in modes if key in _STATED_POOLING}
+    if len(found) != 1:
+        raise ConfigError(
+            f"model {source.describe()}: {file} states a pooling that is not offered; "
+            "set pooling_method"
+        )
+    return found.pop()
 
 
 def kind_of(backbone: nn.Module) -> BackboneKind:

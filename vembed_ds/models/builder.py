@@ -15,6 +15,7 @@ from vembed_ds.models.backbones import (
     embedding_width,
     kind_of,
     load_backbone,
+    stated_pooling,
 )
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
@@ -129,7 +130,9 @@ def _composed_tower(spec: ModelSpec, stream: str) -> TowerEncoder:
 def _tower(
     spec: ModelSpec, key: str, backbone: nn.Module, projection: nn.Module | None
 ) -> TowerEncoder:
-    pooling = spec.pooling.get(key) or default_pooling(backbone)
+    pooling = (
+        spec.pooling.get(key) or stated_pooling(spec.sources[key]) or default_pooling(backbone)
+    )
     pooler = getattr(backbone, "pooler", None)
     if isinstance(pooler, nn.Module) and pooling != "pooler":
         # Nothing reads its output: without a gradient, weight decay alone would move it.

@@ -55,6 +55,13 @@ class EmbeddingModel(nn.Module):
         """Whether any parameter that this stream's embeddings depend on is trained."""
         return self.encoder.trainable(stream)
 
+    def pooling(self) -> dict[str, str]:
+        """How each stream's tower pools."""
+        encoder = self.encoder
+        if isinstance(encoder, TwoTowerEncoder):
+            return dict.fromkeys(encoder.streams, "the backbone's own")
+        return {stream: encoder.tower(stream).pooling for stream in encoder.streams}
+
     def trained_backbones(self) -> list[nn.Module]:
         """The Hugging Face models inside of which something is trained."""
         encoder = self.encoder

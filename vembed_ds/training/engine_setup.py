@@ -62,6 +62,7 @@ def build_engine(
     """The model inside its engine; frozen text features are computed on the way. Collective."""
     seed_everything(config.training.seed)
     model = setup_model(config, spec)
+    logger.info("pooling: %s", model.pooling())
     if config.model.cache_frozen_encoder and has_frozen_text_tower(model):
         cache_text_features(
             model,

@@ -87,7 +87,7 @@ def _embed(
     by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     starts = range(0, len(texts), batch_size)
     rows: dict[int, Tensor] = {}
-    for start in tqdm(starts, desc="frozen text tower", disable=not comm.is_main()):
+    for start in tqdm(starts, desc="frozen text tower", disable=None if comm.is_main() else True):
         chosen = by_length[start : start + batch_size]
         items = [
             processor.encode(Item(text=texts[index]), origin="text", augment_seed=None)

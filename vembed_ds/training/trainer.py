@@ -119,7 +119,9 @@ class Trainer:
             metrics = self.evaluate()
         self.model.train()
         progress: tqdm[Any] = tqdm(
-            initial=self.step, total=self.intervals.num_steps, disable=not comm.is_main()
+            initial=self.step,
+            total=self.intervals.num_steps,
+            disable=None if comm.is_main() else True,  # None: only on a terminal
         )
         self._progress = progress
         for batch in self.batches():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.parity.data import CLIP, IMAGE, TEXT
+from tests.parity.data import CLIP, IMAGE, TEXT, save_backbone
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import BackboneSource, load_skeleton, position_limit
@@ -258,3 +260,36 @@ def test_position_limit(settings: dict[str, Any], limit: int | None) -> None:
 def test_roberta_has_fewer_positions_than_it_says() -> None:
     settings = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
     assert position_limit(BackboneSource(config=settings)) == 512
+
+
+@pytest.mark.parametrize(
+    ("stated", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_lasttoken": True}, "last_token"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+        (None, "cls"),
+    ],
+)
+def test_a_sentence_transformers_folder_states_its_pooling(
+    tmp_path: Path, stated: dict[str, Any] | None, pooling: str
+) -> None:
+    save_backbone(tmp_path, TEXT, dropout=0.0, seed=0)
+    if stated is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(stated))
+    source = ModelSpec({"": BackboneSource(name=str(tmp_path))})
+    assert build_model(source).pooling() == {"text": pooling}
+    asked = ModelSpec(source.sources, pooling={"": "last_token"})
+    assert build_model(asked).pooling() == {"text": "last_token"}
+
+
+def test_a_stated_pooling_that_is_not_offered_is_refused(tmp_path: Path) -> None:
+    save_backbone(tmp_path, TEXT, dropout=0.0, seed=0)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode_max_tokens": True})
+    )
+    with pytest.raises(ConfigError, match="states a pooling that is not offered; set pooling_meth"):
+        build_model(ModelSpec({"": BackboneSource(name=str(tmp_path))}))
