@@ -60,6 +60,7 @@ def cache_text_features(
     rows = _embed(tower.to(device).eval(), mine, processor, device=device, batch_size=batch_size)
     padded = torch.zeros(share, rows.shape[1] if len(rows) else _width(tower, processor, device))
     padded[: len(rows)] = rows
+    tower.cpu()  # back beside the other towers; the engine moves the model as a whole
     gathered = gather_rows(padded)[: len(texts)]
     if comm.is_main():
         write_features(folder, keys=texts, array=gathered.numpy())
