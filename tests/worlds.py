@@ -65,6 +65,13 @@ class World:
             process.join()
 
 
+def set_fp16_support(supported: bool) -> None:
+    """What the accelerator says of itself in this process; torch emulates fp16 on any CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: supported
+
+
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     os.environ.update(
         RANK=str(rank),

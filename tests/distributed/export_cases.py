@@ -8,13 +8,13 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 
+from tests.worlds import set_fp16_support
 from vembed_ds.checkpointing.export import describe_model
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
@@ -136,7 +136,7 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train, save a checkpoint, and return the trained model's own embeddings and weights."""
     if ds_config["fp16"]["enabled"]:
-        type(get_accelerator()).is_fp16_supported = lambda self: True  # torch emulates it
+        set_fp16_support(True)
     model = make_model(Path(folder), kind)
     processor = make_processor(model, kind)
     groups = build_param_groups(model, weight_decay=0.01)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.worlds import set_fp16_support
 from vembed_ds.config.loading import load_config
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.errors import VembedError
@@ -13,9 +14,19 @@ from vembed_ds.training.run import train
 
 
 def run_train(
-    *, config: str | None, ds_config: str, overrides: Sequence[str] = (), resume: str | None = None
+    *,
+    config: str | None,
+    ds_config: str,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    fp16_supported: bool | None = None,
 ) -> dict[str, Any]:
-    """As the command does: the last metrics, or the error that this rank would print."""
+    """As the command does: the last metrics, or the error that this rank would print.
+
+    ``fp16_supported`` is what the accelerator says of itself; ``None``: what this machine can.
+    """
+    if fp16_supported is not None:
+        set_fp16_support(fp16_supported)
     try:
         loaded = load_config(None if config is None else Path(config), overrides)
         raw = load_ds_config(Path(ds_config))

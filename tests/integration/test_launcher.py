@@ -45,6 +45,8 @@ def test_the_example_starts_with_one_loss_at_every_stage(tmp_path: Path) -> None
             *SHORT,
         )
         assert done.returncode == 0, done.stderr[-3000:]
+        port = done.args[done.args.index("--master_port") + 1]
+        assert not list(Path("/dev/shm").glob(f"deepspeed*_{port}_*")), "nobody gives it back"
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         first.append(f"{lines[0]['train/loss']:.5f}")
         assert lines[0]["step"] == 1

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from tests.parity import data
 from tests.parity.reference import PROJECTION
+from tests.worlds import set_fp16_support
 from vembed_ds.data.batches import count_streams, plan_step
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
@@ -49,7 +49,7 @@ def train(
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
     """
     if ds_config["fp16"]["enabled"]:
-        _pretend_fp16_support()
+        set_fp16_support(True)
     model = make_model(Path(folder), kind=kind, temperature=temperature)
     if checkpointing:
         for backbone in _backbones(model):
@@ -163,11 +163,6 @@ def _master(engine: TrainEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.detach()
 
 
-def _pretend_fp16_support() -> None:
-    """Let DeepSpeed run fp16 on a CPU without fp16 instructions; torch emulates them."""
-    type(get_accelerator()).is_fp16_supported = lambda self: True
-
-
 def reference_name(name: str) -> str:
     """Name of the same parameter in ``reference.PlainModel``."""
     if name == "logit_scale":
@@ -191,9 +186,16 @@ def _backbones(model: EmbeddingModel) -> list[torch.nn.Module]:
 
 
 def self_test(
-    *, folder: str, ds_config: dict[str, Any], fault: str | None = None, kind: str = "clip"
+    *,
+    folder: str,
+    ds_config: dict[str, Any],
+    fault: str | None = None,
+    kind: str = "clip",
+    tolerance: float = 1e-3,
 ) -> dict[str, Any]:
-    """Run the start-up self-test, then two steps; ``fault`` breaks the schedule first."""
+    """Run the start-up self-test, then three steps; ``fault`` breaks the schedule first."""
+    if ds_config["fp16"]["enabled"]:
+        set_fp16_support(True)
     model = make_model(Path(folder), kind=kind, temperature=0.1)
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
@@ -218,18 +220,21 @@ def self_test(
             streams=model.streams,
             trainable=model.trainable,
             fillers={},
-            tolerance=1e-3,
+            tolerance=tolerance,
         )
     except GradientError as error:
         return {"error": str(error)}
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
+    scale = engine.loss_scale
     losses, norms = [], []
     for step in range(3):
         losses.append(train_step(engine, model, kind, step, 3, True, 0.1))
-        norms.append(float(engine.step()))
+        norm = engine.step()
+        norms.append(None if norm is None else float(norm))
     return {
         "difference": difference,
+        "scale": scale,
         "losses": losses,
         "norms": norms,
         "after": whole_parameters(engine),
@@ -272,7 +277,7 @@ def overflow(
         ``attempts``: per call of ``engine.step()`` its norm, and loss scale, next learning rate
         and whether a weight (fp32 or fp16) changed behind it. ``after``: as `train` has it.
     """
-    _pretend_fp16_support()
+    set_fp16_support(True)
     model = make_model(Path(folder), kind=kind, temperature=0.1)
     engine = make_engine(model, ds_config=ds_config, cosine=cosine)
     model.train()

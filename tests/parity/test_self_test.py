@@ -11,6 +11,7 @@ import pytest
 from tests.parity.conftest import ds_config
 from tests.parity.test_step_matrix import check
 from tests.worlds import World
+from vembed_ds.steps.self_test import TOLERANCES
 
 CASE = "tests.parity.cases:self_test"
 
@@ -43,6 +44,21 @@ def test_it_passes_and_leaves_no_trace(
 def test_it_ignores_dropout(world: Callable[[int], World], folders: dict[float, Path]) -> None:
     results = world(2).run(CASE, folder=str(folders[0.2]), ds_config=ds_config(2, 2))
     assert all(result["difference"] < 1e-5 for result in results)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_first_loss_scale_that_overflows_is_no_wrong_gradient(
+    world: Callable[[int], World], folders: dict[float, Path], stage: int
+) -> None:
+    power = 24
+    fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": power, "hysteresis": 1}
+    config = ds_config(stage, 2, fp16=fp16)
+    tolerance = TOLERANCES["fp16"]
+    results = world(2).run(CASE, folder=str(folders[0.0]), ds_config=config, tolerance=tolerance)
+    for result in results:
+        assert result["scale"] == 2.0**power
+        assert result["norms"][0] is None, "the first scale must overflow"
+        assert 0 < result["difference"] < tolerance
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import deepspeed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vembed_ds.engine.communication import join_deepspeed
 from vembed_ds.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ def enable_activation_checkpointing(
     if mechanism == "huggingface":
         recompute = functools.partial(checkpoint, use_reentrant=False)
     else:
-        deepspeed.init_distributed(verbose=False)  # `configure` asks DeepSpeed for the rank
+        join_deepspeed()  # `configure` asks DeepSpeed for the rank
         section = ds_config.get("activation_checkpointing", {})
         deepspeed.checkpointing.configure(
             None,

@@ -10,6 +10,7 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from vembed_ds.engine.communication import join_deepspeed
 from vembed_ds.engine.schedules import SchedulerFactory
 from vembed_ds.engine.train_engine import TrainEngine
 
@@ -35,6 +36,7 @@ def initialize_engine(
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise ValueError(f"parameter {name} is 0-dim; hold it as shape [1] (lift_scalars)")
+    join_deepspeed()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(param_groups),

@@ -90,6 +90,15 @@ class TrainEngine:
         """Rate of the next update (of the first parameter group)."""
         return float(self.engine.get_lr()[0])
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass; 1 unless in fp16."""
+        return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self.engine.optimizer.loss_scale = value
+
     def full_gradients(self) -> Iterator[Tensor]:
         """The reduced gradient of every trained parameter, whole, float32. Collective.
 
