@@ -114,6 +114,7 @@ def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     config = resolve_ds_config(
         load_ds_config(Path("ds_configs") / f"{stage}.json"),
         origin=stage,
+        origins={},
         world_size=1,
         batch_size=PAIRS,
         precision="fp32",

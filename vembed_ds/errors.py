@@ -38,5 +38,9 @@ class GradientError(VembedError):
     """The gradient self-test found that chunking changes the gradient."""
 
 
+class DivergedError(VembedError):
+    """The loss is no longer a number; going on would only spoil the weights further."""
+
+
 class DistributedError(VembedError):
     """Another rank failed, or the ranks disagree; names rank and cause."""

@@ -35,11 +35,10 @@ from vembed_ds.evaluation.retrieval import (
     Embed,
     Judgments,
     check_recall_k,
-    embed_pairs,
+    embed_distinct,
     query_chunk,
     read_judgments,
     retrieval_metrics,
-    select_distinct,
 )
 from vembed_ds.inference import Encoder
 
@@ -132,14 +131,15 @@ def run(arguments: argparse.Namespace) -> str:
     dataset = open_pairs(arguments.data_path, config=config, encoder=encoder)
     judgments = read_judgments(dataset)
     check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=dataset.reader.origin)
-    embeddings = embed_pairs(
+    query_emb, corpus_emb = embed_distinct(
         dataset,
+        judgments,
         embed=embed_with(encoder),
         batch_size=config.run.eval_batch_size or config.training.batch_size,
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
     )
-    metrics = retrieval_metrics(embeddings, judgments, recall_k=config.run.eval_recall_k)
+    metrics = retrieval_metrics(query_emb, corpus_emb, judgments, recall_k=config.run.eval_recall_k)
     if before is not None and not before.keys() & metrics.keys():
         raise DataError(
             f"--before {arguments.before}: has {', '.join(before) or 'no metrics'}, none of "
@@ -148,7 +148,8 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.output:
         write_report(arguments.output, report(arguments, config, metrics=metrics, before=before))
     if arguments.picture:
-        draw(arguments.picture, dataset, judgments, embeddings=embeddings, metrics=metrics)
+        found = (query_emb, corpus_emb)
+        draw(arguments.picture, dataset, judgments, embeddings=found, metrics=metrics)
     return metrics_table(metrics) if before is None else comparison_table(before, metrics)
 
 
@@ -259,11 +260,11 @@ def draw(
     dataset: PairDataset,
     judgments: Judgments,
     *,
-    embeddings: Mapping[str, Tensor],
+    embeddings: tuple[Tensor, Tensor],
     metrics: Mapping[str, float],
 ) -> None:
     """Draw queries spread evenly over the data, chosen without looking at their results."""
-    query_emb, corpus_emb = select_distinct(embeddings, judgments)
+    query_emb, corpus_emb = embeddings
     num_queries, num_documents = len(query_emb), len(corpus_emb)
     chosen = torch.linspace(0, num_queries - 1, min(PICTURE_ROWS, num_queries)).long()
     columns = min(PICTURE_COLUMNS, num_documents)

@@ -6,11 +6,14 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_ERROR = 2  # a problem the user can mend; anything unexpected ends with a traceback and 1
+EXIT_ERROR = 2  # a problem the user can mend
+EXIT_UNEXPECTED = 1  # with a traceback
+SHUTDOWN_SECONDS = 10
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
@@ -25,28 +28,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     _quiet()
     # Imported late: `--help` and a mistyped flag need no torch.
-    from vembed_ds.config.loading import load_config
+    from vembed_ds.distributed import comm
+
+    code = _run(arguments)
+    if code and not comm.shutdown(timeout_seconds=SHUTDOWN_SECONDS):
+        os._exit(code)  # the others wait for this rank in a collective: let them see it gone
+    comm.shutdown()
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Train; an error is printed with its rank before anything waits for other ranks."""
+    from vembed_ds.config.loading import load_config, setting_origins
     from vembed_ds.distributed import comm
     from vembed_ds.engine.ds_config import load_ds_config
     from vembed_ds.errors import VembedError
 
     try:
         config = load_config(arguments.config, arguments.config_override)
+        origins = setting_origins(arguments.config, arguments.config_override)
         ds_config = load_ds_config(arguments.ds_config)
         _start(config.run.timeout_minutes)
         from vembed_ds.training.run import train
 
-        train(config, ds_config, ds_origin=str(arguments.ds_config), resume=arguments.resume)
+        train(
+            config,
+            ds_config,
+            ds_origin=str(arguments.ds_config),
+            resume=arguments.resume,
+            origins=origins,
+        )
     except VembedError as error:
         text = str(error).replace("\n", "\n  ")
         sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
         sys.stderr.flush()
         return EXIT_ERROR
-    except Exception:
-        sys.stderr.write(f"vembed_ds: rank {comm.rank()} ended by an unexpected error:\n")
-        raise
-    finally:
-        comm.shutdown()
+    except Exception:  # noqa: BLE001 (whatever it is, this process ends with it)
+        trace = traceback.format_exc()
+        sys.stderr.write(f"vembed_ds: rank {comm.rank()} ended by an unexpected error:\n{trace}\n")
+        sys.stderr.flush()
+        return EXIT_UNEXPECTED
     return 0
 
 

@@ -202,6 +202,87 @@ def test_resume_refuses_another_run(
         assert "batch_size was 4, is 2; seed was 42, is 7" in answer["error"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 5e-6}, "lr was 0.001, is 5e-06"),
+        ({"adam_beta2": 0.5}, "adam_beta2 was 0.999, is 0.5"),
+        ({"temperature": 0.5}, "temperature was 0.05, is 0.5"),
+        ({"scheduler_type": "linear"}, "scheduler_type was 'cosine', is 'linear'"),
+        ({"max_seq_length": 8}, "max_seq_length was None, is 8"),
+    ],
+)
+def test_resume_refuses_a_setting_that_would_be_ignored(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    run(world(2), make_config(max_steps=1, warmup_ratio=0.0), 1)
+    other = make_config(max_steps=1, warmup_ratio=0.0, **changes)
+    for answer in world(2).run(RUN, config=other, ds_config=ds_file(1), resume="auto"):
+        assert message in answer["error"]
+
+
+def test_resume_allows_what_changes_no_update(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    run(world(2), make_config(save_steps=2), 2)
+    (tmp_path / "out" / "latest").write_text("checkpoint-step-2")
+    other = make_config(logging_steps=2, gradient_cache_chunk_size=4, eval_batch_size=2)
+    run(world(2), other, 2, resume="auto")
+    assert list(losses_of(tmp_path / "out")) == [1, 2, 4]
+
+
+def test_resume_names_what_is_missing_or_damaged(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(max_steps=1, warmup_ratio=0.0)
+    run(world(2), config, 2)
+    checkpoint = tmp_path / "out" / "checkpoint-step-1"
+    shard = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+    def errors() -> list[str]:
+        answers = world(2).run(RUN, config=config, ds_config=ds_file(2), resume="auto")
+        return [answer["error"] for answer in answers]
+
+    content = shard.read_bytes()
+    shard.unlink()
+    for error in errors():
+        assert f"{shard}: missing; 2 ranks wrote this checkpoint" in error
+    shard.write_bytes(content)
+    weights = checkpoint / "mp_rank_00_model_states.pt"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for error in errors():
+        assert f"{checkpoint}: cannot be loaded, a file is damaged" in error
+    (checkpoint / "trainer_state.json").write_text("{")
+    for error in errors():
+        assert f"{checkpoint / 'trainer_state.json'}: damaged" in error
+
+
+def test_a_checkpoint_of_another_folder_does_not_mix_with_an_earlier_run(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    run(world(2), make_config(save_steps=2, output_dir=str(tmp_path / "first")), 1)
+    config = make_config(save_steps=2)
+    run(world(2), config, 1)
+    run(world(2), config, 1, resume=str(tmp_path / "first" / "checkpoint-step-2"))
+    assert list(losses_of(tmp_path / "out")) == [3, 4]
+    assert list(losses_of(tmp_path / "out" / "previous-1")) == [1, 2, 3, 4]
+
+
+def test_a_diverged_run_stops_and_saves_nothing(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(
+        lr=1e30, max_grad_norm=0, val_data_path=None, save_steps=1, warmup_ratio=0.0,
+        scheduler_type="constant",
+    )  # fmt: skip
+    for answer in world(2).run(RUN, config=config, ds_config=ds_file(1)):
+        assert answer["error"].startswith("DivergedError: step 2: train/loss is nan")
+    assert (tmp_path / "out" / "latest").read_text() == "checkpoint-step-1"
+
+
 def test_trackers_are_checked_before_the_model(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -91,6 +91,20 @@ def load_consolidated(checkpoint: Path) -> dict[str, Tensor]:
     return _load_stages_1_and_2(checkpoint, saved)
 
 
+def check_files(checkpoint: Path, *, zero_stage: int, world_size: int) -> None:
+    """See that every file is there that ``world_size`` ranks write at ``zero_stage``.
+
+    Raises:
+        CheckpointError: A file is missing; names it.
+    """
+    if zero_stage < 3:
+        _existing(checkpoint / _WHOLE)
+    else:
+        _shard_files(checkpoint, world_size, prefix="", suffix=_WHOLE)
+    if zero_stage > 0:
+        _optimizer_files(checkpoint, world_size)
+
+
 def read_parameters(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """What ``describe_model`` noted about every parameter and persistent buffer.
 
@@ -213,10 +227,14 @@ def _joined(checkpoint: Path, name: str, pieces: Sequence[Tensor], shape: Sequen
 
 
 def _optimizer_shards(checkpoint: Path, world_size: int) -> Iterator[dict[str, Any]]:
+    for file in _optimizer_files(checkpoint, world_size):
+        yield _read(file)["optimizer_state_dict"]
+
+
+def _optimizer_files(checkpoint: Path, world_size: int) -> list[Path]:
     prefix = "bf16_" if any(checkpoint.glob("bf16_zero_pp_rank_*")) else ""
     suffix = "mp_rank_00_optim_states.pt"
-    for file in _shard_files(checkpoint, world_size, prefix=prefix, suffix=suffix):
-        yield _read(file)["optimizer_state_dict"]
+    return _shard_files(checkpoint, world_size, prefix=prefix, suffix=suffix)
 
 
 def _shard_files(checkpoint: Path, world_size: int, *, prefix: str, suffix: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from vembed_ds.checkpointing.consolidate import check_files
 from vembed_ds.distributed import comm
 from vembed_ds.errors import CheckpointError
 
@@ -112,7 +114,7 @@ def check_resumable(folder: Path, *, zero_stage: int, state: Mapping[str, Any]) 
     """
 
     def check() -> int:
-        saved: dict[str, Any] = json.loads((folder / STATE).read_text())
+        saved = _read_state(folder / STATE)
         now = {"world_size": comm.world_size(), "zero_stage": zero_stage, **state}
         changed = [
             f"{key} was {saved.get(key)!r}, is {value!r}"
@@ -126,23 +128,46 @@ def check_resumable(folder: Path, *, zero_stage: int, state: Mapping[str, Any]) 
             )
         if not _random_file(folder).is_file():
             raise CheckpointError(f"{_random_file(folder)}: missing; the checkpoint is incomplete")
+        check_files(folder, zero_stage=zero_stage, world_size=comm.world_size())
         return int(saved["step"])
 
     return comm.run_together(check, doing=f"reading {folder}")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        int(state["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); resume from an earlier checkpoint-step-N folder"
+        ) from error
+    return state
 
 
 def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
     """Put everything back that :func:`save_checkpoint` wrote. Collective.
 
     Raises:
-        CheckpointError: DeepSpeed found nothing to load.
+        CheckpointError: DeepSpeed found nothing to load, or a file is damaged. The other ranks
+            then end with this one, not by an error of their own.
     """
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be loaded, a file is damaged ({_one_line(error)}); resume from an "
+            "earlier checkpoint-step-N folder"
+        ) from error
     if loaded is None:
         raise CheckpointError(
             f"{folder}: DeepSpeed found nothing to load; the folder is incomplete"
         )
     _restore_random_state(torch.load(_random_file(folder), weights_only=True))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _point_at(folder: Path) -> None:

@@ -46,6 +46,24 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return parse_config(values, origin=str(path), overrides=overrides)
 
 
+def setting_origins(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where each given value came from, for messages: the file, or ``--config_override``.
+
+    Args:
+        path: As in :func:`load_config`, which has checked both.
+        overrides: As in :func:`load_config`.
+
+    Returns:
+        Origin by key; a key that is missing has its default.
+    """
+    values = {} if path is None else read_yaml_mapping(Path(path))
+    problems: list[str] = []
+    settings = _collect(_flatten(values, str(path), problems), str(path), problems)
+    given = _flatten_all(_read_overrides(overrides, problems), problems)
+    settings |= _collect(given, OVERRIDE, problems)
+    return {name: setting.origin for name, setting in settings.items()}
+
+
 def parse_config(
     values: Mapping[Any, Any], *, origin: str = "config", overrides: Sequence[str] = ()
 ) -> Config:

@@ -28,6 +28,15 @@ def _plain_int(value: Any) -> Any:
     return value
 
 
+def _no_flash_package(value: Any) -> Any:
+    if value == "flash_attention_2":
+        raise ValueError(
+            "its gradient was not compared with the reference; "
+            "use sdpa, which has a flash kernel of its own on GPUs"
+        )
+    return value
+
+
 def _none_word(value: Any) -> Any:
     """``null`` means the word "none": an override ``report_to=none`` is read as null."""
     return "none" if value is None else value
@@ -130,9 +139,9 @@ class ModelConfig(Section):
     max_seq_length: PositiveInt | None = Field(
         default=None, description="Tokens a text is cut to; null: the tokenizer's limit."
     )
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
-        default=None, description="Attention kernel; null: the model's own choice."
-    )
+    attn_implementation: Annotated[
+        Literal["eager", "sdpa"] | None, BeforeValidator(_no_flash_package)
+    ] = Field(default=None, description="Attention kernel; null: the model's own choice.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in backward to save memory."
     )
@@ -162,9 +171,9 @@ class DataConfig(Section):
     )
     num_workers: NonNegativeInt = Field(default=4, description="Loader processes per rank.")
     prefetch_factor: PositiveInt = Field(
-        default=2, description="Batches each loader process prepares ahead."
+        default=2, description="Batches that a rank's loader processes together prepare ahead."
     )
-    pin_memory: bool = Field(default=True, description="Page-locked batches, for faster copies.")
+    pin_memory: bool = Field(default=True, description="Page-locked chunks, for faster copies.")
     persistent_workers: bool = Field(
         default=True,
         description="Accepted from vembed-factory; one loader serves the whole run anyway.",
@@ -249,7 +258,8 @@ class RunConfig(Section):
         default=True, description="Also evaluate before the first step, as the figure to beat."
     )
     eval_batch_size: PositiveInt | None = Field(
-        default=None, description="Items per rank in evaluation; null: batch_size."
+        default=None,
+        description="Items per rank in evaluation; null: the chunk size with use_gradient_cache, else batch_size.",
     )
     eval_recall_k: Annotated[
         tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple)

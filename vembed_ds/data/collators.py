@@ -26,6 +26,19 @@ class Batch:
     error: VembedError | None = None
 
 
+def join(parts: Sequence[Batch]) -> Batch:
+    """Parts of one batch, in order; the first error, if any, replaces the whole batch."""
+    for part in parts:
+        if part.error is not None:
+            return part
+    if len(parts) == 1:
+        return parts[0]
+    return Batch(
+        indices=[index for part in parts for index in part.indices],
+        roles={role: [i for part in parts for i in part.roles[role]] for role in parts[0].roles},
+    )
+
+
 def collate(samples: Sequence[Sample | VembedError]) -> Batch:
     """Groups samples by role; the first error, if any, replaces the whole batch."""
     good: list[Sample] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 import datasets
 import numpy as np
@@ -12,6 +14,8 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import Record, RecordReader
 from vembed_ds.data.sampler import SampleKey
 from vembed_ds.errors import DataError, VembedError
+
+ROLES = ("query", "positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,13 @@ class PairDataset(Dataset[Sample | VembedError]):
         self.reader = reader
         self.processor = processor
         self.seed = seed
+        self.roles: tuple[str, ...] = ROLES
+
+    def only(self, role: str) -> Self:
+        """The same rows, of which only ``role`` is encoded."""
+        view = copy.copy(self)
+        view.roles = (role,)
+        return view
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -75,13 +86,13 @@ class PairDataset(Dataset[Sample | VembedError]):
         record = self.record(index)
         roles = {
             role: self.processor.encode(
-                item,
+                getattr(record, role),
                 origin=f"{self.reader.origin}, record {index}, {role}",
                 augment_seed=None
                 if epoch is None
                 else augmentation_seed(self.seed, epoch=epoch, index=index, role=role),
             )
-            for role, item in (("query", record.query), ("positive", record.positive))
+            for role in self.roles
         }
         return Sample(index, roles)
 

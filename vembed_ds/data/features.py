@@ -64,31 +64,51 @@ class FeatureTable:
         return (_reopen, (self.path, self.keys))
 
 
-def write_features(folder: str | Path, *, keys: Sequence[str], array: FloatArray) -> None:
-    """Writes a table that ``load_features`` reads.
+def create_features(folder: str | Path, *, keys: Sequence[str], width: int) -> None:
+    """Makes a table of zeros, for ``write_rows`` to fill and ``load_features`` to read.
 
     Args:
         folder: Where to; created when absent.
         keys: N distinct texts, one per row.
-        array: ``[N, H]`` float32.
+        width: H, features per row.
 
     Raises:
-        DataError: When the shapes or the type do not fit, or a key is given twice.
+        DataError: When a key is given twice.
     """
-    if array.ndim != 2 or array.dtype != np.float32 or len(keys) != len(array):
-        raise DataError(
-            f"{folder}: {len(keys)} keys and a {array.dtype} array of shape {array.shape}; "
-            "give [N, H] float32 and N keys"
-        )
     if len(set(keys)) != len(keys):
         raise DataError(f"{folder}: {len(keys)} keys, {len(set(keys))} distinct; give each once")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    np.save(Path(folder) / FEATURES_FILE, array)
     (Path(folder) / KEYS_FILE).write_text(json.dumps(list(keys)), encoding="utf-8")
+    np.lib.format.open_memmap(
+        Path(folder) / FEATURES_FILE, mode="w+", dtype=np.float32, shape=(len(keys), width)
+    ).flush()
+
+
+def write_rows(folder: str | Path, *, start: int, rows: FloatArray) -> None:
+    """Writes rows of a table that ``create_features`` made; processes may share the work.
+
+    Args:
+        folder: The table's.
+        start: Number of the first row.
+        rows: ``[n, H]`` float32.
+
+    Raises:
+        DataError: When the rows do not fit the table.
+    """
+    path = Path(folder) / FEATURES_FILE
+    array = np.load(path, mmap_mode="r+", allow_pickle=False)
+    place = array[start : start + len(rows)]
+    if rows.dtype != np.float32 or place.shape != rows.shape:
+        raise DataError(
+            f"{path}: rows {start} and following: {rows.dtype} of shape {rows.shape} do not fit "
+            f"into {array.dtype} of shape {array.shape}"
+        )
+    place[:] = rows
+    array.flush()
 
 
 def load_features(folder: str | Path) -> FeatureTable:
-    """Opens a table that ``write_features`` wrote.
+    """Opens a table that ``create_features`` made and ``write_rows`` filled.
 
     Raises:
         DataError: When a file is missing or the number of keys and rows differ.

@@ -13,10 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.errors import DataError
-
-__all__ = ["fingerprint", "load_table"]
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

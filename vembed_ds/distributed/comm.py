@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -15,6 +16,9 @@ from vembed_ds.errors import DistributedError, VembedError
 
 T = TypeVar("T")
 
+# How srun and mpirun tell a process that it is one of several.
+_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
     """Join the process group that the launcher describes; a world of 1 without a launcher.
@@ -25,19 +29,36 @@ def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
     Args:
         device_type: ``"cpu"`` or ``"cuda"``.
         timeout_minutes: A collective that waits longer than this fails.
+
+    Raises:
+        DistributedError: Another launcher started several processes without telling them who
+            they are.
     """
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
+        _refuse_unnamed_ranks()
         _describe_world_of_one()
     backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
 
 
-def shutdown() -> None:
-    """Leave the process group; a rank that exits without this aborts the others."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def shutdown(timeout_seconds: float | None = None) -> bool:
+    """Leave the process group; a rank that exits without this aborts the others.
+
+    Args:
+        timeout_seconds: Longest wait; a group whose other ranks are in a collective may never
+            let go. ``None``: wait for as long as it takes.
+
+    Returns:
+        Whether the group was left.
+    """
+    if not dist.is_initialized():
+        return True
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(timeout_seconds)
+    return not leaving.is_alive()
 
 
 def rank() -> int:
@@ -156,6 +177,17 @@ def require_equal(value: Any, *, what: str) -> None:
             raise DistributedError(
                 f"{what}: rank 0 has {values[0]!r}, rank {other} has {found!r}; "
                 "every rank must see the same files"
+            )
+
+
+def _refuse_unnamed_ranks() -> None:
+    """Processes that do not know of each other would each train alone, in one folder."""
+    for variable in _OTHER_LAUNCHERS:
+        if int(os.environ.get(variable) or "1") > 1:
+            raise DistributedError(
+                f"{variable}={os.environ[variable]}: started by another launcher, without RANK, "
+                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; start with `deepspeed "
+                "--module vembed_ds.train` or torchrun, or set these five"
             )
 
 

@@ -37,9 +37,10 @@ _SIZED_BY_HF = (
 
 @dataclass(frozen=True)
 class _Ours:
-    """The values that our own configuration decides."""
+    """The values that our own configuration decides, and where they came from."""
 
     origin: str
+    origins: Mapping[str, str]
     world_size: int
     batch_size: int
     precision: str
@@ -49,6 +50,11 @@ class _Ours:
     eps: float
     weight_decay: float
     device_type: str
+
+    def place(self, key: str) -> str:
+        """Where the value of ``key`` (or of two, joined by "and") came from."""
+        found = dict.fromkeys(self.origins.get(name, "default") for name in key.split(" and "))
+        return ", ".join(found)
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
@@ -86,6 +92,7 @@ def resolve_ds_config(
     raw: Mapping[str, Any],
     *,
     origin: str,
+    origins: Mapping[str, str],
     world_size: int,
     batch_size: int,
     precision: str,
@@ -107,6 +114,7 @@ def resolve_ds_config(
     Args:
         raw: The JSON's content; not changed.
         origin: The JSON's name, for messages.
+        origins: Where our own settings came from, by key; a missing one has its default.
         world_size: Number of data-parallel ranks.
         batch_size: Pairs per rank and step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
@@ -126,7 +134,7 @@ def resolve_ds_config(
         ConfigError: Listing every unknown, refused or contradicting key.
     """
     ours = _Ours(
-        origin, world_size, batch_size, precision, max_grad_norm, lr, betas, eps, weight_decay,
+        origin, origins, world_size, batch_size, precision, max_grad_norm, lr, betas, eps, weight_decay,
         device_type,
     )  # fmt: skip
     config = copy.deepcopy(dict(raw))
@@ -222,7 +230,7 @@ def _precision(config: dict[str, Any], ours: _Ours, supported: bool) -> Iterator
         if given not in ("auto", wanted):
             yield (
                 f"{name}.enabled={as_json(given)} ({ours.origin}) contradicts "
-                f'precision={ours.precision} (YAML); set "auto"'
+                f'precision={ours.precision} ({ours.place("precision")}); set "auto"'
             )
         section["enabled"] = wanted
     for path in ("data_types.grad_accum_dtype", "communication_data_type"):
@@ -322,7 +330,7 @@ def _agree(
     if given != "auto" and not _same(given, value):
         yield (
             f"{prefix}{key}={as_json(given)} ({ours.origin}) contradicts "
-            f'{our_key}={as_json(value)} (YAML); set "auto"'
+            f'{our_key}={as_json(value)} ({ours.place(our_key)}); set "auto"'
         )
 
 

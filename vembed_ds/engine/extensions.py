@@ -64,9 +64,10 @@ def _build(folder: Path, names: list[str]) -> None:
 
 def _hold(folder: Path, kind: int) -> bool:
     """Take the folder's lock, shared or exclusive, until this process ends."""
-    file = _HELD.setdefault(folder, (folder / "vembed_ds.lock").open("w"))
+    if folder not in _HELD:
+        _HELD[folder] = (folder / "vembed_ds.lock").open("w")
     try:
-        fcntl.flock(file, kind)
+        fcntl.flock(_HELD[folder], kind)
     except BlockingIOError:
         return False
     return True
@@ -79,8 +80,8 @@ def refuse_old_locks(folder: Path) -> None:
         VembedError: A ``lock`` older than any compilation takes.
     """
     for lock in folder.glob("**/lock"):
-        age = time.time() - lock.stat().st_mtime
-        if age > OLDEST_BUILD_SECONDS:
+        age = _age_seconds(lock)
+        if age is not None and age > OLDEST_BUILD_SECONDS:
             raise VembedError(
                 f"{lock} is {age / 60:.0f} minutes old: a build was killed and left it, and DeepSpeed "
                 "would wait for it for ever; end the other jobs on this machine that are "
@@ -106,8 +107,16 @@ def remove_stale_locks(folder: Path) -> list[Path]:
     stale = list(folder.glob("**/lock"))
     for lock in stale:
         logger.warning("%s was left by a build that was killed; removed", lock)
-        lock.unlink()
+        lock.unlink(missing_ok=True)
     return stale
+
+
+def _age_seconds(file: Path) -> float | None:
+    """Since its last change; ``None``: whoever built has just removed it."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _default_folder() -> Path:

@@ -6,7 +6,7 @@ with one document, and several images of one caption are one query with several 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.loader import build_loader
+from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.processors import EncodedItem, content_key
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.distributed import comm
@@ -28,7 +28,6 @@ from vembed_ds.evaluation.metrics import (
     recall_at_k,
 )
 
-ROLES = ("query", "positive")
 CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
 
 Embed = Callable[[str, Sequence[EncodedItem]], Tensor]
@@ -69,7 +68,7 @@ def evaluate_retrieval(
         dataset: Validation pairs.
         embed: From a stream and 1 to ``batch_size`` of its items to ``[n, D]``, on any device;
             called without gradient. The caller puts the model into evaluation mode.
-        batch_size: Records per rank at a time.
+        batch_size: Items per rank at a time.
         recall_k: The k of Recall@k.
         num_workers: Loader processes per rank.
         prefetch_factor: Batches each loader process prepares ahead.
@@ -86,14 +85,15 @@ def evaluate_retrieval(
     if judgments is None:
         judgments = read_judgments(dataset)
     check_recall_k(recall_k, judgments=judgments, origin=dataset.reader.origin)
-    embeddings = embed_pairs(
+    query_emb, corpus_emb = embed_distinct(
         dataset,
+        judgments,
         embed=embed,
         batch_size=batch_size,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
     )
-    return retrieval_metrics(embeddings, judgments, recall_k=recall_k)
+    return retrieval_metrics(query_emb, corpus_emb, judgments, recall_k=recall_k)
 
 
 def read_judgments(dataset: PairDataset) -> Judgments:
@@ -138,52 +138,59 @@ def check_recall_k(recall_k: Sequence[int], *, judgments: Judgments, origin: str
         )
 
 
-def embed_pairs(
+def embed_distinct(
     dataset: PairDataset,
+    judgments: Judgments,
     *,
     embed: Embed,
     batch_size: int,
     num_workers: int,
     prefetch_factor: int = 2,
-) -> dict[str, Tensor]:
-    """Embeds both sides of every record, a shard on every rank.
+) -> tuple[Tensor, Tensor]:
+    """Embeds every distinct query and document once, a shard on every rank.
 
     Collective, with equal numbers of ``embed`` calls; arguments as in ``evaluate_retrieval``.
 
     Returns:
-        ``query`` and ``positive``: ``[num_records, D]`` float32 in record order, on the device
-        of the embeddings, the same on every rank.
+        Queries ``[Q, D]`` and documents ``[C, D]`` float32, in the order of ``judgments``, on the
+        device of the embeddings, the same on every rank.
 
     Raises:
         DataError: When a record cannot be used.
         DistributedError: When a record of another rank cannot be used.
     """
-    shard = _shard(dataset)
-    loader = build_loader(
-        dataset,
-        [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)],
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor,
-        pin_memory=False,
-        persistent_workers=False,
-    )
+
+    def embedded(role: str, records: Sequence[int]) -> Tensor:
+        shard = [
+            records[place]
+            for place in shard_indices(len(records), rank=comm.rank(), world_size=comm.world_size())
+        ]
+        loader = BatchLoader(
+            dataset.only(role),
+            [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)],
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+        )
+        rows = torch.cat([_embed_batch(batch, role, embed=embed) for batch in loader])
+        return _gathered(rows, num_rows=len(records))
+
     with torch.no_grad():
-        batches = [_embed_batch(batch, embed=embed) for batch in loader]
-        return {
-            role: _gathered(torch.cat([batch[role] for batch in batches]), num_rows=len(dataset))
-            for role in ROLES
-        }
+        return (
+            embedded("query", judgments.query_records),
+            embedded("positive", judgments.document_records),
+        )
 
 
 def retrieval_metrics(
-    embeddings: Mapping[str, Tensor], judgments: Judgments, *, recall_k: Sequence[int]
+    query_emb: Tensor, corpus_emb: Tensor, judgments: Judgments, *, recall_k: Sequence[int]
 ) -> dict[str, float]:
-    """Metrics of embedded pairs; every rank compares a share of the queries.
+    """Metrics of embedded queries and documents; every rank compares a share of the queries.
 
     Collective. Arguments are the same on every rank.
 
     Args:
-        embeddings: ``query`` and ``positive``, each ``[num_records, D]``.
+        query_emb: ``[Q, D]``, in the order of ``judgments``.
+        corpus_emb: ``[C, D]``, in the order of ``judgments``.
         judgments: Of the same records.
         recall_k: The k of Recall@k.
 
@@ -193,7 +200,6 @@ def retrieval_metrics(
     Raises:
         VembedError: When embeddings are not finite.
     """
-    query_emb, corpus_emb = select_distinct(embeddings, judgments)
     check_finite(query_emb, name="query")  # all of them, so that all ranks stop
     share = shard_indices(len(query_emb), rank=comm.rank(), world_size=comm.world_size())
     ranks = first_relevant_rank(
@@ -211,16 +217,6 @@ def retrieval_metrics(
     }
 
 
-def select_distinct(
-    embeddings: Mapping[str, Tensor], judgments: Judgments
-) -> tuple[Tensor, Tensor]:
-    """Embeddings of the distinct queries ``[Q, D]`` and documents ``[C, D]``."""
-    return (
-        embeddings["query"][judgments.query_records],
-        embeddings["positive"][judgments.document_records],
-    )
-
-
 def query_chunk(num_documents: int) -> int:
     """Queries to compare at a time, so that memory stays bounded."""
     return max(1, CHUNK_ELEMENTS // num_documents)
@@ -235,10 +231,10 @@ def _gathered(rows: Tensor, *, num_rows: int) -> Tensor:
     return gather_rows(rows)[:num_rows]
 
 
-def _embed_batch(batch: Batch, *, embed: Embed) -> dict[str, Tensor]:
+def _embed_batch(batch: Batch, role: str, *, embed: Embed) -> Tensor:
     comm.raise_together(batch.error)
     # Equal streams on every rank: all items of a role have one, which the mode decides.
-    return {role: embed(batch.roles[role][0].stream, batch.roles[role]).float() for role in ROLES}
+    return embed(batch.roles[role][0].stream, batch.roles[role]).float()
 
 
 def _judgments(queries: Sequence[bytes], documents: Sequence[bytes]) -> Judgments:

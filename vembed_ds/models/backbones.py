@@ -64,7 +64,7 @@ def load_backbone(
 
     Args:
         source: What to load.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2`` or the model's default.
+        attn_implementation: ``eager``, ``sdpa`` or the model's default.
         trust_remote_code: Whether code in the model's repository may run.
 
     Raises:

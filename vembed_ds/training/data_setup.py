@@ -47,12 +47,12 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
     train_data = build_dataset(train_source, processor=processor, config=config)
     check_records(train_data)
     comm.require_equal(len(train_data), what="number of records in data_path")
-    # One rank reads the whole data for it; the others' copies are compared by length.
-    digest = comm.all_gather_objects(fingerprint(train_data.table) if comm.is_main() else None)[0]
+    digest = fingerprint(train_data.table)
     if val_source is None:
         return RunData(processor, train_data, digest)
     val_data = build_dataset(val_source, processor=processor, config=config)
     check_records(val_data)
+    comm.require_equal(len(val_data), what="number of records in val_data_path")
     judgments = read_judgments(val_data)
     check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=val_source.reader.origin)
     return RunData(processor, train_data, digest, val_data, judgments)

@@ -31,12 +31,15 @@ from vembed_ds.training.trainer import Intervals
 logger = logging.getLogger(__name__)
 
 
-def fill_ds_config(config: Config, raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+def fill_ds_config(
+    config: Config, raw: Mapping[str, Any], *, origin: str, origins: Mapping[str, str]
+) -> dict[str, Any]:
     """DeepSpeed's config with our values in place of ``"auto"``."""
     accelerator, optimizer = get_accelerator(), config.optimizer
     return resolve_ds_config(
         raw,
         origin=origin,
+        origins=origins,
         world_size=comm.world_size(),
         batch_size=config.training.batch_size,
         precision=config.model.precision,
@@ -49,6 +52,15 @@ def fill_ds_config(config: Config, raw: Mapping[str, Any], *, origin: str) -> di
         fp16_supported=bool(accelerator.is_fp16_supported()),
         bf16_supported=bool(accelerator.is_bf16_supported()),
     )
+
+
+def inference_batch_size(config: Config) -> int:
+    """Items per rank in a forward pass without graph: what fits in training fits here too."""
+    training = config.training
+    trained_at_once = (
+        training.gradient_cache_chunk_size if training.use_gradient_cache else training.batch_size
+    )
+    return config.run.eval_batch_size or trained_at_once
 
 
 def build_engine(
@@ -70,7 +82,7 @@ def build_engine(
             processor=data.processor,
             folder=folder / "frozen_text_features",
             device=torch.device(get_accelerator().current_device_name()),
-            batch_size=config.run.eval_batch_size or config.training.batch_size,
+            batch_size=inference_batch_size(config),
         )
     _spare_unreached(model, data.processor)
     if config.model.gradient_checkpointing:

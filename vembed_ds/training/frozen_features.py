@@ -10,11 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.features import load_features, write_features
+from vembed_ds.data.features import FeatureTable, create_features, load_features, write_rows
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import Item
 from vembed_ds.distributed import comm
-from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
 
@@ -56,16 +55,25 @@ def cache_text_features(
     tower = model.encoder.tower(STREAM)
     texts = _distinct_texts(datasets)
     share = -(-len(texts) // comm.world_size())
-    mine = texts[comm.rank() * share :][:share]
-    rows = _embed(tower.to(device).eval(), mine, processor, device=device, batch_size=batch_size)
-    padded = torch.zeros(share, rows.shape[1] if len(rows) else _width(tower, processor, device))
-    padded[: len(rows)] = rows
+    start = comm.rank() * share
+    tower.to(device).eval()
+    width = _embed(tower, ["a"], processor, device=device, batch_size=1).shape[1]
+
+    def create() -> None:
+        if comm.is_main():
+            create_features(folder, keys=texts, width=width)
+
+    def fill() -> FeatureTable:
+        mine = texts[start : start + share]
+        if mine:
+            rows = _embed(tower, mine, processor, device=device, batch_size=batch_size)
+            write_rows(folder, start=start, rows=rows.numpy())
+        return load_features(folder)
+
+    comm.run_together(create, doing=f"writing {folder}")
+    table = comm.run_together(fill, doing=f"writing {folder}")
     tower.cpu()  # back beside the other towers; the engine moves the model as a whole
-    gathered = gather_rows(padded)[: len(texts)]
-    if comm.is_main():
-        write_features(folder, keys=texts, array=gathered.numpy())
-    comm.barrier()
-    processor.feature_tables[STREAM] = load_features(folder)
+    processor.feature_tables[STREAM] = table
 
 
 def _distinct_texts(datasets: Iterable[PairDataset]) -> list[str]:
@@ -97,8 +105,4 @@ def _embed(
         inputs = {key: value.to(device) for key, value in processor.pad(STREAM, items).items()}
         with torch.no_grad():
             rows.update(zip(chosen, tower.features(inputs).float().cpu(), strict=True))
-    return torch.stack([rows[index] for index in range(len(texts))]) if texts else torch.zeros(0, 0)
-
-
-def _width(tower: TowerEncoder, processor: ItemProcessor, device: torch.device) -> int:
-    return _embed(tower, ["a"], processor, device=device, batch_size=1).shape[1]
+    return torch.stack([rows[index] for index in range(len(texts))])

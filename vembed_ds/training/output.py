@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
+import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vembed_ds.config.loading import dump_config
 from vembed_ds.config.schema import Config
+from vembed_ds.distributed import comm
+from vembed_ds.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 _PREVIOUS = "previous-"
+_PROBE = ".seen-by-every-rank"
+_PROBE_SECONDS = 20
 _WRITTEN = (
     CONFIG_FILE,
     DS_CONFIG_FILE,
@@ -44,6 +52,42 @@ def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bo
     (folder / CONFIG_FILE).write_text(dump_config(config))
     (folder / DS_CONFIG_FILE).write_text(json.dumps(ds_config, indent=2))
     return folder
+
+
+def check_shared(folder: Path) -> None:
+    """Refuse a folder that each machine has of its own: checkpoints would lie in pieces.
+
+    Collective, after rank 0 has called :func:`prepare_output`.
+
+    Raises:
+        ConfigError: On every rank, when one does not see what rank 0 wrote.
+    """
+    doing = f"output_dir={str(folder)!r}"
+    token = comm.all_gather_objects(uuid.uuid4().hex)[0]
+    probe = folder / _PROBE
+
+    def write() -> None:
+        if comm.is_main():
+            probe.write_text(token)
+
+    comm.run_together(write, doing=doing)
+    comm.run_together(lambda: _find(probe, token), doing=doing)
+    if comm.is_main():
+        probe.unlink()
+
+
+def _find(probe: Path, token: str) -> None:
+    """Network file systems show a new file late."""
+    for _ in range(_PROBE_SECONDS):
+        os.listdir(probe.parent.parent)  # noqa: PTH208 (asks the server again)
+        if probe.is_file() and probe.read_text() == token:
+            return
+        time.sleep(1)
+    raise ConfigError(
+        f"output_dir={str(probe.parent)!r}: what rank 0 wrote there was not seen for "
+        f"{_PROBE_SECONDS} s by rank {comm.rank()} on {platform.node()}; give a folder that all "
+        "machines share"
+    )
 
 
 def _set_aside(folder: Path) -> None:

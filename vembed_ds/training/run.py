@@ -13,21 +13,22 @@ from vembed_ds.checkpointing.store import load_checkpoint, save_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.loader import build_loader
+from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.sampler import GlobalBatchSampler, steps_per_epoch
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import ConfigError
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.losses import build_loss
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import RunData, setup_data
-from vembed_ds.training.engine_setup import build_engine, fill_ds_config
+from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
 from vembed_ds.training.model_setup import model_spec
-from vembed_ds.training.output import prepare_output
+from vembed_ds.training.output import check_shared, prepare_output
 from vembed_ds.training.resuming import choose_checkpoint, run_identity
 from vembed_ds.training.trainer import Intervals, Trainer
 
@@ -37,7 +38,12 @@ SELF_TEST_CANDIDATES = 16  # per rank; three of them are compared
 
 
 def train(
-    config: Config, raw_ds_config: Mapping[str, Any], *, ds_origin: str, resume: str | None
+    config: Config,
+    raw_ds_config: Mapping[str, Any],
+    *,
+    ds_origin: str,
+    resume: str | None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Train as configured, from the data to the last checkpoint.
 
@@ -49,6 +55,8 @@ def train(
         raw_ds_config: DeepSpeed's, with ``"auto"`` where ``config`` decides.
         ds_origin: Where that came from, for messages.
         resume: A checkpoint, a run's folder, ``"auto"``, or ``None`` for a fresh start.
+        origins: Where the values of ``config`` came from, for messages; from
+            :func:`setting_origins`.
 
     Returns:
         The last evaluation's metrics.
@@ -56,22 +64,24 @@ def train(
     Raises:
         VembedError: On every rank.
     """
-    ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin)
+    ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
     spec = model_spec(config.model)
     data = setup_data(config, spec)
     intervals = plan_run(config, num_records=len(data.train))
-    checkpoint, step = choose_checkpoint(config, ds_config, data, intervals, resume)
+    identity = run_identity(config, ds_config, data, intervals)
+    checkpoint, step = choose_checkpoint(config, ds_config, identity, intervals, resume)
     folder = Path(config.run.output_dir)
     tracker = comm.run_together(
-        lambda: _open_output(config, ds_config, resuming=checkpoint is not None, step=step),
+        lambda: _open_output(config, ds_config, checkpoint=checkpoint, step=step),
         doing=f"output_dir={config.run.output_dir!r}",
     )
+    check_shared(folder)
     prepare_extensions(ds_config)
     model, engine = build_engine(config, spec, ds_config, data, intervals, folder)
     if checkpoint is not None:
         load_checkpoint(engine.engine, checkpoint)
     trainer = build_trainer(
-        config, model, engine, data, intervals, folder, tracker=tracker, step=step
+        config, model, engine, data, intervals, folder, identity, tracker=tracker, step=step
     )
     if config.training.gradient_self_test:
         self_test(trainer, data.train, precision=config.model.precision)
@@ -83,12 +93,19 @@ def plan_run(config: Config, *, num_records: int) -> Intervals:
 
     Raises:
         DataError: The records do not fill one global batch.
+        ConfigError: The warm-up is longer than the run.
     """
     global_batch_size = config.training.batch_size * comm.world_size()
     per_epoch = steps_per_epoch(num_records, global_batch_size)
-    run = config.run
+    num_steps = config.training.max_steps or config.training.epochs * per_epoch
+    run, warmup = config.run, config.optimizer.warmup_steps
+    if warmup >= num_steps:
+        raise ConfigError(
+            f"warmup_steps={warmup}: the run has {num_steps} steps ({config.training.epochs} epochs "
+            f"of {per_epoch}), so the learning rate would never be reached; lower warmup_steps"
+        )
     return Intervals(
-        num_steps=config.training.max_steps or config.training.epochs * per_epoch,
+        num_steps=num_steps,
         steps_per_epoch=per_epoch,
         logging_steps=run.logging_steps,
         eval_steps=run.eval_steps,
@@ -104,6 +121,7 @@ def build_trainer(
     data: RunData,
     intervals: Intervals,
     folder: Path,
+    identity: Mapping[str, Any],
     *,
     tracker: Tracker | None,
     step: int,
@@ -122,13 +140,11 @@ def build_trainer(
     trainer = Trainer(
         engine=engine,
         model=model,
-        loader=build_loader(
+        loader=BatchLoader(
             data.train,
             sampler,
             num_workers=loading.num_workers,
             prefetch_factor=loading.prefetch_factor,
-            pin_memory=loading.pin_memory,
-            persistent_workers=loading.persistent_workers,
         ),
         processor=data.processor,
         loss_function=build_loss(
@@ -146,7 +162,7 @@ def build_trainer(
             engine,
             data.processor,
             folder,
-            run_identity(config, data, intervals),
+            identity,
         ),
         evaluate=None if data.val is None else lambda: _evaluate(config, data, trainer),
         step=step,
@@ -181,7 +197,7 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
     return evaluate_retrieval(
         data.val,
         embed=trainer.embed,
-        batch_size=config.run.eval_batch_size or config.training.batch_size,
+        batch_size=inference_batch_size(config),
         recall_k=config.run.eval_recall_k,
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
@@ -221,15 +237,16 @@ def _unequal_pairs(batch: Batch) -> dict[str, list[EncodedItem]]:
 
 
 def _open_output(
-    config: Config, ds_config: Mapping[str, Any], *, resuming: bool, step: int
+    config: Config, ds_config: Mapping[str, Any], *, checkpoint: Path | None, step: int
 ) -> Tracker | None:
     """Folder and trackers of the run, on rank 0; before the model, so that mistakes show early."""
     if not comm.is_main():
         return None
     run = config.run
+    own = checkpoint is not None and checkpoint.resolve().parent == Path(run.output_dir).resolve()
     return build_tracker(
         run.report_to,
-        folder=prepare_output(config, ds_config, resuming=resuming),
+        folder=prepare_output(config, ds_config, resuming=own),
         run_name=run.run_name,
         config=config.model_dump(mode="json"),
         resume_step=step,

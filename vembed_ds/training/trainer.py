@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -21,6 +21,7 @@ from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.distributed import comm
 from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import DivergedError
 from vembed_ds.losses import LossFunction, LossInputs
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.gradient_cache import StepResult, compute_gradient
@@ -79,7 +80,7 @@ class Trainer:
         *,
         engine: TrainEngine,
         model: EmbeddingModel,
-        loader: DataLoader[Batch],
+        loader: Iterable[Batch],
         processor: ItemProcessor,
         loss_function: LossFunction,
         chunk_size: int | None,
@@ -132,6 +133,7 @@ class Trainer:
             if self.intervals.due(self.intervals.eval_steps, self.step):
                 metrics = self.evaluate()
             if self.intervals.due(self.intervals.save_steps, self.step):
+                self.require_finite(comm.mean_over_ranks(result.loss))
                 self.save()
         progress.close()
         return metrics
@@ -251,6 +253,22 @@ class Trainer:
             metrics["train/temperature"] = float(1 / result.logit_scale.exp())
         self._window = _Window()
         self._report(metrics)
+        self.require_finite(loss)
+
+    def require_finite(self, loss: Tensor) -> None:
+        """Stop a run that can only get worse.
+
+        Args:
+            loss: Scalar, mean over the ranks: every rank stops, or none.
+
+        Raises:
+            DivergedError: The loss is NaN or infinite.
+        """
+        if not math.isfinite(float(loss)):
+            raise DivergedError(
+                f"step {self.step}: train/loss is {float(loss)}: the model has diverged; go back to "
+                "an earlier checkpoint and lower lr, set max_grad_norm, or use another precision"
+            )
 
     def _report(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is None:

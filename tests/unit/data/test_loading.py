@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 
+from vembed_ds.data import loader as loading
 from vembed_ds.data.augment import ImageAugmentation
-from vembed_ds.data.collators import Batch, collate
+from vembed_ds.data.collators import Batch, collate, join
 from vembed_ds.data.dataset import PairDataset, Sample, augmentation_seed
-from vembed_ds.data.loader import build_loader
+from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.data.readers import load_table
@@ -71,7 +72,7 @@ def dataset(folder: Path, minilm: str, image_settings: dict[str, Any]) -> PairDa
     return pairs(folder, minilm, image_settings)
 
 
-def loader(dataset: PairDataset, *, num_workers: int = 0, **options: int) -> DataLoader[Batch]:
+def loader(dataset: PairDataset, *, num_workers: int = 0, **options: int) -> BatchLoader:
     settings = {
         "global_batch_size": 4,
         "rank": 0,
@@ -80,14 +81,7 @@ def loader(dataset: PairDataset, *, num_workers: int = 0, **options: int) -> Dat
         "num_steps": 5,
     } | options
     sampler = GlobalBatchSampler(len(dataset), **settings)  # type: ignore[arg-type]
-    return build_loader(
-        dataset,
-        sampler,
-        num_workers=num_workers,
-        prefetch_factor=2,
-        pin_memory=True,
-        persistent_workers=True,
-    )
+    return BatchLoader(dataset, sampler, num_workers=num_workers, prefetch_factor=2)
 
 
 def good(sample: object) -> Sample:
@@ -175,7 +169,31 @@ def test_resumed_loader_continues(dataset: PairDataset) -> None:
     assert rest == content(list(loader(dataset))[3:])
 
 
-def test_persistent_workers_repeat_the_same_batches(dataset: PairDataset) -> None:
+@pytest.mark.parametrize("part_size", [1, 3, 4])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_parts_make_whole_batches(
+    dataset: PairDataset, monkeypatch: pytest.MonkeyPatch, part_size: int, num_workers: int
+) -> None:
+    expected = content(list(loader(dataset)))
+    monkeypatch.setattr(loading, "PART_SIZE", part_size)
+    assert content(list(loader(dataset, num_workers=num_workers))) == expected
+
+
+def test_workers_share_the_batches_they_prepare_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "PART_SIZE", 4)
+    batches = [list(range(10))] * 3  # three parts each
+    assert loading._parts_ahead(batches, 2, 3) == 2  # two batches: 6 parts by 3 workers
+    assert loading._parts_ahead(batches, 1, 8) == 1
+    assert loading._parts_ahead(batches, 2, 0) is None
+
+
+def test_the_first_error_of_a_part_replaces_the_batch() -> None:
+    good_part = Batch([1], {"query": [EncodedItem("text", {})]})
+    bad = Batch([], error=DataError("first"))
+    assert join([good_part, bad, Batch([], error=DataError("second"))]) == bad
+
+
+def test_a_second_iteration_repeats_the_same_batches(dataset: PairDataset) -> None:
     batches = loader(dataset, num_workers=1)
     assert content(list(batches)) == content(list(batches))
 
@@ -187,13 +205,11 @@ def test_iterating_leaves_the_random_state_alone(dataset: PairDataset) -> None:
 
 
 def test_evaluation_reads_plain_row_numbers(dataset: PairDataset) -> None:
-    batches = build_loader(
+    batches = BatchLoader(
         dataset,
         BatchSampler(SequentialSampler(range(5)), batch_size=2, drop_last=False),
         num_workers=0,
         prefetch_factor=2,
-        pin_memory=False,
-        persistent_workers=False,
     )
     assert [batch.indices for batch in batches] == [[0, 1], [2, 3], [4]]
     assert content([collate([dataset[0], dataset[1]])]) == content([next(iter(batches))])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vembed_ds.data.augment import ImageAugmentation
-from vembed_ds.data.features import load_features, write_features
+from vembed_ds.data.features import create_features, load_features, write_rows
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key
 from vembed_ds.data.records import Item
@@ -178,7 +178,8 @@ def test_stored_features_replace_the_tokens(
     processor: ItemProcessor, tmp_path: Path, noise: Noise
 ) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    write_features(tmp_path, keys=TEXTS, array=rows)
+    create_features(tmp_path, keys=TEXTS, width=4)
+    write_rows(tmp_path, start=0, rows=rows)
     processor.feature_tables["text"] = load_features(tmp_path)
     items = [encode(processor, Item(text=text), seed=1) for text in TEXTS[::-1]]
     batch = processor.pad("text", [*items, processor.filler("text")])
@@ -195,9 +196,8 @@ def test_stored_image_features_refuse_augmentation(
     pytest.importorskip("kornia")
     flip = ImageAugmentation([{"RandomHorizontalFlip": {}}])
     processor = build_item_processor(None, image_settings, max_length=None, augmentation=flip)
-    write_features(
-        tmp_path, keys=[content_key(Item(image=noise()))], array=np.ones((1, 2), np.float32)
-    )
+    create_features(tmp_path, keys=[content_key(Item(image=noise()))], width=2)
+    write_rows(tmp_path, start=0, rows=np.ones((1, 2), np.float32))
     processor.feature_tables["image"] = load_features(tmp_path)
     assert encode(processor, Item(image=noise())).inputs["features"].tolist() == [1.0, 1.0]
     with pytest.raises(ConfigError, match="stored image features cannot be augmented"):

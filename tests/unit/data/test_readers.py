@@ -18,8 +18,8 @@ import pytest
 import xxhash
 from PIL import Image
 
-from vembed_ds.data.fingerprint import _update_bytes
-from vembed_ds.data.readers import fingerprint, load_table
+from vembed_ds.data.fingerprint import _update_bytes, fingerprint
+from vembed_ds.data.readers import load_table
 from vembed_ds.errors import DataError
 
 ROWS = [{"query": "a/b", "positive": "x"}, {"query": "ü, c", "positive": "007"}]
@@ -266,7 +266,8 @@ def test_fingerprint_is_the_same_in_another_process(
 ) -> None:
     file = write_jsonl(ROWS)
     program = (
-        "import sys; from vembed_ds.data.readers import fingerprint, load_table;"
+        "import sys; from vembed_ds.data.fingerprint import fingerprint;"
+        "from vembed_ds.data.readers import load_table;"
         "sys.stdout.write(fingerprint(load_table([sys.argv[1]], key='data_path')))"
     )
     root = Path(__file__).parents[3]

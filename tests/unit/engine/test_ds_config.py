@@ -14,6 +14,7 @@ from vembed_ds.errors import ConfigError
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 OURS: dict[str, Any] = {
     "origin": "x.json",
+    "origins": {"batch_size": "my.yaml", "lr": "--config_override", "adam_beta2": "my.yaml"},
     "world_size": 4,
     "batch_size": 16,
     "precision": "fp32",
@@ -172,7 +173,7 @@ def test_auto_sizes_of_hugging_face_fall_back_to_deepspeed_defaults():
         ),
         (
             {"train_micro_batch_size_per_gpu": 8},
-            "train_micro_batch_size_per_gpu=8 (x.json) contradicts batch_size=16 (YAML); "
+            "train_micro_batch_size_per_gpu=8 (x.json) contradicts batch_size=16 (my.yaml); "
             'set "auto"',
         ),
         (
@@ -183,15 +184,15 @@ def test_auto_sizes_of_hugging_face_fall_back_to_deepspeed_defaults():
         ),
         (
             {"gradient_clipping": 1.0},
-            'gradient_clipping=1.0 (x.json) contradicts max_grad_norm=0.5 (YAML); set "auto"',
+            'gradient_clipping=1.0 (x.json) contradicts max_grad_norm=0.5 (default); set "auto"',
         ),
         (
             {"bf16": {"enabled": True}},
-            'bf16.enabled=true (x.json) contradicts precision=fp32 (YAML); set "auto"',
+            'bf16.enabled=true (x.json) contradicts precision=fp32 (default); set "auto"',
         ),
         (
             {"fp16": {"enabled": True}},
-            'fp16.enabled=true (x.json) contradicts precision=fp32 (YAML); set "auto"',
+            'fp16.enabled=true (x.json) contradicts precision=fp32 (default); set "auto"',
         ),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
@@ -233,12 +234,12 @@ def test_auto_sizes_of_hugging_face_fall_back_to_deepspeed_defaults():
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 3}}},
-            'optimizer.params.lr=3 (x.json) contradicts lr=0.0001 (YAML); set "auto"',
+            'optimizer.params.lr=3 (x.json) contradicts lr=0.0001 (--config_override); set "auto"',
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}},
             "optimizer.params.betas=[0.9, 0.999] (x.json) contradicts adam_beta1 and adam_beta2="
-            '[0.9, 0.98] (YAML); set "auto"',
+            '[0.9, 0.98] (default, my.yaml); set "auto"',
         ),
         (
             {"optimizer": {"params": {}}},

@@ -43,6 +43,15 @@ def test_a_stale_lock_is_removed_and_named(
     assert f"{lock} was left by a build that was killed; removed" in caplog.text
 
 
+def test_a_lock_that_its_owner_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [tmp_path / "deepspeed_shm_comm" / "lock"]
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(gone))
+    refuse_old_locks(tmp_path)
+    assert remove_stale_locks(tmp_path) == gone
+
+
 def test_an_old_lock_is_refused_while_other_jobs_run(tmp_path: Path) -> None:
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()

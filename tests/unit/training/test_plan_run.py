@@ -1,0 +1,43 @@
+"""What is decided before the model: steps, warm-up, batch sizes of inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vembed_ds.config.loading import parse_config
+from vembed_ds.config.schema import Config
+from vembed_ds.errors import ConfigError
+from vembed_ds.training.engine_setup import inference_batch_size
+from vembed_ds.training.run import plan_run
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("{}\n")
+
+
+def config(**values: Any) -> Config:
+    return parse_config({"model_name": "some/model", "data_path": "train.jsonl", **values})
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
+    long = config(epochs=2, batch_size=4, warmup_steps=6)
+    assert plan_run(long, num_records=16).num_steps == 8
+    with pytest.raises(ConfigError, match=r"warmup_steps=6: the run has 6 steps \(2 epochs of 3\)"):
+        plan_run(long, num_records=12)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 512),
+        ({"use_gradient_cache": True, "gradient_cache_chunk_size": 16}, 16),
+        ({"use_gradient_cache": True, "eval_batch_size": 7}, 7),
+    ],
+)
+def test_inference_takes_what_fits_in_training(values: dict[str, Any], expected: int) -> None:
+    assert inference_batch_size(config(batch_size=512, **values)) == expected
