@@ -22,7 +22,7 @@ from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import ImageSource, Item
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TwoTowerEncoder
@@ -252,9 +252,25 @@ def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]
     folders = dict.fromkeys(model.streams, source)
     if settings.get("encoder_mode") == "composed":
         folders = {stream: str(Path(source) / f"{stream}_encoder") for stream in model.streams}
+    limit = _text_limit(model)
     processor = build_item_processor(
-        folders.get("text"), folders.get("image"), max_length=settings.get("max_seq_length")
+        folders.get("text"),
+        folders.get("image"),
+        max_length=settings.get("max_seq_length") or stated_length(BackboneSource(name=source)),
+        fallback_length=limit,
     )
     if settings:
         processor.pad_to_max_length = settings["pad_to_max_length"]
+    if limit is not None and processor.max_length is not None:
+        processor.max_length = min(processor.max_length, limit)
     return processor
+
+
+def _text_limit(model: EmbeddingModel) -> int | None:
+    """Longest text, in tokens, that the model has positions for."""
+    if "text" not in model.streams:
+        return None
+    encoder = model.encoder
+    if isinstance(encoder, TwoTowerEncoder):
+        return position_limit(encoder.backbone)
+    return position_limit(encoder.tower("text").backbone)

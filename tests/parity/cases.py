@@ -205,7 +205,16 @@ def self_test(
         model.encoder.backbone.visual_projection.register_forward_hook(
             lambda module, inputs, output: output - output.mean(dim=0)
         )
+    if fault == "padding":
+        model.encoder.tower("text").backbone.embeddings.register_forward_hook(
+            lambda module, inputs, output: output + 0.01 * output.mean(dim=1, keepdim=True)
+        )
     loss_function = build_loss("infonce", temperature=0.1, bidirectional=True)
+    if fault == "loss without gradient":
+
+        def loss_function(inputs: LossInputs) -> Tensor:
+            return 0.0 * inputs.query.sum()
+
     torch.manual_seed(comm.rank())
     model.train()
     state = torch.get_rng_state()

@@ -46,6 +46,31 @@ def test_it_ignores_dropout(world: Callable[[int], World], folders: dict[float, 
     assert all(result["difference"] < 1e-5 for result in results)
 
 
+def test_a_loss_without_gradient_is_no_wrong_gradient(
+    world: Callable[[int], World], folders: dict[float, Path]
+) -> None:
+    """Equal positives, or a collapsed model: noise divided by noise would be any number."""
+    results = world(2).run(
+        CASE, folder=str(folders[0.0]), ds_config=ds_config(2, 2), fault="loss without gradient"
+    )
+    assert all(0 < result["difference"] < 1e-5 for result in results)
+
+
+def test_a_model_that_looks_at_its_padding_stops_the_run(
+    world: Callable[[int], World], folders: dict[float, Path]
+) -> None:
+    results = world(2).run(
+        CASE,
+        folder=str(folders[0.0]),
+        ds_config=ds_config(0, 2),
+        kind="shared",
+        fault="padding",
+        tolerance=TOLERANCES["fp32"],
+    )
+    for result in results:
+        assert "the gradients differ by" in result["error"]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_first_loss_scale_that_overflows_is_no_wrong_gradient(
     world: Callable[[int], World], folders: dict[float, Path], stage: int

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vembed_ds.checkpointing.frozen import FROZEN_FILE, read_frozen_weights
 from vembed_ds.errors import CheckpointError
 
 MODEL_FOLDER = "model"
@@ -69,8 +70,8 @@ def resolve_checkpoint(path: Path) -> Path:
 def load_consolidated(checkpoint: Path) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of the trained model, whole.
 
-    Trained parameters are the optimizer's float32 masters. What was frozen, and buffers, exist
-    only in the precision of the run, and are widened.
+    Trained parameters are the optimizer's float32 masters, frozen ones what they were before the
+    run cast them. Buffers exist only in the precision of the run, and are widened.
 
     Args:
         checkpoint: As in :func:`resolve_checkpoint`.
@@ -83,6 +84,19 @@ def load_consolidated(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: Missing, incomplete or damaged files; names the file.
     """
     checkpoint = resolve_checkpoint(checkpoint)
+    state = _load_shards(checkpoint)
+    frozen = read_frozen_weights(checkpoint / MODEL_FOLDER)
+    if missing := sorted(frozen.keys() - state.keys()):
+        raise CheckpointError(
+            f"{checkpoint}: {missing[0]} of {FROZEN_FILE} is not in the shards; the files do not "
+            "belong together"
+        )
+    # By tensor, because several names may share one.
+    original = {id(state[name]): tensor for name, tensor in frozen.items()}
+    return {name: original.get(id(tensor), tensor) for name, tensor in state.items()}
+
+
+def _load_shards(checkpoint: Path) -> dict[str, Tensor]:
     if not (checkpoint / _WHOLE).is_file():
         return _load_stage_3(checkpoint)
     saved = _read(checkpoint / _WHOLE)

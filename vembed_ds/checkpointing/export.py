@@ -37,6 +37,7 @@ from vembed_ds.checkpointing.consolidate import (
     read_parameters,
     resolve_checkpoint,
 )
+from vembed_ds.checkpointing.frozen import FROZEN_FILE
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import CheckpointError
@@ -101,7 +102,7 @@ def export_model(checkpoint: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        ignore = shutil.ignore_patterns(PARAMETERS_FILE)
+        ignore = shutil.ignore_patterns(PARAMETERS_FILE, FROZEN_FILE)
         shutil.copytree(description, partial, ignore=ignore)
         _write_components(partial, components, settings, origin=checkpoint)
         partial.replace(out)
@@ -132,10 +133,12 @@ def _save_processor(folder: Path, processor: ItemProcessor) -> None:
     processor.save_pretrained(folder)
     if processor.tokenizer is None or processor.max_length is None:
         return
-    # Readers truncate at `model_max_length`; the training length may be another.
+    # Readers truncate at `model_max_length` and pad on `padding_side`: as in training, so that
+    # the plain tokenizer and model give the embeddings that were trained.
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, settings | {"model_max_length": processor.max_length})
+    trained = {"model_max_length": processor.max_length, "padding_side": "right"}
+    _write_json(path, settings | trained)
 
 
 def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vembed_ds.config.schema import Config, ScratchModel
 from vembed_ds.references import reference_problem
 
-DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 MODEL_KEYS = ("model_name", "text_model_name", "image_model_name")
@@ -138,10 +138,10 @@ def _data_problems(key: str, paths: str | tuple[str, ...]) -> Iterator[str]:
 
 
 def _data_problem(path: Path, text: str) -> str | None:
-    if path.suffix in DATA_SUFFIXES and not path.is_file():
+    if path.suffix.lower() in DATA_SUFFIXES and not path.is_file():
         return "no such file; check the path"
     if path.is_file():
-        if path.suffix not in DATA_SUFFIXES:
+        if path.suffix.lower() not in DATA_SUFFIXES:
             return f"unknown file type; expected one of {', '.join(DATA_SUFFIXES)}"
         return None if path.stat().st_size else "the file is empty; give a file with records"
     if path.is_dir() or HUB_NAME.fullmatch(text):

@@ -36,6 +36,7 @@ def build_item_processor(
     max_length: int | None,
     augmentation: ImageAugmentation | None = None,
     text_model_type: str | None = None,
+    fallback_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> ItemProcessor:
     """Loads what turns texts and images into model inputs.
@@ -48,6 +49,7 @@ def build_item_processor(
         augmentation: For images in training.
         text_model_type: ``model_type`` of the text model, where ``text_source`` holds only a
             tokenizer.
+        fallback_length: Longest token sequence where the tokenizer states none.
         trust_remote_code: Allow code from the hub to run.
 
     Returns:
@@ -61,7 +63,9 @@ def build_item_processor(
     if text_source is not None:
         processor.tokenizer = _load_tokenizer(text_source, trust_remote_code=trust_remote_code)
         processor.pad_to_max_length = _is_siglip(text_source, processor.tokenizer, text_model_type)
-        processor.max_length = max_length or _own_limit(processor, source=text_source)
+        processor.max_length = max_length or _own_limit(
+            processor, source=text_source, fallback=fallback_length
+        )
     if image_source is not None:
         processor.image_processor = _load_image_processor(
             image_source, trust_remote_code=trust_remote_code
@@ -93,12 +97,14 @@ def _load_tokenizer(source: str, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _own_limit(processor: ItemProcessor, *, source: str) -> int:
+def _own_limit(processor: ItemProcessor, *, source: str, fallback: int | None) -> int:
     limit = int(processor.tokenizer.model_max_length)
     if limit < NO_LIMIT:
         return limit
     if processor.pad_to_max_length:
         return SIGLIP_LENGTH
+    if fallback is not None:
+        return fallback
     raise ConfigError(f"{source}: the tokenizer states no longest input; set max_seq_length")
 
 

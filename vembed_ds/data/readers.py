@@ -78,12 +78,27 @@ def _load_one(path: str, *, key: str) -> datasets.Dataset:
 def _load_file(file: Path, *, builder: str, place: str) -> datasets.Dataset:
     options = _csv_options(file, place=place) if builder == "csv" else {}
     try:
-        return datasets.load_dataset(builder, data_files=[str(file)], split="train", **options)
+        table = datasets.load_dataset(builder, data_files=[str(file)], split="train", **options)
+        if file.suffix.lower() == ".tsv":
+            _check_lines(file, num_rows=table.num_rows, place=place)
+        return table
     except LOADING_ERRORS as error:
         if _holds_no_rows(file, builder=builder, error=error):
             raise DataError(f"{place}: holds no records; give data or remove it") from error
         cause = _first_json_problem(file) if builder == "json" else None
         raise DataError(f"{place}: {cause or _cause(error)}; correct the file") from error
+
+
+def _check_lines(file: Path, *, num_rows: int, place: str) -> None:
+    """A cell that starts with a quote mark swallows the lines up to the next one."""
+    with file.open("rb") as stream:
+        num_lines = sum(1 for line in stream if line.strip()) - 1  # without the header
+    if num_rows != num_lines:
+        raise DataError(
+            f"{place}: {num_lines} lines, but {num_rows} records: a text that starts with a quote "
+            'mark goes on to the next one; write such a text as """so"" it is quoted", or save '
+            "the data as JSONL"
+        )
 
 
 def _holds_no_rows(file: Path, *, builder: str, error: Exception) -> bool:

@@ -266,6 +266,8 @@ def _optimizer(config: dict[str, Any], ours: _Ours) -> Iterator[str]:
             yield from _agree(params, key, value, our_key, ours, prefix="optimizer.params.")
     if is_adam:
         yield from _implementation(config, params, ours)
+    else:
+        config.setdefault("zero_allow_untested_optimizer", True)  # SGD is tested, by us
     yield from _offloadable(config, kind, ours)
     if params.get("fused") is True and params.get("foreach") is True:
         yield (

@@ -14,25 +14,17 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from vembed_ds.errors import ConfigError
+from vembed_ds.models.probe import Probe, probe_image, probe_text
 from vembed_ds.references import resolve_model_reference
 
 BackboneKind = Literal["text", "image", "two_tower"]
 
-_OFFSET_POSITIONS = (
-    "camembert",
-    "data2vec-text",
-    "longformer",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-)
 _STATED_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last_token",
 }
+_SENTENCE_TRANSFORMERS = ("Transformer", "Pooling", "Normalize")
 _REFUSED = {
     "vit_mae": "it masks patches at random, in evaluation too; load its encoder with model_type vit"
 }
@@ -101,16 +93,36 @@ def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Modu
         raise _not_loadable(source, error) from error
 
 
-def position_limit(source: BackboneSource) -> int | None:
-    """Longest text, in tokens, that the model has positions for; ``None``: it does not say."""
-    config = _load_config(source, trust_remote_code=False)
+def position_limit(skeleton: nn.Module) -> int | None:
+    """Longest text, in tokens, that the model has positions for; ``None``: it does not say.
+
+    Args:
+        skeleton: From :func:`load_skeleton`.
+    """
+    config: Any = skeleton.config
     config = getattr(config, "text_config", None) or config
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
+    if not isinstance(limit, int) or limit <= 0:  # XLNet says -1
         return None
     # RoBERTa and its kin count positions from behind the padding token's number.
-    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
-    return int(limit) - offset
+    offsets = [
+        int(module.padding_idx) + 1
+        for name, module in skeleton.named_modules()
+        if name.endswith("position_embeddings") and _padding(module) is not None
+    ]
+    return limit - max(offsets, default=0)
+
+
+def vocabulary_size(skeleton: nn.Module) -> int | None:
+    """Number of tokens that the model has embeddings for; ``None``: it does not say."""
+    config: Any = skeleton.config
+    config = getattr(config, "text_config", None) or config
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _padding(module: nn.Module) -> Any:
+    return getattr(module, "padding_idx", None)
 
 
 def stated_pooling(source: BackboneSource) -> str | None:
@@ -119,17 +131,10 @@ def stated_pooling(source: BackboneSource) -> str | None:
     Raises:
         ConfigError: It states one that is not offered.
     """
-    if source.name is None:
-        return None
-    file = cached_file(
-        resolve_model_reference(source.name),
-        "1_Pooling/config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = _repository_file(source, "1_Pooling/config.json")
     if file is None:
         return None
-    settings = json.loads(Path(file).read_text())
+    settings = json.loads(file.read_text())
     modes = [key for key in _STATED_POOLING if settings.get(key) is True]
     if mode := settings.get("pooling_mode"):  # newer files name it
         modes = [
@@ -146,6 +151,44 @@ def stated_pooling(source: BackboneSource) -> str | None:
     return found.pop()
 
 
+def stated_length(source: BackboneSource) -> int | None:
+    """The longest text, in tokens, that a sentence-transformers folder states."""
+    file = _repository_file(source, "sentence_bert_config.json")
+    if file is None:
+        return None
+    length = json.loads(file.read_text()).get("max_seq_length")
+    return length if isinstance(length, int) else None
+
+
+def refuse_more_modules(source: BackboneSource) -> None:
+    """A trained layer behind the pooling would be dropped without a word.
+
+    Raises:
+        ConfigError: The sentence-transformers folder has modules that are not offered.
+    """
+    file = _repository_file(source, "modules.json")
+    types = [] if file is None else [entry["type"] for entry in json.loads(file.read_text())]
+    names = [name.rpartition(".")[2] for name in types]
+    if more := [name for name in names if name not in _SENTENCE_TRANSFORMERS]:
+        raise ConfigError(
+            f"model {source.describe()}: its modules.json has {', '.join(more)} behind the pooling, "
+            "which is not supported; to train the backbone alone, give a copy without modules.json"
+        )
+
+
+def _repository_file(source: BackboneSource, name: str) -> Path | None:
+    """One of the optional files of a folder or hub repository."""
+    if source.name is None:
+        return None
+    file = cached_file(
+        resolve_model_reference(source.name),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else Path(file)
+
+
 def kind_of(backbone: nn.Module) -> BackboneKind:
     """Whether the backbone embeds texts, images, or both with a tower for each."""
     if hasattr(backbone, "get_text_features") and hasattr(backbone, "get_image_features"):
@@ -153,36 +196,38 @@ def kind_of(backbone: nn.Module) -> BackboneKind:
     return "image" if backbone.main_input_name == "pixel_values" else "text"
 
 
-def default_pooling(backbone: nn.Module) -> str:
+def default_pooling(backbone: nn.Module, probe: Probe) -> str:
     """The pooling the family is made for.
 
     A causal language model has seen the whole text only at the last token. An image backbone
-    without a class token would give its corner as the first one, so its own pooled output is
-    used, or the mean where it has none. The rest have a first token.
-
-    Raises:
-        ConfigError: A text model that does not run on token ids alone.
+    without a class token among its states would give its corner as the first one, so its own
+    pooled output is used, or the mean where it has none. The rest have a first token.
     """
     if kind_of(backbone) == "text":
-        return "cls" if _first_token_sees_the_last(backbone) else "last_token"
-    if any("cls_token" in name or "class_" in name for name, _ in backbone.named_parameters()):
+        return "cls" if probe.first_sees_last else "last_token"
+    names = [name for name, _ in backbone.named_parameters()]
+    if probe.has_tokens and any("cls_token" in name or "class_" in name for name in names):
         return "cls"
-    return "pooler" if _has_pooler(backbone) else "mean"
+    return "pooler" if probe.has_pooler else "mean"
 
 
-def embedding_width(backbone: nn.Module) -> int:
-    """Width of the backbone's pooled output, read from its config."""
+def probe_backbone(backbone: nn.Module) -> Probe:
+    """Run a text or image backbone once.
+
+    Raises:
+        ConfigError: It does not run on its input alone.
+    """
+    return probe_text(backbone) if kind_of(backbone) == "text" else probe_image(backbone)
+
+
+def two_tower_width(backbone: nn.Module) -> int:
+    """Width of a CLIP-like backbone's embeddings, read from its config."""
     config: Any = backbone.config
     for holder in (config, getattr(config, "text_config", None)):
-        width = getattr(holder, "hidden_size", None)
-        if isinstance(width, int):
-            return width
-    sizes = getattr(config, "hidden_sizes", None)
-    if sizes:
-        return int(sizes[-1])
-    for name in ("hidden_dim", "num_features", "projection_dim"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
+        for name in ("projection_dim", "hidden_size"):
+            width = getattr(holder, name, None)
+            if isinstance(width, int):
+                return width
     raise ConfigError(
         f"model_type={config.model_type}: the width of its output is not in its config; "
         "this backbone is not supported"
@@ -217,39 +262,3 @@ def _load_config(source: BackboneSource, *, trust_remote_code: bool) -> Any:
         if getattr(config, name, None) is not None:
             setattr(config, name, None)
     return config
-
-
-def _vocabulary(backbone: nn.Module) -> int:
-    config: Any = backbone.config
-    return int(config.vocab_size)
-
-
-def _first_token_sees_the_last(backbone: nn.Module) -> bool:
-    """Whether changing the last token changes the first state; no list of families can say."""
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]]) % _vocabulary(backbone)
-    training = backbone.training
-    try:
-        with torch.no_grad():
-            first = backbone.eval()(input_ids=ids).last_hidden_state[:, 0]
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{type(backbone).__name__}: does not embed a text by itself ({reason}); "
-            "not supported as a text encoder"
-        ) from error
-    finally:
-        backbone.train(training)
-    return float((first[0] - first[1]).norm()) > 1e-5 * float(first[0].norm())
-
-
-def _has_pooler(backbone: nn.Module) -> bool:
-    """Whether the backbone's output has a pooled part; only running it tells."""
-    config: Any = backbone.config
-    size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, width)
-    training = backbone.training
-    with torch.no_grad():
-        outputs = backbone.eval()(pixel_values=pixels)
-    backbone.train(training)
-    return getattr(outputs, "pooler_output", None) is not None

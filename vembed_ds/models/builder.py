@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,14 +12,16 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import (
     BackboneSource,
     default_pooling,
-    embedding_width,
     kind_of,
     load_backbone,
+    probe_backbone,
+    refuse_more_modules,
     stated_pooling,
+    two_tower_width,
 )
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
-from vembed_ds.models.scalars import is_lifted, lift_scalars
+from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 
 TEMPERATURES = ("logit_scale", "logit_bias")
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
@@ -65,14 +67,21 @@ def build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
     kind = kind_of(backbone)
     if kind == "two_tower":
         return _two_tower(spec, backbone)
-    projection = _projection(backbone, spec.projection_dim, spec.projection_layers or 1)
-    return TowersEncoder({kind: _tower(spec, "", backbone, projection)})
+    tower = _tower(
+        spec,
+        "",
+        backbone,
+        projection_dim=spec.projection_dim,
+        num_layers=spec.projection_layers or 1,
+    )
+    return TowersEncoder({kind: tower})
 
 
 def build_model(
     spec: ModelSpec,
     *,
     freeze: Mapping[str, bool] | None = None,
+    used: Collection[str] | None = None,
     freeze_batch_norm: bool = False,
     init_temperature: float | None = None,
 ) -> EmbeddingModel:
@@ -81,6 +90,7 @@ def build_model(
     Args:
         spec: Its shape and weights.
         freeze: Streams whose backbone is not trained (a projection behind it still is).
+        used: Streams that the data has; a tower of another is not trained. ``None``: all.
         freeze_batch_norm: Keep batch normalisation at its stored statistics.
         init_temperature: Start of a learned temperature; ``None``: fixed, in the loss.
 
@@ -92,10 +102,13 @@ def build_model(
     model = EmbeddingModel(encoder, init_temperature=init_temperature)
     for stream in (name for name, frozen in (freeze or {}).items() if frozen):
         _freeze(model, stream)
+    for stream in model.streams:
+        if used is not None and stream not in used:
+            _freeze(model, stream)  # its gradient is zero for ever: decay alone would move it
     if isinstance(encoder, TwoTowerEncoder):
         _settle_own_temperature(encoder, learned=init_temperature is not None)
     _settle_batch_norm(model, frozen=freeze_batch_norm)
-    if not any(model.trainable(stream) for stream in model.streams):
+    if not any(model.trainable(s) for s in model.streams if used is None or s in used):
         raise ConfigError(
             "freeze_text_encoder, freeze_image_encoder: nothing is left to train; "
             "unfreeze a tower or set projection_dim"
@@ -110,6 +123,7 @@ def _load(spec: ModelSpec, key: str) -> nn.Module:
         trust_remote_code=spec.trust_remote_code,
     )
     lift_scalars(backbone)
+    demote_empty(backbone)
     return backbone
 
 
@@ -120,23 +134,33 @@ def _composed_tower(spec: ModelSpec, stream: str) -> TowerEncoder:
             f"{stream}_model_name={spec.sources[stream].describe()}: this is a "
             f"{kind_of(backbone).replace('_', '-')} model, not a {stream} encoder"
         )
-    width = spec.projection_dim or COMPOSED_PROJECTION_DIM
-    head = build_projection(
-        embedding_width(backbone), width, num_layers=spec.projection_layers or 2
+    return _tower(
+        spec,
+        stream,
+        backbone,
+        projection_dim=spec.projection_dim or COMPOSED_PROJECTION_DIM,
+        num_layers=spec.projection_layers or 2,
     )
-    return _tower(spec, stream, backbone, head)
 
 
 def _tower(
-    spec: ModelSpec, key: str, backbone: nn.Module, projection: nn.Module | None
+    spec: ModelSpec, key: str, backbone: nn.Module, *, projection_dim: int | None, num_layers: int
 ) -> TowerEncoder:
+    refuse_more_modules(spec.sources[key])
+    probe = probe_backbone(backbone)
     pooling = (
-        spec.pooling.get(key) or stated_pooling(spec.sources[key]) or default_pooling(backbone)
+        spec.pooling.get(key)
+        or stated_pooling(spec.sources[key])
+        or default_pooling(backbone, probe)
     )
+    width = probe.pooled_width(pooling)
     pooler = getattr(backbone, "pooler", None)
     if isinstance(pooler, nn.Module) and pooling != "pooler":
         # Nothing reads its output: without a gradient, weight decay alone would move it.
         pooler.requires_grad_(False)
+    projection = None
+    if projection_dim is not None:
+        projection = build_projection(width, projection_dim, num_layers=num_layers)
     return TowerEncoder(backbone, pooling=pooling, projection=projection)
 
 
@@ -147,11 +171,10 @@ def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
             "leave pooling_method out"
         )
     _check_parts(backbone, spec.sources[""])
-    width = getattr(backbone.config, "projection_dim", None) or embedding_width(backbone)
     projection = None
     if spec.projection_dim is not None:
         projection = build_projection(
-            int(width), spec.projection_dim, num_layers=spec.projection_layers or 1
+            two_tower_width(backbone), spec.projection_dim, num_layers=spec.projection_layers or 1
         )
     return TwoTowerEncoder(backbone, projection=projection)
 
@@ -168,12 +191,6 @@ def _check_parts(backbone: nn.Module, source: BackboneSource) -> None:
             f"(missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}), "
             "so its towers cannot be told apart; not supported"
         )
-
-
-def _projection(backbone: nn.Module, dim: int | None, num_layers: int) -> nn.Module | None:
-    if dim is None:
-        return None
-    return build_projection(embedding_width(backbone), dim, num_layers=num_layers)
 
 
 def _freeze(model: EmbeddingModel, stream: str) -> None:

@@ -28,7 +28,13 @@ def pool(outputs: Any, attention_mask: Tensor | None, *, method: str) -> Tensor:
     """
     if method == "pooler":
         return _own_pooler(outputs)
-    hidden_BLD = _as_tokens(outputs.last_hidden_state)
+    hidden = outputs.last_hidden_state
+    if hidden.dim() == 4 and method != "mean":
+        raise ValueError(
+            f"pooling_method={method!r}: this backbone gives a map of features, of which the first "
+            "is a corner; choose mean or pooler"
+        )
+    hidden_BLD = _as_tokens(hidden)
     if method == "mean":
         return _masked_mean(hidden_BLD, attention_mask)
     if attention_mask is None:

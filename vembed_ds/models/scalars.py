@@ -1,7 +1,9 @@
-"""0-dim parameters, which DeepSpeed cannot broadcast, are held as shape ``[1]``.
+"""Parameters in shapes that DeepSpeed cannot take: of no dimension, and of no element.
 
 DeepSpeed 0.19.8 views every parameter as bytes to broadcast it and fails on the 0-dim
-``logit_scale`` of every Hugging Face CLIP. Export gives them their shape back.
+``logit_scale`` of every Hugging Face CLIP; it is held as shape ``[1]``, and export gives it its
+shape back. ZeRO-3 fails on a parameter of no element (the register tokens of a DINOv3 without
+registers); it is held as a buffer of the same name.
 """
 
 from __future__ import annotations
@@ -24,6 +26,17 @@ def lift_scalars(module: nn.Module) -> list[str]:
         setattr(owner, leaf, lifted)
         owner.lifted_scalars = {*_lifted(owner), leaf}  # type: ignore[assignment]
     return names
+
+
+def demote_empty(module: nn.Module) -> None:
+    """Hold every parameter of no element as a buffer, in place; there is nothing to train."""
+    empty = [name for name, parameter in module.named_parameters() if not parameter.numel()]
+    for name in empty:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        value = owner._parameters.pop(leaf)
+        assert value is not None
+        owner.register_buffer(leaf, value.detach())
 
 
 def is_lifted(module: nn.Module, name: str) -> bool:

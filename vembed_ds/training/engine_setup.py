@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from vembed_ds.checkpointing.frozen import keep_frozen_weights
 from vembed_ds.config.schema import Config
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.distributed import comm
@@ -20,6 +21,7 @@ from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import ConfigError
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.reach import mark_unreached
@@ -73,9 +75,13 @@ def build_engine(
 ) -> tuple[EmbeddingModel, TrainEngine]:
     """The model inside its engine; frozen text features are computed on the way. Collective."""
     seed_everything(config.training.seed)
-    model = setup_model(config, spec)
+    used = set(data.train.reader.streams.values())
+    zero_stage = ds_config["zero_optimization"]["stage"]
+    model = setup_model(config, spec, used=used, zero_stage=zero_stage)
     logger.info("pooling: %s", model.pooling())
-    if config.model.cache_frozen_encoder and has_frozen_text_tower(model):
+    for stream in set(model.streams) - used:
+        logger.info("no record holds a %s: that tower is not trained", stream)
+    if config.model.cache_frozen_encoder and "text" in used and has_frozen_text_tower(model):
         cache_text_features(
             model,
             [dataset for dataset in (data.train, data.val) if dataset is not None],
@@ -84,7 +90,9 @@ def build_engine(
             device=torch.device(get_accelerator().current_device_name()),
             batch_size=inference_batch_size(config),
         )
-    _spare_unreached(model, data.processor)
+    _spare_unreached(model, data.processor, streams=[s for s in model.streams if s in used])
+    if config.model.precision != "fp32":
+        comm.run_together(lambda: keep_frozen_weights(model, folder), doing=f"writing {folder}")
     if config.model.gradient_checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(
@@ -107,12 +115,23 @@ def build_engine(
     return model, engine
 
 
-def _spare_unreached(model: EmbeddingModel, processor: ItemProcessor) -> None:
-    """Keep weight decay from what no embedding depends on."""
-    inputs = {stream: processor.pad(stream, [processor.filler(stream)]) for stream in model.streams}
-    device = next(model.parameters()).device
-    names = mark_unreached(
-        model, {s: {k: v.to(device) for k, v in chunk.items()} for s, chunk in inputs.items()}
-    )
+def _spare_unreached(
+    model: EmbeddingModel, processor: ItemProcessor, *, streams: Sequence[str]
+) -> None:
+    """Keep weight decay from what no embedding depends on.
+
+    Raises:
+        ConfigError: The model does not take what its processor gives.
+    """
+    inputs = {stream: processor.pad(stream, [processor.filler(stream)]) for stream in streams}
+    try:
+        names = mark_unreached(model, inputs)
+    except Exception as error:  # whatever a model raises for inputs that it is not made for
+        given = {stream: sorted(chunk) for stream, chunk in inputs.items()}
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the model does not embed what its processor gives ({given}): {reason}; "
+            "the model is not supported, or processor and model do not belong together"
+        ) from error
     if names:
         logger.info("%d parameters are not used (first: %s): no decay", len(names), names[0])

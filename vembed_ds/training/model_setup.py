@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,7 +12,14 @@ from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.backbones import BackboneSource, kind_of, load_skeleton, position_limit
+from vembed_ds.models.backbones import (
+    BackboneSource,
+    kind_of,
+    load_skeleton,
+    position_limit,
+    stated_length,
+    vocabulary_size,
+)
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.references import resolve_model_reference
@@ -37,12 +44,25 @@ def model_spec(config: ModelConfig) -> ModelSpec:
     )
 
 
-def setup_model(config: Config, spec: ModelSpec) -> EmbeddingModel:
-    """The model to train, in float32 on the host; the same on every rank for the same seed."""
+def setup_model(
+    config: Config, spec: ModelSpec, *, used: Collection[str], zero_stage: int
+) -> EmbeddingModel:
+    """The model to train, in float32 on the host; the same on every rank for the same seed.
+
+    Args:
+        config: The run's configuration.
+        spec: The model's shape.
+        used: Streams that the data has.
+        zero_stage: Of the run.
+
+    Raises:
+        ConfigError: The model cannot be built, or not trained exactly so.
+    """
     model = config.model
     built = build_model(
         spec,
         freeze={"text": model.freeze_text_encoder, "image": model.freeze_image_encoder},
+        used=used,
         freeze_batch_norm=model.freeze_batch_norm,
         init_temperature=config.loss.temperature if config.loss.learnable_temperature else None,
     )
@@ -52,7 +72,24 @@ def setup_model(config: Config, spec: ModelSpec) -> EmbeddingModel:
             f"precision={model.precision}: the model has batch normalisation, whose statistics "
             "stay float32 beside 16-bit weights; use precision: fp32"
         )
+    if zero_stage == 3 and (key := _layer_drop(built)):
+        raise ConfigError(
+            f"{key}: the model leaves out layers at random, others on every rank, and ZeRO-3 would "
+            "wait for ever for the ranks that leave them out; use ZeRO stage 0 to 2, or a copy of "
+            "the model whose config.json says 0"
+        )
     return built
+
+
+def _layer_drop(model: EmbeddingModel) -> str | None:
+    """A setting of a trained backbone that leaves out whole layers at random."""
+    for backbone in model.trained_backbones():
+        configs = [backbone.config, *vars(backbone.config).values()]  # of the towers, too
+        settings = [vars(config) for config in configs if hasattr(config, "model_type")]
+        for key, value in (pair for section in settings for pair in section.items()):
+            if key.endswith("layerdrop") and value:
+                return f"{key}={value}"
+    return None
 
 
 def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str]) -> ItemProcessor:
@@ -79,16 +116,23 @@ def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str
         raise ConfigError(
             "processor: a text model needs the folder or name of a tokenizer, not settings"
         )
+    skeleton = None
+    if text_source is not None:
+        text_model = spec.sources[sources["text"]]
+        skeleton = load_skeleton(text_model, trust_remote_code=spec.trust_remote_code)
+    limit = None if skeleton is None else position_limit(skeleton)
+    stated = None if skeleton is None else stated_length(text_model)
     processor = build_item_processor(
         text_source,
         processors.get("image"),
-        max_length=config.model.max_seq_length,
+        max_length=config.model.max_seq_length or stated,
         augmentation=_augmentation(config),
         text_model_type=_text_model_type(spec),
+        fallback_length=limit,
     )
-    if text_source is not None:
-        limit = position_limit(spec.sources[sources["text"]])
+    if skeleton is not None:
         processor.max_length = _within_positions(config, processor, limit)
+        _check_vocabulary(processor, text_model, vocabulary_size(skeleton))
     return processor
 
 
@@ -102,6 +146,16 @@ def _within_positions(config: Config, processor: ItemProcessor, limit: int | Non
             f"max_seq_length={wanted}: the model has positions for {limit} tokens; set at most that"
         )
     return min(processor.max_length, limit)
+
+
+def _check_vocabulary(processor: ItemProcessor, source: BackboneSource, size: int | None) -> None:
+    """A token without an embedding would fail at the step that meets it."""
+    highest = max(processor.tokenizer.get_vocab().values())
+    if size is not None and highest >= size:
+        raise ConfigError(
+            f"model {source.describe()}: its vocab_size is {size}, but the tokenizer has tokens up to "
+            f"number {highest}; give the tokenizer that belongs to the model, or enlarge its vocabulary"
+        )
 
 
 def _source(reference: str | ScratchModel) -> BackboneSource:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vembed_ds.checkpointing.frozen import FROZEN_FILE
 from vembed_ds.config.loading import dump_config
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
@@ -33,6 +34,7 @@ _WRITTEN = (
     "checkpoint-step-*",
     "latest",
     "frozen_text_features",
+    FROZEN_FILE,
 )
 
 

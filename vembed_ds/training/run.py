@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.store import load_checkpoint, save_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
-from vembed_ds.data.sampler import GlobalBatchSampler, steps_per_epoch
+from vembed_ds.data.sampler import GlobalBatchSampler, epoch_permutation, steps_per_epoch
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
@@ -180,15 +181,13 @@ def _save(
     state: Mapping[str, Any],
     step: int,
 ) -> Path:
-    settings = export_settings(config)
+    def describe(place: Path) -> None:
+        settings = export_settings(config)
+        describe_model(place, model=model, processor=processor, settings=settings)
+        link_frozen_weights(folder, place)
+
     return save_checkpoint(
-        engine.engine,
-        output_dir=folder,
-        step=step,
-        state=state,
-        describe=lambda place: describe_model(
-            place, model=model, processor=processor, settings=settings
-        ),
+        engine.engine, output_dir=folder, step=step, state=state, describe=describe
     )
 
 
@@ -207,9 +206,10 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
 
 def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
-    first = comm.rank() * SELF_TEST_CANDIDATES
-    candidates = range(first, first + SELF_TEST_CANDIDATES)
-    batch = collate([data[index % len(data)] for index in candidates])
+    # From the shuffled order: neighbours in the file are often alike.
+    order = epoch_permutation(len(data), seed=0, epoch=0)
+    mine = range(comm.rank() * SELF_TEST_CANDIDATES, (comm.rank() + 1) * SELF_TEST_CANDIDATES)
+    batch = collate([data[int(order[place % len(order)])] for place in mine])
     comm.raise_together(batch.error)
     difference = check_gradient(
         trainer.engine,

@@ -359,3 +359,10 @@ def test_byte_hash_of_a_slice_covers_just_the_slice() -> None:
 
     whole = pa.array(["zero", "one", "two", "three"], pa.large_string())
     assert of(whole.slice(1, 2)) == of(pa.array(["one", "two"]))
+
+
+def test_a_tsv_text_that_swallows_lines_is_refused(tmp_path: Path) -> None:
+    rows = 'query\tpositive\n"so" he said\ta\nb\tc\n"d\te\nf\tg\n"h\ti\n'
+    with pytest.raises(DataError, match=r"a\.tsv: 5 lines, but \d records: a text that starts"):
+        load(write(tmp_path, "a.tsv", rows))
+    assert load(write(tmp_path, "b.TSV", 'query\tpositive\r\n"""d"" e"\tf\r\n\r\n')).num_rows == 1

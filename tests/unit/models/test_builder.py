@@ -12,7 +12,12 @@ import torch
 from tests.parity.data import CLIP, IMAGE, TEXT, save_backbone
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.backbones import BackboneSource, load_skeleton, position_limit
+from vembed_ds.models.backbones import (
+    BackboneSource,
+    load_skeleton,
+    position_limit,
+    stated_length,
+)
 from vembed_ds.models.builder import COMPOSED_PROJECTION_DIM, ModelSpec, build_model
 from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
 from vembed_ds.models.reach import mark_unreached
@@ -252,14 +257,79 @@ def test_what_no_embedding_depends_on_is_marked() -> None:
     assert not any(p is tower.backbone.spare.weight for p in decay["params"])
 
 
+def test_a_map_of_features_is_not_pooled_at_its_corner() -> None:
+    cvt = {"model_type": "cvt", "embed_dim": [8, 8, 8], "num_heads": [1, 1, 1], "depth": [1, 2, 3]}
+    model = build_model(spec(one=cvt), freeze_batch_norm=True)
+    assert model.pooling() == {"image": "mean"}
+    asked = ModelSpec({"": BackboneSource(config=cvt)}, pooling={"": "cls"})
+    with pytest.raises(ConfigError, match=r"CvtModel: cannot be pooled: .*choose mean or pooler"):
+        build_model(asked)
+
+
+def test_a_projection_fits_what_the_model_gives_not_what_its_config_says() -> None:
+    opt = {
+        "model_type": "opt",
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "word_embed_proj_dim": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 16,
+        "max_position_embeddings": 16,
+    }
+    model = build_model(ModelSpec({"": BackboneSource(config=opt)}, projection_dim=4))
+    out = model({"text": {"input_ids": IDS, "attention_mask": MASK}})
+    assert out["text"].shape == (2, 4)
+
+
+def test_a_parameter_of_no_element_is_no_parameter() -> None:
+    settings = {
+        "model_type": "dinov3_vit",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    model = build_model(spec(one=settings))
+    assert all(parameter.numel() for parameter in model.parameters())
+    assert any("register_tokens" in name for name in model.state_dict())
+
+
+def test_a_tower_that_no_record_uses_is_not_trained() -> None:
+    model = build_model(spec(one=CLIP), used={"text"})
+    assert model.trainable("text")
+    assert not model.trainable("image")
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        build_model(spec(one=CLIP), used={"text"}, freeze={"text": True})
+
+
+def test_a_model_without_states_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cannot be pooled: .*no attribute 'last_hidden_state'"):
+        build_model(spec(one={"model_type": "hgnet_v2"}))
+
+
+def limit_of(settings: dict[str, Any]) -> int | None:
+    skeleton = load_skeleton(BackboneSource(config=settings), trust_remote_code=False)
+    return position_limit(skeleton)
+
+
 @pytest.mark.parametrize(("settings", "limit"), [(TEXT, 16), (CLIP, 16), (BIT, None)])
 def test_position_limit(settings: dict[str, Any], limit: int | None) -> None:
-    assert position_limit(BackboneSource(config=settings)) == limit
+    assert limit_of(settings) == limit
 
 
-def test_roberta_has_fewer_positions_than_it_says() -> None:
-    settings = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
-    assert position_limit(BackboneSource(config=settings)) == 512
+@pytest.mark.parametrize(
+    "model_type",
+    ["roberta", "luke", "ibert", "roberta-prelayernorm", "xlm-roberta", "mpnet", "camembert"],
+)
+def test_roberta_and_its_kin_have_fewer_positions_than_they_say(model_type: str) -> None:
+    assert limit_of({"model_type": model_type, "max_position_embeddings": 514}) == 512
+
+
+def test_xlnet_states_no_positions() -> None:
+    assert limit_of({"model_type": "xlnet", "n_layer": 1, "d_model": 16, "n_head": 2}) is None
 
 
 @pytest.mark.parametrize(
@@ -283,6 +353,27 @@ def test_a_sentence_transformers_folder_states_its_pooling(
     assert build_model(source).pooling() == {"text": pooling}
     asked = ModelSpec(source.sources, pooling={"": "last_token"})
     assert build_model(asked).pooling() == {"text": "last_token"}
+
+
+def test_more_modules_than_pooling_are_refused(tmp_path: Path) -> None:
+    save_backbone(tmp_path, TEXT, dropout=0.0, seed=0)
+    types = ["Transformer", "Pooling", "Dense", "Normalize"]
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in types]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    source = BackboneSource(name=str(tmp_path))
+    for pooling in ({}, {"": "mean"}):
+        with pytest.raises(ConfigError, match=r"its modules\.json has Dense behind the pooling"):
+            build_model(ModelSpec({"": source}, pooling=pooling))
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:2] + modules[3:]))
+    build_model(ModelSpec({"": source}))
+
+
+def test_the_stated_length_of_a_sentence_transformers_folder(tmp_path: Path) -> None:
+    source = BackboneSource(name=str(tmp_path))
+    save_backbone(tmp_path, TEXT, dropout=0.0, seed=0)
+    assert stated_length(source) is None
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
+    assert stated_length(source) == 6
 
 
 def test_a_stated_pooling_that_is_not_offered_is_refused(tmp_path: Path) -> None:

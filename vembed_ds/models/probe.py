@@ -1,0 +1,108 @@
+"""What a backbone gives, found by running it once: neither a config nor a list of families can say.
+
+A forward pass over a tiny input on the host, without gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vembed_ds.errors import ConfigError
+from vembed_ds.models.pooling import pool
+
+# Two texts that differ in their last token only.
+_IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The outputs of a backbone for a tiny input.
+
+    Attributes:
+        backbone: Its class name, for messages.
+        outputs: A Hugging Face output.
+        attention_mask: ``[2, 4]`` of the two texts; ``None`` for an image.
+    """
+
+    backbone: str
+    outputs: Any
+    attention_mask: Tensor | None
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the output has a pooled part."""
+        return getattr(self.outputs, "pooler_output", None) is not None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the states are a sequence ``[n, L, D]``, not a map ``[n, D, H, W]``."""
+        states = getattr(self.outputs, "last_hidden_state", None)
+        return states is not None and states.dim() == 3
+
+    @property
+    def first_sees_last(self) -> bool:
+        """Of two texts: whether changing the last token changed the first state."""
+        first = self.outputs.last_hidden_state[:, 0].float()
+        return float((first[0] - first[1]).norm()) > 1e-5 * float(first[0].norm())
+
+    def pooled_width(self, pooling: str) -> int:
+        """Width of the pooled output.
+
+        Raises:
+            ConfigError: The backbone has no output that can be pooled so.
+        """
+        try:
+            return int(pool(self.outputs, self.attention_mask, method=pooling).shape[1])
+        except (ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise ConfigError(f"{self.backbone}: cannot be pooled: {_one_line(error)}") from error
+
+
+def probe_text(backbone: nn.Module) -> Probe:
+    """Embed two texts of four tokens.
+
+    Raises:
+        ConfigError: The backbone does not run on token ids alone.
+    """
+    ids = _IDS % int(backbone.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    mask = torch.ones_like(ids)
+    return Probe(
+        type(backbone).__name__,
+        _run(backbone, "text", input_ids=ids, attention_mask=mask),
+        mask,
+    )
+
+
+def probe_image(backbone: nn.Module) -> Probe:
+    """Embed one blank image of the size that the config states.
+
+    Raises:
+        ConfigError: The backbone does not run on pixels alone.
+    """
+    config: Any = backbone.config
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, width)
+    return Probe(type(backbone).__name__, _run(backbone, "image", pixel_values=pixels), None)
+
+
+def _run(backbone: nn.Module, kind: str, **inputs: Tensor) -> Any:
+    modes = {module: module.training for module in backbone.modules()}
+    try:
+        with torch.no_grad():
+            return backbone.eval()(**inputs)
+    except Exception as error:  # whatever a model raises for inputs that it is not made for
+        raise ConfigError(
+            f"{type(backbone).__name__}: does not embed a {kind} by itself ({_one_line(error)}); "
+            f"not supported as a {kind} encoder"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
