@@ -154,7 +154,12 @@ def train_and_save(
             processor=processor,
             settings={"retrieval_mode": "t2i", "temperature": 0.1, "image_root": None},
         )
-    result = {"before": before, "after": _embed(engine, inputs), "weights": _weights(engine)}
+    result = {
+        "before": before,
+        "after": _embed(engine, inputs),
+        "weights": _weights(engine),
+        "held": _held(engine),
+    }
     engine.engine.destroy()
     return result
 
@@ -186,6 +191,18 @@ def _embed(engine: TrainEngine, inputs: dict[str, dict[str, Tensor]]) -> dict[st
     with torch.no_grad():
         outputs = engine.embed(inputs)
     return {s: functional.normalize(outputs[s].float(), dim=1).cpu().numpy() for s in inputs}
+
+
+def _held(engine: TrainEngine) -> dict[str, Tensor]:
+    """The parameters that the forward pass uses, whole, in the run's precision.
+
+    Independent of the tables that say which piece of a master belongs to which parameter.
+    """
+    held = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_stage == 3):
+            held[name] = parameter.detach().clone()
+    return held
 
 
 def _weights(engine: TrainEngine) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def train(
     model = make_model(Path(folder), kind=kind, temperature=temperature)
     if checkpointing:
         for backbone in _backbones(model):
-            enable_activation_checkpointing(backbone, mechanism=checkpointing, ds_config=ds_config)
+            enable_activation_checkpointing(backbone, mechanism=checkpointing)
     engine = make_engine(model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine)
     torch.manual_seed(comm.rank())
     model.train()

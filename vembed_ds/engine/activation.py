@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import deepspeed
 from torch import nn
@@ -13,9 +12,7 @@ from vembed_ds.engine.communication import join_deepspeed
 from vembed_ds.errors import ConfigError
 
 
-def enable_activation_checkpointing(
-    backbone: nn.Module, *, mechanism: str, ds_config: dict[str, Any]
-) -> None:
+def enable_activation_checkpointing(backbone: nn.Module, *, mechanism: str) -> None:
     """Recompute the backbone's layers in the backward pass instead of keeping activations.
 
     Both mechanisms go through the hook that transformers gives every layer, so they compose
@@ -25,9 +22,7 @@ def enable_activation_checkpointing(
         backbone: A Hugging Face model.
         mechanism: ``huggingface``: ``torch.utils.checkpoint``, non-reentrant; the default,
             because it also works when no input of a layer needs a gradient (first layer behind
-            a frozen embedding). ``deepspeed``: ``deepspeed.checkpointing``, which can move
-            the stored inputs to the host (``activation_checkpointing.cpu_checkpointing``).
-        ds_config: The resolved DeepSpeed config, for its ``activation_checkpointing`` section.
+            a frozen embedding). ``deepspeed``: ``deepspeed.checkpointing``, re-entrant.
 
     Raises:
         ConfigError: The backbone has no layers that can be recomputed.
@@ -36,13 +31,7 @@ def enable_activation_checkpointing(
         recompute = functools.partial(checkpoint, use_reentrant=False)
     else:
         join_deepspeed()  # `configure` asks DeepSpeed for the rank
-        section = ds_config.get("activation_checkpointing", {})
-        deepspeed.checkpointing.configure(
-            None,
-            partition_activations=section.get("partition_activations", False),
-            contiguous_checkpointing=section.get("contiguous_memory_optimization", False),
-            checkpoint_in_cpu=section.get("cpu_checkpointing", False),
-        )
+        deepspeed.checkpointing.configure(None)
         recompute = deepspeed.checkpointing.checkpoint
     if not getattr(backbone, "supports_gradient_checkpointing", False):
         raise ConfigError(

@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from vembed_ds.engine.gradients import LocalGradients
+from vembed_ds.engine.loss_scale import LossScaleUpdates
 
 
 class TrainEngine:
@@ -29,6 +30,9 @@ class TrainEngine:
         self.zero_stage = int(engine.zero_optimization_stage())
         self._trained = [p for p in engine.module.parameters() if p.requires_grad]
         self._local = LocalGradients(self._trained)
+        # At stage 0 fp16 is refused.
+        scaled = engine.fp16_enabled() and self.zero_stage > 0
+        self._loss_scale_updates = LossScaleUpdates(engine.optimizer) if scaled else None
 
     @property
     def module(self) -> nn.Module:
@@ -80,6 +84,8 @@ class TrainEngine:
         """
         norm = self._plain_gradient_norm() if self._plain_optimizer else None
         self.engine.step()
+        if self._loss_scale_updates is not None:
+            self._loss_scale_updates.after_step()
         if not self.engine.was_step_applied():
             return None
         if norm is None:

@@ -96,7 +96,7 @@ def build_engine(
     if config.model.gradient_checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(
-                backbone, mechanism=config.model.activation_checkpointing, ds_config=ds_config
+                backbone, mechanism=config.model.activation_checkpointing
             )
     optimizer = config.optimizer
     engine = initialize_engine(

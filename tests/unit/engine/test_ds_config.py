@@ -415,6 +415,7 @@ def test_the_tables_name_keys_that_deepspeed_has():
         ("bf16.check_grad_overflow", False, "not proven exact here"),
         ("fp16.auto_cast", True, "the YAML's precision decides number formats"),
         ("data_types.keep_in_fp32_modules", ["norm"], "the YAML's precision decides number formats"),
+        ("activation_checkpointing.cpu_checkpointing", True, "DeepSpeed loses the shapes of what it stores where the model is on the CPU too"),
         ("activation_checkpointing.partition_activations", True, "sharding over anything but data-parallel ranks is not proven exact here"),
         ("activation_checkpointing.contiguous_memory_optimization", True, "the gradient cache drives accumulation itself"),
         ("activation_checkpointing.number_checkpoints", 4, "it would have no effect, our engine does not hand it to DeepSpeed"),
@@ -490,7 +491,7 @@ def test_what_is_proven_or_harmless_is_passed_on():
             "offload_param": {"device": "cpu", "buffer_size": 10, "max_in_cpu": 0},
         },
         "fp16": {"loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1, "min_loss_scale": 1},
-        "activation_checkpointing": {"cpu_checkpointing": True, "partition_activations": False},
+        "activation_checkpointing": {"cpu_checkpointing": False, "partition_activations": False},
         "checkpoint": {"tag_validation": "Fail", "parallel_write": {"pipeline_stage": False}},
     }
     config = resolve(raw)
