@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def one_line(error: BaseException, *, length: int = 300) -> str:
+    """What another library's error says, as a part of one of our sentences."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 class VembedError(Exception):
     """Base of the errors that commands print without a traceback."""
 

@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from vembed_ds.checkpointing.consolidate import check_files
 from vembed_ds.distributed import comm
-from vembed_ds.errors import CheckpointError
+from vembed_ds.errors import CheckpointError, one_line
 
 LATEST = "latest"
 STATE = "trainer_state.json"
@@ -156,7 +156,7 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be loaded, a file is damaged ({_one_line(error)}); resume from an "
+            f"{folder}: cannot be loaded, a file is damaged ({one_line(error)}); resume from an "
             "earlier checkpoint-step-N folder"
         ) from error
     if loaded is None:
@@ -164,10 +164,6 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
             f"{folder}: DeepSpeed found nothing to load; the folder is incomplete"
         )
     _restore_random_state(torch.load(_random_file(folder), weights_only=True))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _point_at(folder: Path) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, one_line
 
 NO_LIMIT = 10**6  # tokenizers without a length limit state 1e30
 SIGLIP_LENGTH = 64
@@ -81,7 +81,7 @@ def _load_tokenizer(source: str, *, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise ConfigError(
-            f"{source}: no tokenizer can be loaded ({_one_line(error)}); "
+            f"{source}: no tokenizer can be loaded ({one_line(error)}); "
             "name a folder with tokenizer.json"
         ) from error
     # With nothing but a config.json, transformers builds a tokenizer of special tokens only.
@@ -159,7 +159,7 @@ def _image_processor_from(source: str, *, place: str, trust_remote_code: bool) -
         )
     except LOADING_ERRORS as error:
         raise ConfigError(
-            f"{place}: no image processor can be loaded ({_one_line(error)}); "
+            f"{place}: no image processor can be loaded ({one_line(error)}); "
             "name a folder with preprocessor_config.json or processor_config.json"
         ) from error
 
@@ -200,7 +200,3 @@ def _check_image_outputs(processor: ItemProcessor, *, source: str) -> None:
             f"{source}: {type(processor.image_processor).__name__} gives {', '.join(names)} with "
             f"pixel_values of shape {shape}; only one [C, H, W] array per image is supported"
         )
-
-
-def _one_line(error: Exception, *, length: int = 300) -> str:
-    return " ".join(str(error).split())[:length]

@@ -295,6 +295,11 @@ def _implementation(
     if params.get("torch_adam", "auto") == "auto":
         params["torch_adam"] = not _is_offloaded(config)
     by_torch = params["torch_adam"] is True
+    if not by_torch and not _is_offloaded(config):
+        yield (
+            f"optimizer.params.torch_adam={as_json(params['torch_adam'])} ({ours.origin}): "
+            "DeepSpeed's FusedAdam is not proven exact here; set \"auto\" (torch's AdamW, fused on GPUs)"
+        )
     if params.get("fused") == "auto":
         del params["fused"]
         if by_torch:

@@ -86,7 +86,7 @@ PROVEN_OPTIMIZERS = {"adam": _ADAM, "adamw": _ADAM, "sgd": _SGD}
 PROVEN = {
     "zero_optimization": frozenset(
         _words(
-            "stage contiguous_gradients reduce_scatter reduce_bucket_size allgather_partitions "
+            "stage reduce_scatter reduce_bucket_size allgather_partitions "
             "allgather_bucket_size overlap_comm use_multi_rank_bucket_allreduce offload_optimizer "
             "offload_param sub_group_size stage3_max_live_parameters stage3_max_reuse_distance "
             "stage3_prefetch_bucket_size stage3_param_persistence_threshold "
@@ -126,7 +126,7 @@ REASONS = {
     "data_types.buffer_dtype": _PRECISION,
     "data_types.keep_in_fp32_modules": _PRECISION,
     "activation_checkpointing.cpu_checkpointing": (
-        "DeepSpeed loses the shapes of what it stores where the model is on the CPU too"
+        "on a CPU DeepSpeed empties the very tensors that it stores"
     ),
     "activation_checkpointing.partition_activations": _SHARDING,
     "activation_checkpointing.contiguous_memory_optimization": _ACCUMULATION,
@@ -138,6 +138,9 @@ REASONS = {
     "checkpoint.writer": _CHECKPOINT,
     "checkpoint.use_node_local_storage": _CHECKPOINT,
     "checkpoint.parallel_write.pipeline_stage": _CHECKPOINT,
+    "zero_optimization.contiguous_gradients": (
+        "DeepSpeed then fails on a [1, 1, D] parameter that is alone in its bucket"
+    ),
     "zero_optimization.round_robin_gradients": "a checkpoint so trained is exported wrongly",
     "zero_optimization.compute_grad_norm": "clipping and the log need the norm",
     "zero_optimization.zero_hpz_partition_size": _SHARDING,

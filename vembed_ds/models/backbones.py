@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.models.probe import Probe, probe_image, probe_text
 from vembed_ds.references import resolve_model_reference
 
@@ -235,8 +235,7 @@ def two_tower_width(backbone: nn.Module) -> int:
 
 
 def _not_loadable(source: BackboneSource, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
-    return ConfigError(f"model {source.describe()}: cannot be loaded: {reason}")
+    return ConfigError(f"model {source.describe()}: cannot be loaded: {one_line(error)}")
 
 
 def _load_config(source: BackboneSource, *, trust_remote_code: bool) -> Any:

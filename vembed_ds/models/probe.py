@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.models.pooling import pool
 
 # Two texts that differ in their last token only.
@@ -58,7 +58,7 @@ class Probe:
         try:
             return int(pool(self.outputs, self.attention_mask, method=pooling).shape[1])
         except (ValueError, AttributeError, RuntimeError, IndexError) as error:
-            raise ConfigError(f"{self.backbone}: cannot be pooled: {_one_line(error)}") from error
+            raise ConfigError(f"{self.backbone}: cannot be pooled: {one_line(error)}") from error
 
 
 def probe_text(backbone: nn.Module) -> Probe:
@@ -96,13 +96,9 @@ def _run(backbone: nn.Module, kind: str, **inputs: Tensor) -> Any:
             return backbone.eval()(**inputs)
     except Exception as error:  # whatever a model raises for inputs that it is not made for
         raise ConfigError(
-            f"{type(backbone).__name__}: does not embed a {kind} by itself ({_one_line(error)}); "
+            f"{type(backbone).__name__}: does not embed a {kind} by itself ({one_line(error)}); "
             f"not supported as a {kind} encoder"
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -128,10 +128,11 @@ def _judge(norm_one: float, norm_many: float, difference: float, *, tolerance: f
     if not math.isfinite(relative) or relative > tolerance:
         raise GradientError(
             f"gradient self-test: one chunk gives gradient norm {norm_one:.6g}, one-item chunks "
-            f"give {norm_many:.6g}; the gradients differ by {relative:.2%} (allowed {tolerance:.0%}). "
+            f"give {norm_many:.6g}; the gradients differ by {relative:.3%} (allowed {tolerance:.2%}). "
             "Training would follow a wrong gradient. Something in the model depends on which "
-            "items share a chunk, or this DeepSpeed version reduces differently; report the "
-            "model and versions (gradient_self_test: false skips the test, not the fault)"
+            "items share a chunk (statistics, or padding that is not masked), or this DeepSpeed "
+            "version reduces differently; choose another backbone, or report model and versions "
+            "(gradient_self_test: false skips the test, not the fault)"
         )
     return relative
 

@@ -21,7 +21,7 @@ from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.reach import mark_unreached
@@ -128,9 +128,8 @@ def _spare_unreached(
         names = mark_unreached(model, inputs)
     except Exception as error:  # whatever a model raises for inputs that it is not made for
         given = {stream: sorted(chunk) for stream, chunk in inputs.items()}
-        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"the model does not embed what its processor gives ({given}): {reason}; "
+            f"the model does not embed what its processor gives ({given}): {one_line(error)}; "
             "the model is not supported, or processor and model do not belong together"
         ) from error
     if names:

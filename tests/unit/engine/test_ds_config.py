@@ -11,6 +11,7 @@ from vembed_ds.engine import ds_keys
 from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
 from vembed_ds.errors import ConfigError
 
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 OURS: dict[str, Any] = {
     "origin": "x.json",
@@ -252,12 +253,23 @@ def test_auto_sizes_of_hugging_face_fall_back_to_deepspeed_defaults():
             "give a value or remove it",
         ),
         (
-            {"optimizer": {"type": "AdamW", "params": {"fused": True, "torch_adam": False}}},
+            {"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}},
+            "optimizer.params.torch_adam=false (x.json): DeepSpeed's FusedAdam is not proven exact "
+            "here; set \"auto\" (torch's AdamW, fused on GPUs)",
+        ),
+        (
+            {
+                "zero_optimization": OFFLOADED,
+                "optimizer": {"type": "AdamW", "params": {"fused": True, "torch_adam": False}},
+            },
             "optimizer.params.fused=true (x.json): only torch's AdamW takes it; "
             'set torch_adam=true, or fused="auto"',
         ),
         (
-            {"optimizer": {"type": "AdamW", "params": {"foreach": True, "torch_adam": False}}},
+            {
+                "zero_optimization": OFFLOADED,
+                "optimizer": {"type": "AdamW", "params": {"foreach": True, "torch_adam": False}},
+            },
             "optimizer.params.foreach=true (x.json): only torch's AdamW takes it; "
             "set torch_adam=true, or remove it",
         ),
@@ -402,6 +414,7 @@ def test_the_tables_name_keys_that_deepspeed_has():
     ("path", "value", "reason"),
     [
         ("zero_optimization.round_robin_gradients", True, "a checkpoint so trained is exported wrongly"),
+        ("zero_optimization.contiguous_gradients", False, "DeepSpeed then fails on a [1, 1, D] parameter that is alone in its bucket"),
         ("zero_optimization.stage3_allgather_sequential", True, "not proven exact here"),
         ("zero_optimization.parameter_alignment", True, "not proven exact here"),
         ("zero_optimization.load_from_fp32_weights", False, "not proven exact here"),
@@ -415,7 +428,7 @@ def test_the_tables_name_keys_that_deepspeed_has():
         ("bf16.check_grad_overflow", False, "not proven exact here"),
         ("fp16.auto_cast", True, "the YAML's precision decides number formats"),
         ("data_types.keep_in_fp32_modules", ["norm"], "the YAML's precision decides number formats"),
-        ("activation_checkpointing.cpu_checkpointing", True, "DeepSpeed loses the shapes of what it stores where the model is on the CPU too"),
+        ("activation_checkpointing.cpu_checkpointing", True, "on a CPU DeepSpeed empties the very tensors that it stores"),
         ("activation_checkpointing.partition_activations", True, "sharding over anything but data-parallel ranks is not proven exact here"),
         ("activation_checkpointing.contiguous_memory_optimization", True, "the gradient cache drives accumulation itself"),
         ("activation_checkpointing.number_checkpoints", 4, "it would have no effect, our engine does not hand it to DeepSpeed"),

@@ -40,6 +40,15 @@ BIT = {
     "num_groups": 2,
 }
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+DINOV3 = {
+    "model_type": "dinov3_vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 16,
+    "patch_size": 8,
+}
 IDS = torch.tensor([[2, 3, 4, 0], [5, 6, 7, 8]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
 PIXELS = torch.randn(2, 3, 8, 8)
@@ -227,17 +236,7 @@ def test_families_that_cannot_be_exact_are_refused(settings: dict[str, Any], mes
 
 
 def test_coordinate_noise_that_a_chunk_would_share_is_off() -> None:
-    settings = {
-        "model_type": "dinov3_vit",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "image_size": 16,
-        "patch_size": 8,
-        "pos_embed_rescale": 2.0,
-    }
-    model = build_model(spec(one=settings)).train()
+    model = build_model(spec(one={**DINOV3, "pos_embed_rescale": 2.0})).train()
     pixels = {"image": {"pixel_values": torch.randn(2, 3, 16, 16)}}
     torch.testing.assert_close(model(pixels)["image"], model(pixels)["image"])
 
@@ -283,16 +282,7 @@ def test_a_projection_fits_what_the_model_gives_not_what_its_config_says() -> No
 
 
 def test_a_parameter_of_no_element_is_no_parameter() -> None:
-    settings = {
-        "model_type": "dinov3_vit",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    model = build_model(spec(one=settings))
+    model = build_model(spec(one=DINOV3))
     assert all(parameter.numel() for parameter in model.parameters())
     assert any("register_tokens" in name for name in model.state_dict())
 
