@@ -44,3 +44,11 @@ def world() -> Iterator[Callable[[int], World]]:
     yield get
     for running in worlds.values():
         running.close()
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny CLIP of :mod:`tests.tiny`, for every test that trains a model from a folder."""
+    from tests.tiny import save_clip  # here: most tests can do without the seconds of transformers
+
+    return save_clip(tmp_path_factory.mktemp("clip"))

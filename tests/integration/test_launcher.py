@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import json
-import socket
+import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-ROOT = Path(__file__).parent.parent.parent
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+from tests.integration.launching import PROGRAMS, ROOT, free_port, run_command
+
 SHORT = ["max_steps=2", "logging_steps=1", "warmup_steps=1", "val_data_path=null", "eval_steps=0"]
+RUN_SECONDS = 280
+# Two launchers and two ranks import torch first: 14 s on two cores of which others have a share.
+ERROR_SECONDS = 60
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed(2)]
 
 
 def train(*arguments: str) -> list[str]:
     """The command on 2 ranks, at a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    return [*DEEPSPEED, "--master_port", port, "--module", "vembed_ds.train", *arguments]
+    world = ["--num_gpus", "2", "--master_port", str(free_port())]
+    return [str(PROGRAMS / "deepspeed"), *world, "--module", "vembed_ds.train", *arguments]
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(train(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=280)
+def launch(*arguments: str, seconds: float = RUN_SECONDS) -> subprocess.CompletedProcess[str]:
+    return run_command(train(*arguments), seconds=seconds)
 
 
 def test_the_example_starts_with_one_loss_at_every_stage(tmp_path: Path) -> None:
@@ -54,30 +55,52 @@ def test_the_example_starts_with_one_loss_at_every_stage(tmp_path: Path) -> None
     assert len(set(first)) == 1, first
 
 
-def test_a_mistake_ends_every_rank_with_its_message_and_an_exit_code(tmp_path: Path) -> None:
-    done = launch(
-        "--ds_config",
-        "ds_configs/zero2.json",
-        "--config",
-        "examples/emoji/t2i.yaml",
-        "--config_override",
-        "graident_cache=true",
-        f"output_dir={tmp_path}",
-    )
-    assert done.returncode != 0
-    assert "vembed_ds: rank 0: ConfigError: " in done.stderr
-    assert "graident_cache" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_overrides_may_be_given_in_several_flags(tmp_path: Path) -> None:
+def errors_of_ranks(*overrides: str) -> list[str]:
+    """What the 2 ranks of a run say that must end soon, by itself and as a failure."""
     done = launch(
         *("--ds_config", "ds_configs/zero2.json", "--config", "examples/emoji/t2i.yaml"),
-        *("--config_override", "first_typo=1"),
-        *("--config_override", "second_typo=1", f"output_dir={tmp_path}"),
+        # In several flags: none of them may win over another.
+        *(word for override in overrides for word in ("--config_override", override)),
+        seconds=ERROR_SECONDS,
     )
-    assert "first_typo" in done.stderr
-    assert "second_typo" in done.stderr
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    # The second line of a message is indented; the launcher's own lines begin with a bracket.
+    found = re.findall(r"^vembed_ds: (rank \d: .*(?:\n  .*)*)", done.stderr, re.MULTILINE)
+    assert len(found) == 2, done.stderr[-3000:]
+    return sorted(found)
+
+
+def test_mistakes_end_every_rank_with_one_message(tmp_path: Path) -> None:
+    errors = errors_of_ranks("graident_cache=true", "lr=fast", f"output_dir={tmp_path}")
+    message = (
+        "ConfigError: "
+        "graident_cache=True (--config_override): unknown key; did you mean use_gradient_cache?\n"
+        "  lr='fast' (--config_override): expected a number > 0"
+    )
+    assert errors == [f"rank 0: {message}", f"rank 1: {message}"]
+
+
+def test_what_one_rank_finds_ends_every_rank(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    lines = [json.dumps({"name": f"text {i}", "image": f"{i}.png"}) for i in range(2)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    errors = errors_of_ranks(
+        f"data_path={tmp_path / 'data.jsonl'}",
+        f"image_root={tmp_path}",
+        f"output_dir={tmp_path / 'out'}",
+        "val_data_path=null",
+        "eval_steps=0",
+        "image_augmentation=[]",
+    )
+    sentence = (
+        f"record 1, positive: image {tmp_path / '1.png'} does not exist; "
+        "correct the path or image_root"
+    )
+    assert errors == [
+        f"rank 0: DistributedError: rank 1 failed: {sentence}",
+        f"rank 1: DataError: {sentence}",
+    ]
 
 
 def test_a_killed_run_ends_and_resumes_with_the_losses_of_an_uninterrupted_one(
