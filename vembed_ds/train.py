@@ -14,6 +14,7 @@ from pathlib import Path
 EXIT_ERROR = 2  # a problem the user can mend
 EXIT_UNEXPECTED = 1  # with a traceback
 SHUTDOWN_SECONDS = 10
+JOIN_MINUTES = 1.0  # for the other ranks, when this one already knows that it must end
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
@@ -44,11 +45,20 @@ def _run(arguments: argparse.Namespace) -> int:
     from vembed_ds.engine.ds_config import load_ds_config
     from vembed_ds.errors import VembedError
 
+    mistake: VembedError | None = None
+    timeout_minutes = JOIN_MINUTES
     try:
         config = load_config(arguments.config, arguments.config_override)
         origins = setting_origins(arguments.config, arguments.config_override)
         ds_config = load_ds_config(arguments.ds_config)
-        _start(config.run.timeout_minutes)
+        timeout_minutes = config.run.timeout_minutes
+    except VembedError as error:
+        mistake = error
+        _report(error)
+    try:
+        _start(timeout_minutes)
+        # The launcher ends all ranks as soon as one exits: a later one would never say why.
+        comm.raise_together(mistake)
         from vembed_ds.training.run import train
 
         train(
@@ -59,16 +69,25 @@ def _run(arguments: argparse.Namespace) -> int:
             origins=origins,
         )
     except VembedError as error:
-        text = str(error).replace("\n", "\n  ")
-        sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
-        sys.stderr.flush()
+        if error is not mistake:
+            _report(error)
         return EXIT_ERROR
     except Exception:  # noqa: BLE001 (whatever it is, this process ends with it)
+        if mistake is not None:  # the others did not come; what is wrong has been said
+            return EXIT_ERROR
         trace = traceback.format_exc()
         sys.stderr.write(f"vembed_ds: rank {comm.rank()} ended by an unexpected error:\n{trace}\n")
         sys.stderr.flush()
         return EXIT_UNEXPECTED
     return 0
+
+
+def _report(error: Exception) -> None:
+    from vembed_ds.distributed import comm
+
+    text = str(error).replace("\n", "\n  ")
+    sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
+    sys.stderr.flush()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

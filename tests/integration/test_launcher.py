@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -71,7 +72,20 @@ def errors_of_ranks(*overrides: str) -> list[str]:
     return sorted(found)
 
 
-def test_mistakes_end_every_rank_with_one_message(tmp_path: Path) -> None:
+LATE = """
+import os, time
+if os.environ.get("RANK") == "1":
+    time.sleep(3)
+"""
+
+
+def test_mistakes_end_every_rank_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The launcher kills the other ranks within a second of the first exit; a rank that started
+    # later, as on a busy machine, must still have said what is wrong.
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     errors = errors_of_ranks("graident_cache=true", "lr=fast", f"output_dir={tmp_path}")
     message = (
         "ConfigError: "

@@ -26,7 +26,7 @@ IN_THE_YAML = {
     "image_root: /data\n": "image_root: {folder}/data\n",
     "batch_size: 512 ": "batch_size: 8 ",
     "gradient_cache_chunk_size: 64 ": "gradient_cache_chunk_size: 3 ",
-    "epochs: 3\n": "epochs: 3\nsave_steps: 1\n",
+    "save_steps: 500 ": "save_steps: 1 ",
 }
 IN_THE_COMMANDS = {
     "--num_gpus 8 ": "--num_gpus 2 --master_port {port} ",
