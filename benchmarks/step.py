@@ -98,14 +98,16 @@ def plain_step(model: BertModel, ids: Tensor) -> Step:
 
 def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     from vembed_ds.data.batches import plan_step
+    from vembed_ds.data.collators import Batch
     from vembed_ds.data.processors import EncodedItem
     from vembed_ds.distributed import comm
     from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
     from vembed_ds.engine.initialize import initialize_engine
-    from vembed_ds.losses import LossInputs, build_loss
+    from vembed_ds.losses import build_loss
     from vembed_ds.models.embedding_model import EmbeddingModel
     from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
     from vembed_ds.steps.gradient_cache import compute_gradient
+    from vembed_ds.training.loss_inputs import loss_inputs
 
     comm.init_distributed(device_type="cpu", timeout_minutes=5)
     stage, kind = variant.split("-")
@@ -132,15 +134,14 @@ def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     loss_function = build_loss("infonce", temperature=0.05, bidirectional=False)
     items = [EncodedItem("text", {"input_ids": row.numpy()}) for row in ids]
     roles = {"query": items[:PAIRS], "positive": items[PAIRS:]}
+    batch = Batch(indices=[], roles=roles)
     plan = plan_step(roles, chunk_size=CHUNK if kind == "cached" else None)
 
     def step() -> tuple[float, float]:
         result = compute_gradient(
             engine,
             plan,
-            loss_function=lambda rows, scale: loss_function(
-                LossInputs(rows["query"], rows["positive"], scale)
-            ),
+            loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
             pad=lambda stream, chunk: {
                 "input_ids": torch.stack([torch.from_numpy(i.inputs["input_ids"]) for i in chunk])
             },

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from vembed_ds.config.loading import parse_config
@@ -40,7 +39,8 @@ from vembed_ds.evaluation.retrieval import (
     read_judgments,
     retrieval_metrics,
 )
-from vembed_ds.inference import Encoder
+from vembed_ds.inference import Encoder, embed_items
+from vembed_ds.similarity import Embeddings
 
 EXAMPLE = """\
 example:
@@ -49,7 +49,13 @@ example:
       --output report.json --picture grid.png --before before.json
 """
 
-STORED_KEYS = ("retrieval_mode", "column_mapping", "image_root")
+STORED_KEYS = (
+    "retrieval_mode",
+    "column_mapping",
+    "image_root",
+    "query_instruction",
+    "document_instruction",
+)
 EVALUATION_KEYS = (
     *STORED_KEYS,
     "eval_recall_k",
@@ -102,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         action="extend",
         metavar="KEY=VALUE",
-        help=f"any of {', '.join(EVALUATION_KEYS)}; the first three default to what is stored "
+        help=f"any of {', '.join(EVALUATION_KEYS)}; the first five default to what is stored "
         "with the model",
     )
     add("--output", metavar="JSON", help="write the metrics to this file")
@@ -172,7 +178,7 @@ def evaluation_config(arguments: argparse.Namespace, *, settings: Mapping[str, A
     if "retrieval_mode" not in {*stored, *given}:
         raise ConfigError(
             f"retrieval_mode: {arguments.model} does not state one; give --config_override "
-            "retrieval_mode=t2t, t2i, i2t or i2i"
+            "retrieval_mode=QUERY2POSITIVE, for example t2i"
         )
     values = {"model_name": str(arguments.model), "data_path": list(arguments.data_path), **stored}
     origin = f"{arguments.model}/vembed_config.json"
@@ -193,25 +199,25 @@ def open_pairs(paths: Sequence[str], *, config: Config, encoder: Encoder) -> Pai
         column_mapping=config.data.column_mapping,
         image_root=config.data.image_root,
         origin=", ".join(paths),
+        instructions={
+            "query": config.data.query_instruction,
+            "positive": config.data.document_instruction,
+        },
     )
-    for role, stream in reader.streams.items():
-        if stream not in encoder.model.streams:
-            raise ConfigError(
-                f"retrieval_mode={config.data.retrieval_mode}: the {role} is {stream}, but the "
-                f"model embeds {' and '.join(encoder.model.streams)}; choose another mode"
-            )
+    for part in sorted(reader.parts - set(encoder.model.parts)):
+        role, _ = reader.columns_of(part)[0]
+        raise ConfigError(
+            f"retrieval_mode={config.data.retrieval_mode}: the {role} is {part}, but the "
+            f"model embeds {' and '.join(encoder.model.parts)}; choose another mode"
+        )
     return PairDataset(table, reader=reader, processor=encoder.processor, seed=0)
 
 
 def embed_with(encoder: Encoder) -> Embed:
-    """The model's embedding of a batch, on its device."""
-    device = next(encoder.model.parameters()).device
+    """The model's embedding of a batch."""
 
-    def embed(stream: str, items: Sequence[EncodedItem]) -> Tensor:
-        padded = encoder.processor.pad(stream, items)
-        outputs = encoder.model({stream: {key: row.to(device) for key, row in padded.items()}})
-        embeddings: Tensor = outputs[stream]
-        return embeddings
+    def embed(items: Sequence[EncodedItem]) -> Embeddings:
+        return embed_items(encoder.model, encoder.processor, items)
 
     return embed
 
@@ -260,16 +266,16 @@ def draw(
     dataset: PairDataset,
     judgments: Judgments,
     *,
-    embeddings: tuple[Tensor, Tensor],
+    embeddings: tuple[Embeddings, Embeddings],
     metrics: Mapping[str, float],
 ) -> None:
     """Draw queries spread evenly over the data, chosen without looking at their results."""
     query_emb, corpus_emb = embeddings
-    num_queries, num_documents = len(query_emb), len(corpus_emb)
+    num_queries, num_documents = len(query_emb.values), len(corpus_emb.values)
     chosen = torch.linspace(0, num_queries - 1, min(PICTURE_ROWS, num_queries)).long()
     columns = min(PICTURE_COLUMNS, num_documents)
     chunk_size = query_chunk(num_documents)
-    found = top_documents(query_emb[chosen], corpus_emb, k=columns, chunk_size=chunk_size)
+    found = top_documents(query_emb.rows(chosen), corpus_emb, k=columns, chunk_size=chunk_size)
     rows = [
         _grid_row(dataset, judgments, query=query, documents=documents)
         for query, documents in zip(chosen.tolist(), found.tolist(), strict=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers.utils import cached_file
 
+from vembed_ds.data.batches import collect_roles, plan_step
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import ImageSource, Item
@@ -27,9 +29,11 @@ from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TwoTowerEncoder
 from vembed_ds.references import resolve_model_reference
+from vembed_ds.similarity import Embeddings, concatenated
 
 SETTINGS_FILE = "vembed_config.json"
 Array = np.ndarray[Any, Any]
+Role = Literal["query", "document"]
 
 
 class Encoder:
@@ -77,20 +81,23 @@ class Encoder:
         self,
         texts: str | Sequence[str],
         *,
+        role: Role | None = None,
         batch_size: int = 32,
         normalize: bool = True,
         show_progress: bool = False,
-    ) -> Array:
+    ) -> Array | list[Array]:
         """Embed texts.
 
         Args:
             texts: N texts; a single one counts as N = 1. Longer ones are truncated.
+            role: ``query`` or ``document``: with the instruction of that side in training.
             batch_size: Texts in one forward pass; they are grouped by length.
             normalize: Scale every embedding to length 1.
             show_progress: Show a progress bar.
 
         Returns:
-            ``[N, D]`` float32, in the order of ``texts``; ``[0, D]`` for none.
+            ``[N, D]`` float32, in the order of ``texts``; ``[0, D]`` for none. Of a late-interaction
+            model a list of N arrays ``[L_i, D]``, one vector per token.
 
         Raises:
             ConfigError: The model embeds no texts.
@@ -98,35 +105,35 @@ class Encoder:
         """
         self._require("text")
         listed = [texts] if isinstance(texts, str) else list(texts)
-        encoded = [self._encode(Item(text=text), index) for index, text in enumerate(listed)]
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].inputs["input_ids"]))
-        batches = ([encoded[i] for i in part] for part in _parts(order, batch_size))
-        progress = tqdm(total=len(listed), unit="text", disable=not show_progress)
-        with progress:
-            rows = self._embed("text", batches, normalize=normalize, progress=progress)
-        embeddings = np.empty_like(rows)
-        embeddings[order] = rows
-        return embeddings
+        return self.encode(
+            [Item(text=text) for text in listed],
+            role=role,
+            batch_size=batch_size,
+            normalize=normalize,
+            show_progress=show_progress,
+        )
 
     def encode_image(
         self,
         images: ImageSource | Path | Sequence[ImageSource | Path],
         *,
+        role: Role | None = None,
         batch_size: int = 32,
         normalize: bool = True,
         show_progress: bool = False,
-    ) -> Array:
+    ) -> Array | list[Array]:
         """Embed images.
 
         Args:
             images: N paths, encoded bytes or PIL images; a single one counts as N = 1. They are
                 opened batch by batch.
+            role: As in :meth:`encode_text`.
             batch_size: Images in one forward pass.
             normalize: Scale every embedding to length 1.
             show_progress: Show a progress bar.
 
         Returns:
-            ``[N, D]`` float32, in the order of ``images``; ``[0, D]`` for none.
+            As :meth:`encode_text`.
 
         Raises:
             ConfigError: The model embeds no images.
@@ -136,52 +143,108 @@ class Encoder:
         single = isinstance(images, str | bytes | Path | dict | Image.Image)
         listed: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
         sources = [str(source) if isinstance(source, Path) else source for source in listed]
-        batches = (
-            [self._encode(Item(image=sources[i]), i) for i in part]
-            for part in _parts(range(len(sources)), batch_size)
+        return self.encode(
+            [Item(image=source) for source in sources],
+            role=role,
+            batch_size=batch_size,
+            normalize=normalize,
+            show_progress=show_progress,
         )
-        progress = tqdm(total=len(sources), unit="image", disable=not show_progress)
-        with progress:
-            return self._embed("image", batches, normalize=normalize, progress=progress)
 
-    def _require(self, stream: str) -> None:
-        if stream not in self.model.streams:
+    def encode(
+        self,
+        items: Sequence[Item],
+        *,
+        role: Role | None = None,
+        batch_size: int = 32,
+        normalize: bool = True,
+        show_progress: bool = False,
+    ) -> Array | list[Array]:
+        """Embed items that hold a text, an image, or both.
+
+        Args:
+            items: N items.
+            role: As in :meth:`encode_text`; an item's own instruction is kept.
+            batch_size: Items in one forward pass.
+            normalize: Scale every embedding to length 1.
+            show_progress: Show a progress bar.
+
+        Returns:
+            As :meth:`encode_text`.
+
+        Raises:
+            ConfigError: The model embeds no such items.
+            DataError: An item cannot be encoded; names it.
+        """
+        instruction = "" if role is None else self.settings.get(f"{role}_instruction", "")
+        told = [
+            item if item.instruction else replace(item, instruction=instruction) for item in items
+        ]
+        # By kind and length, so that a batch has little padding.
+        order = sorted(
+            range(len(told)),
+            key=lambda i: (told[i].image is None, -len(told[i].text or ""), i),
+        )
+        parts = []
+        with tqdm(total=len(told), unit="item", disable=not show_progress) as progress:
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                parts.append(self._embed([(told[i], i) for i in places], normalize=normalize))
+                progress.update(len(places))
+        if not parts:
+            return self._nothing()
+        rows = concatenated(parts)
+        places_of = np.argsort(np.array(order), kind="stable")
+        return _arrays(rows.rows(torch.from_numpy(places_of)))
+
+    def _require(self, part: str) -> None:
+        if part not in self.model.parts:
             raise ConfigError(
-                f"encode_{stream}: the model has no {stream} tower; "
-                f"it embeds {' and '.join(self.model.streams)}"
+                f"encode_{part}: the model has no {part} tower; "
+                f"it embeds {' and '.join(self.model.parts)}"
             )
 
-    def _encode(self, item: Item, index: int) -> EncodedItem:
-        return self.processor.encode(item, origin=f"item {index}", augment_seed=None)
+    def _embed(self, items: Sequence[tuple[Item, int]], *, normalize: bool) -> Embeddings:
+        encoded = [
+            self.processor.encode(item, origin=f"item {number}", augment_seed=None)
+            for item, number in items
+        ]
+        rows = embed_items(self.model, self.processor, encoded)
+        return _unit(rows) if normalize else rows
 
-    def _embed(
-        self,
-        stream: str,
-        batches: Iterator[list[EncodedItem]],
-        *,
-        normalize: bool,
-        progress: tqdm[Any],
-    ) -> Array:
-        parts = []
-        for batch in batches:
-            parts.append(self._forward(stream, batch))
-            progress.update(len(batch))
-        if not parts:  # the width is what the model gives for anything
-            parts = [self._forward(stream, [self.processor.filler(stream)])[:0]]
-        rows = torch.cat(parts)
-        return (functional.normalize(rows, dim=1) if normalize else rows).numpy()
-
-    @torch.inference_mode()
-    def _forward(self, stream: str, batch: list[EncodedItem]) -> Tensor:
-        inputs = self.processor.pad(stream, batch)
-        moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        embeddings: Tensor = self.model.encoder(stream, moved)
-        return embeddings.float().cpu()
+    def _nothing(self) -> Array | list[Array]:
+        """No rows; the width is what the model gives for anything."""
+        filler = self.processor.filler(self.model.parts[0])
+        return _arrays(embed_items(self.model, self.processor, [filler]).rows(slice(0, 0)))
 
 
-def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
+@torch.inference_mode()
+def embed_items(
+    model: EmbeddingModel, processor: ItemProcessor, items: Sequence[EncodedItem]
+) -> Embeddings:
+    """Embeddings of encoded items of any streams, float32 on the host, not normalised."""
+    device = next(model.parameters()).device
+    plan = plan_step({"items": items}, chunk_size=None)
+    inputs = {
+        stream: {
+            name: tensor.to(device)
+            for name, tensor in processor.pad(stream, plan.streams[stream][places]).items()
+        }
+        for stream, places in plan.chunks[0].items()
+    }
+    outputs = {name: value.cpu() for name, value in model(inputs).items()}
+    return collect_roles(plan, [outputs])["items"].float()
+
+
+def _unit(rows: Embeddings) -> Embeddings:
+    return Embeddings(functional.normalize(rows.values, dim=-1), rows.mask)
+
+
+def _arrays(rows: Embeddings) -> Array | list[Array]:
+    if rows.mask is None:
+        return rows.values.numpy()
+    pairs = zip(rows.values, rows.mask, strict=True)
+    return [values[mask].numpy() for values, mask in pairs]
 
 
 def _locate(reference: str) -> str:
@@ -221,6 +284,7 @@ def _load_model(source: str, settings: dict[str, Any]) -> EmbeddingModel:
         pooling=settings.get("pooling", {}),
         projection_dim=settings.get("projection_dim"),
         projection_layers=settings.get("projection_layers"),
+        topk_tokens=settings.get("topk_tokens"),
     )
     model = EmbeddingModel(build_encoder(spec))
     for name in settings.get("projections", {}):
@@ -233,7 +297,7 @@ def _projection(model: EmbeddingModel, name: str) -> nn.Module:
     if isinstance(encoder, TwoTowerEncoder):
         projection = encoder.projection
     else:
-        stream = encoder.streams[0] if name == "projection_head" else name.split("_")[0]
+        stream = encoder.parts[0] if name == "projection_head" else name.split("_")[0]
         projection = encoder.tower(stream).projection
     assert projection is not None
     return projection
@@ -249,9 +313,9 @@ def _load_projection(projection: nn.Module, path: Path) -> None:
 
 
 def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]) -> ItemProcessor:
-    folders = dict.fromkeys(model.streams, source)
+    folders = dict.fromkeys(model.parts, source)
     if settings.get("encoder_mode") == "composed":
-        folders = {stream: str(Path(source) / f"{stream}_encoder") for stream in model.streams}
+        folders = {stream: str(Path(source) / f"{stream}_encoder") for stream in model.parts}
     limit = _text_limit(model)
     processor = build_item_processor(
         folders.get("text"),
@@ -268,7 +332,7 @@ def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]
 
 def _text_limit(model: EmbeddingModel) -> int | None:
     """Longest text, in tokens, that the model has positions for."""
-    if "text" not in model.streams:
+    if "text" not in model.parts:
         return None
     encoder = model.encoder
     if isinstance(encoder, TwoTowerEncoder):

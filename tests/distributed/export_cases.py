@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def make_model(folder: Path, kind: str) -> EmbeddingModel:
     if kind == "composed":
         sources = {s: BackboneSource(name=str(folder / s)) for s in ("text", "image")}
         spec = ModelSpec(sources, pooling={"text": "mean"}, projection_dim=11)
-        return build_model(spec, freeze={"text": True}, init_temperature=0.1)
+        return build_model(spec, freeze={"text": True}, init_logit_scale=-math.log(0.1))
     if kind == "shared":
         source = BackboneSource(name=str(folder / "text"))
         return build_model(ModelSpec({"": source}, pooling={"": "mean"}))
@@ -111,7 +112,7 @@ def make_model(folder: Path, kind: str) -> EmbeddingModel:
         return model
     spec = ModelSpec({"": BackboneSource(name=str(folder / kind))}, projection_dim=None)
     return build_model(
-        spec, init_temperature=0.1 if kind == "clip" else None, freeze_batch_norm=True
+        spec, init_logit_scale=-math.log(0.1) if kind == "clip" else None, freeze_batch_norm=True
     )
 
 
@@ -125,9 +126,9 @@ def make_processor(model: EmbeddingModel, kind: str) -> ItemProcessor:
         "do_center_crop": False,
     }
     return build_item_processor(
-        tokenizer if "text" in model.streams else None,
-        image_settings if "image" in model.streams else None,
-        max_length=MAX_LENGTH if "text" in model.streams else None,
+        tokenizer if "text" in model.parts else None,
+        image_settings if "image" in model.parts else None,
+        max_length=MAX_LENGTH if "text" in model.parts else None,
     )
 
 
@@ -141,7 +142,7 @@ def train_and_save(
     processor = make_processor(model, kind)
     groups = build_param_groups(model, weight_decay=0.01)
     engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
-    inputs = {stream: _inputs(processor, stream) for stream in model.streams}
+    inputs = {stream: _inputs(processor, stream) for stream in model.parts}
     before = _embed(engine, inputs)
     model.train()
     for _ in range(steps):

@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tests.worlds import World
 from vembed_ds.data.dataset import PairDataset
@@ -18,6 +17,7 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key, s
 from vembed_ds.data.records import Item, RecordReader
 from vembed_ds.errors import DataError, VembedError
 from vembed_ds.evaluation.retrieval import evaluate_retrieval, read_judgments
+from vembed_ds.similarity import Embeddings
 
 WIDTH = 4
 RECALL_K = (1, 2, 4)
@@ -66,11 +66,11 @@ def evaluate(
     """What a rank runs: the metrics or the error, and the calls of ``embed``."""
     calls: list[tuple[str, int]] = []
 
-    def embed(stream: str, items: Sequence[EncodedItem]) -> Tensor:
+    def embed(items: Sequence[EncodedItem]) -> Embeddings:
         assert not torch.is_grad_enabled()
-        calls.append((stream, len(items)))
+        calls.append((items[0].stream, len(items)))
         rows = torch.from_numpy(np.stack([item.inputs["features"] for item in items]))
-        return torch.where(rows == poison, torch.nan, rows) if poison is not None else rows
+        return Embeddings(rows if poison is None else torch.where(rows == poison, torch.nan, rows))
 
     try:
         metrics = evaluate_retrieval(

@@ -63,7 +63,7 @@ def test_embeddings(train: Callable[..., Any], tmp_path: Path, kind: str, stage:
     export_model(tmp_path / "run", tmp_path / "out")
     encoder = Encoder(tmp_path / "out", device="cpu")
     plain = PLAIN[kind](tmp_path / "out")
-    assert set(trained["after"]) == set(plain) == set(encoder.model.streams)
+    assert set(trained["after"]) == set(plain) == set(encoder.model.parts)
     for stream, expected in trained["after"].items():
         assert np.abs(expected - trained["before"][stream]).max() > 1e-3, "nothing was trained"
         got = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.parity import data
 from tests.parity.reference import PROJECTION
 from tests.worlds import set_fp16_support
 from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.engine.activation import enable_activation_checkpointing
@@ -28,6 +30,7 @@ from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.gradient_cache import compute_gradient
 from vembed_ds.steps.self_test import check_gradient
+from vembed_ds.training.loss_inputs import loss_inputs
 
 
 def train(
@@ -97,6 +100,7 @@ def train_step(
     """Gradient of one step, left in the engine; the loss of the global batch."""
     loss_function = build_loss("infonce", temperature=temperature, bidirectional=bidirectional)
     roles = rank_roles(kind, step)
+    batch = Batch(indices=[], roles=roles)
     counts = dict(
         zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True)
     )
@@ -105,9 +109,7 @@ def train_step(
     result = compute_gradient(
         engine,
         plan,
-        loss_function=lambda rows, scale: loss_function(
-            LossInputs(rows["query"], rows["positive"], scale)
-        ),
+        loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
         pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
         trainable=model.trainable,
     )
@@ -127,7 +129,7 @@ def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel
     """The project's model on the weights that the reference has."""
     if kind == "clip":
         spec = ModelSpec({"": BackboneSource(name=str(folder / "clip"))})
-        return build_model(spec, init_temperature=temperature)
+        return build_model(spec, init_logit_scale=-math.log(temperature))
     if kind == "shared":
         spec = ModelSpec({"": BackboneSource(name=str(folder / "text"))}, pooling={"": "mean"})
         return build_model(spec)
@@ -215,16 +217,16 @@ def self_test(
         def loss_function(inputs: LossInputs) -> Tensor:
             return 0.0 * inputs.query.sum()
 
+    roles = {role: items[:3] for role, items in rank_roles(kind, 0).items()}
+    batch = Batch(indices=[], roles=roles)
     torch.manual_seed(comm.rank())
     model.train()
     state = torch.get_rng_state()
     try:
         difference = check_gradient(
             engine,
-            {role: items[:3] for role, items in rank_roles(kind, 0).items()},
-            loss_function=lambda rows, scale: loss_function(
-                LossInputs(rows["query"], rows["positive"], scale)
-            ),
+            roles,
+            loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
             pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
             streams=model.streams,
             trainable=model.trainable,

@@ -146,7 +146,12 @@ def test_plain_causal_folder_is_pooled_at_its_last_token(folders: Path) -> None:
 def test_plain_convolutional_folder_uses_its_pooler(folders: Path) -> None:
     encoder = Encoder(folders / "convnext", device="cpu")
     inputs = encoder.processor.pad(
-        "image", [encoder._encode(cases.Item(image=cases.images()[0]), 0)]
+        "image",
+        [
+            encoder.processor.encode(
+                cases.Item(image=cases.images()[0]), origin="0", augment_seed=None
+            )
+        ],
     )
     with torch.no_grad():
         expected = AutoModel.from_pretrained(folders / "convnext").eval()(**inputs).pooler_output

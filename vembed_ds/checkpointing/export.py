@@ -41,7 +41,7 @@ from vembed_ds.checkpointing.frozen import FROZEN_FILE
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import CheckpointError
-from vembed_ds.models.embedding_model import LOGIT_SCALE, EmbeddingModel
+from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
 from vembed_ds.models.scalars import is_lifted
 
@@ -115,7 +115,7 @@ def _towers(model: EmbeddingModel) -> dict[str, TowerEncoder]:
     encoder = model.encoder
     if isinstance(encoder, TwoTowerEncoder):
         return {}
-    return {stream: encoder.tower(stream) for stream in encoder.streams}
+    return {stream: encoder.tower(stream) for stream in encoder.parts}
 
 
 def _backbones(model: EmbeddingModel) -> dict[str, nn.Module]:
@@ -150,12 +150,13 @@ def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, 
     return {
         "format_version": FORMAT_VERSION,
         "encoder_mode": "composed" if composed else "auto",
-        "streams": list(model.streams),
+        "streams": list(model.parts),
         "pooling": pooling,
         "pooling_method": pooling.get("", pooling.get("text")),
         "projections": projections,
         "projection_dim": shapes[0][0] if shapes else None,
         "projection_layers": next((p["layers"] for p in projections.values()), None),
+        "topk_tokens": next((tower.topk_tokens for tower in towers.values()), None),
         "max_seq_length": processor.max_length,
         "pad_to_max_length": processor.pad_to_max_length,
     }
@@ -213,8 +214,8 @@ def _place(
     model: EmbeddingModel, name: str, value: Tensor, *, composed: bool
 ) -> tuple[str, str, tuple[int, ...]]:
     """Component, name in it, and shape there of a parameter or buffer."""
-    if name == LOGIT_SCALE:
-        return _place_of_temperature(model)
+    if name in (LOGIT_SCALE, LOGIT_BIAS):
+        return _place_of_scalar(model, name)
     shape = () if is_lifted(model, name) else _shape(value)
     _, kind, *rest = name.split(".")
     stream = ""
@@ -227,12 +228,12 @@ def _place(
     return component, ".".join(rest), shape
 
 
-def _place_of_temperature(model: EmbeddingModel) -> tuple[str, str, tuple[int, ...]]:
-    """The backbone's own temperature, where the model's has replaced it."""
+def _place_of_scalar(model: EmbeddingModel, name: str) -> tuple[str, str, tuple[int, ...]]:
+    """The backbone's own scale or bias, where the model's has replaced it."""
     encoder = model.encoder
-    if isinstance(encoder, TwoTowerEncoder) and encoder.replaced_scale_shape is not None:
-        return "", LOGIT_SCALE, encoder.replaced_scale_shape
-    return _SETTINGS, LOGIT_SCALE, ()
+    if isinstance(encoder, TwoTowerEncoder) and name in encoder.replaced_shapes:
+        return "", name, encoder.replaced_shapes[name]
+    return _SETTINGS, name, ()
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-COLUMN_ROLES = ("query", "query_image", "positive", "positive_image")
+COLUMN_ROLES = (
+    "query",
+    "query_image",
+    "positive",
+    "positive_image",
+    "negatives",
+    "negative_images",
+    "label",
+    "score",
+)
+
+MODE_LETTERS = ("t", "i", "m", "x")
 
 ALIASES = {"model_name_or_path": "model_name", "learning_rate": "lr"}
 """Other spellings of a key, as vembed-factory's files have them, to the key's name here."""
@@ -51,6 +62,16 @@ def _known_roles(value: dict[str, str]) -> dict[str, str]:
 def _one_class_each(value: tuple[dict[str, dict[str, Any]], ...]) -> Any:
     if any(len(entry) != 1 for entry in value):
         raise ValueError("expected one class per list entry: [{ClassName: {argument: value}}, ...]")
+    return value
+
+
+def _known_mode(value: str) -> str:
+    first, _, last = value.partition("2")
+    if first not in MODE_LETTERS or last not in MODE_LETTERS:
+        raise ValueError(
+            "expected QUERY2POSITIVE with the letters t (text), i (image), m (text and image), "
+            "x (what the record holds), for example t2i"
+        )
     return value
 
 
@@ -118,15 +139,19 @@ class ModelConfig(Section):
     image_model_name: ModelReference | None = Field(
         default=None, description="Image tower of a composed encoder."
     )
-    pooling_method: Literal["cls", "mean", "last_token", "pooler"] | None = Field(
+    pooling_method: Literal["cls", "mean", "last_token", "pooler", "none"] | None = Field(
         default=None,
-        description="How token states become one vector (composed: of the text tower); null: what a sentence-transformers folder states, else by what the model is.",
+        description="How token states become one vector; none: they stay one vector per token (late interaction) (composed: of the text tower); null: what a sentence-transformers folder states, else by what the model is.",
     )
     projection_dim: PositiveInt | None = Field(
         default=None, description="Width of the projection; null: none, or 512 when composed."
     )
     projection_layers: Annotated[Literal[1, 2] | None, BeforeValidator(_plain_int)] = Field(
         default=None, description="Layers of the projection; null: 1, or 2 when composed."
+    )
+    topk_tokens: NonNegativeInt = Field(
+        default=0,
+        description="With pooling_method none: patches of an image that are kept beside its class token, the most like it; 0: all.",
     )
     freeze_text_encoder: bool = Field(default=False, description="Train no text tower weights.")
     freeze_image_encoder: bool = Field(default=False, description="Train no image tower weights.")
@@ -166,8 +191,20 @@ class DataConfig(Section):
     column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] = Field(
         default={}, description=f"Column of each role ({', '.join(COLUMN_ROLES)})."
     )
-    retrieval_mode: Literal["t2t", "t2i", "i2t", "i2i"] = Field(
-        default="t2i", description="What searches what: t is text, i is image."
+    retrieval_mode: Annotated[str, AfterValidator(_known_mode)] = Field(
+        default="t2i",
+        description="What searches what, QUERY2POSITIVE: t is text, i is image, m is text and image together, x is what the record holds.",
+    )
+    query_instruction: str = Field(
+        default="",
+        description="Put before every query's text; a vision-language model's system message.",
+    )
+    document_instruction: str = Field(
+        default="", description="The same for positives and negatives."
+    )
+    max_negatives: PositiveInt | None = Field(
+        default=None,
+        description="Most explicit negatives of one record, drawn anew in every epoch; null: all.",
     )
     num_workers: NonNegativeInt = Field(default=4, description="Loader processes per rank.")
     prefetch_factor: PositiveInt = Field(

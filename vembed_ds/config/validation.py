@@ -93,7 +93,17 @@ def _augmentation(config: Config) -> Iterator[str]:
     if config.data.image_augmentation and config.data.retrieval_mode == "t2t":
         yield (
             "image_augmentation: retrieval_mode=t2t has no images; remove image_augmentation, "
-            "or set retrieval_mode to t2i, i2t or i2i"
+            "or set another retrieval_mode"
+        )
+
+
+def _late_interaction(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.topk_tokens and model.pooling_method != "none":
+        yield (
+            f"topk_tokens={model.topk_tokens}: keeps some of the token embeddings, and "
+            f"pooling_method={model.pooling_method} gives none; set pooling_method: none, or "
+            "topk_tokens: 0"
         )
 
 
@@ -170,6 +180,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("projection_layers", "projection_dim", *MODEL_KEYS, "encoder_mode"), _projection),
     (("warmup_steps", "max_steps", "scheduler_type"), _warmup),
     (("image_augmentation", "retrieval_mode"), _augmentation),
+    (("topk_tokens", "pooling_method"), _late_interaction),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
     (("eval_steps", "val_data_path"), _evaluation),
     (("eval_recall_k",), _recall),

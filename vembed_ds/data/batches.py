@@ -1,8 +1,9 @@
 """Cutting a rank's batch into chunks, stream by stream.
 
-A *stream* is all items that one encoder tower embeds, whatever their role: with a shared text
-encoder, queries and positives are one stream; with two towers, texts and images are two. The
-loss never sees the cut: embeddings go back to the places their roles had.
+A *stream* is all items that are embedded in one way, whatever their role: with a shared text
+encoder, queries and positives are one stream; with two towers, texts and images are two, and items
+that are both are a third. The loss never sees the cut: embeddings go back to the places their
+roles had.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from vembed_ds.data.processors import EncodedItem
+from vembed_ds.similarity import Embeddings
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,60 @@ def role_index(plan: StepPlan) -> dict[str, np.ndarray]:
         role: np.array([offsets[stream] + position for stream, position in places], dtype=np.int64)
         for role, places in plan.roles.items()
     }
+
+
+def mask_name(stream: str) -> str:
+    """Name under which a model gives the mask of a stream's token embeddings."""
+    return f"{stream}/mask"
+
+
+def collect_roles(plan: StepPlan, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Embeddings]:
+    """Put the embeddings of all chunks back to the places of their roles, with gradient.
+
+    Args:
+        plan: From :func:`plan_step`.
+        outputs: For every chunk, what the model gave for each of its streams: ``[n, D]``, or
+            ``[n, L, D]`` with ``[n, L]`` bool under :func:`mask_name`.
+
+    Returns:
+        For every role its embeddings in the order of its items; token embeddings padded to the
+        role's longest.
+    """
+    named = [name for name in plan.streams for chunk in outputs if name in chunk]
+    values = [chunk[name] for name in plan.streams for chunk in outputs if name in chunk]
+    masks = [
+        chunk[mask_name(name)]
+        for name in plan.streams
+        for chunk in outputs
+        if mask_name(name) in chunk
+    ]
+    assert len(masks) in (0, len(named)), "every stream gives tokens, or none does"
+    length = max((value.shape[1] for value in values if value.dim() == 3), default=0)
+    rows = torch.cat([_lengthened(value, length) for value in values])
+    mask = (
+        torch.cat([functional.pad(m, (0, length - m.shape[1])) for m in masks]) if masks else None
+    )
+    index = {
+        role: torch.from_numpy(places).to(rows.device) for role, places in role_index(plan).items()
+    }
+    return {
+        role: Embeddings(rows[places]) if mask is None else _shortened(rows, mask, places)
+        for role, places in index.items()
+    }
+
+
+def _lengthened(values: Tensor, length: int) -> Tensor:
+    return (
+        values if values.dim() == 2 else functional.pad(values, (0, 0, 0, length - values.shape[1]))
+    )
+
+
+def _shortened(rows: Tensor, mask: Tensor, places: Tensor) -> Embeddings:
+    """Token embeddings of some rows, without the columns that are padding in all of them."""
+    chosen = mask[places]
+    used = chosen.any(dim=0).nonzero()
+    length = int(used.max()) + 1 if len(used) else 1
+    return Embeddings(rows[places, :length], chosen[:, :length])
 
 
 def _cut_chunks(counts: Mapping[str, int], chunk_size: int | None) -> list[dict[str, slice]]:

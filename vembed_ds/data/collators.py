@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeVar
 
-from vembed_ds.data.dataset import Sample
+from vembed_ds.data.dataset import NEGATIVE, Sample
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.errors import VembedError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch.
+    """One rank's share of a global batch of B records.
 
     Args:
         indices: Row numbers, in sampler order.
-        roles: Role to encoded items, in the order of ``indices``.
+        roles: Role to encoded items: B queries and positives, in the order of ``indices``; the
+            negatives of all records, one record behind the other.
+        keys: Content of the same items as 64-bit numbers.
+        negative_counts: How many negatives each record has; ``None`` when the data has none.
+        labels: Class of each record; ``None`` when the data has no classes.
+        scores: Graded similarity of each record; ``None`` when the data has none.
         error: What went wrong in a worker; the batch is empty then, and the trainer must
             agree on the error over all ranks before it raises it.
     """
 
     indices: list[int]
     roles: dict[str, list[EncodedItem]] = field(default_factory=dict)
+    keys: dict[str, list[int]] = field(default_factory=dict)
+    negative_counts: list[int] | None = None
+    labels: list[int] | None = None
+    scores: list[float] | None = None
     error: VembedError | None = None
 
 
@@ -34,8 +47,12 @@ def join(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     return Batch(
-        indices=[index for part in parts for index in part.indices],
-        roles={role: [i for part in parts for i in part.roles[role]] for role in parts[0].roles},
+        indices=_chained([part.indices for part in parts]),
+        roles={role: _chained([part.roles[role] for part in parts]) for role in parts[0].roles},
+        keys={role: _chained([part.keys[role] for part in parts]) for role in parts[0].keys},
+        negative_counts=_all_or_none([part.negative_counts for part in parts]),
+        labels=_all_or_none([part.labels for part in parts]),
+        scores=_all_or_none([part.scores for part in parts]),
     )
 
 
@@ -46,8 +63,26 @@ def collate(samples: Sequence[Sample | VembedError]) -> Batch:
         if isinstance(sample, VembedError):
             return Batch(indices=[], error=sample)
         good.append(sample)
-    roles = good[0].roles if good else {}
+    return join([_batch_of(sample) for sample in good]) if good else Batch(indices=[])
+
+
+def _batch_of(sample: Sample) -> Batch:
+    negatives = sample.roles.get(NEGATIVE)
     return Batch(
-        indices=[sample.index for sample in good],
-        roles={role: [sample.roles[role] for sample in good] for role in roles},
+        indices=[sample.index],
+        roles=sample.roles,
+        keys=sample.keys,
+        negative_counts=None if negatives is None else [len(negatives)],
+        labels=None if sample.label is None else [sample.label],
+        scores=None if sample.score is None else [sample.score],
     )
+
+
+def _chained(lists: Sequence[Sequence[T]]) -> list[T]:
+    return list(chain.from_iterable(lists))
+
+
+def _all_or_none(lists: Sequence[list[T] | None]) -> list[T] | None:
+    """Together; the reader gives a value to every record or to none."""
+    found = [values for values in lists if values is not None]
+    return _chained(found) if found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,40 +11,62 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from vembed_ds.data.processors import EncodedItem, ItemProcessor
-from vembed_ds.data.records import Record, RecordReader
+from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key
+from vembed_ds.data.records import Item, Record, RecordReader, content_number
 from vembed_ds.data.sampler import SampleKey
 from vembed_ds.errors import DataError, VembedError
 
 ROLES = ("query", "positive")
+NEGATIVE = "negative"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One encoded pair: row number, and ``query`` and ``positive`` by role."""
+    """One encoded record.
+
+    Args:
+        index: Row number.
+        roles: ``query`` and ``positive``: one item; ``negative``: any number, where the data has
+            negatives at all.
+        keys: The content of each of these items as a 64-bit number, equal for equal content.
+        label: Class, where the data has classes.
+        score: Graded similarity, where the data has one.
+    """
 
     index: int
-    roles: dict[str, EncodedItem]
+    roles: dict[str, list[EncodedItem]]
+    keys: dict[str, list[int]]
+    label: int | None = None
+    score: float | None = None
 
 
 class PairDataset(Dataset[Sample | VembedError]):
-    """Reads, decodes and encodes pairs on demand.
+    """Reads, decodes and encodes records on demand.
 
     Args:
         table: Memory-mapped table; only the reader's columns are kept.
         reader: Turns rows into records.
         processor: Encodes items.
         seed: Run seed, >= 0; seeds augmentation together with epoch, row and role.
+        max_negatives: Most negatives of one record; of more, others are drawn in every epoch.
+            ``None``: all.
     """
 
     def __init__(
-        self, table: datasets.Dataset, *, reader: RecordReader, processor: ItemProcessor, seed: int
+        self,
+        table: datasets.Dataset,
+        *,
+        reader: RecordReader,
+        processor: ItemProcessor,
+        seed: int,
+        max_negatives: int | None = None,
     ) -> None:
         self.table = table.select_columns(reader.columns)
         self.reader = reader
         self.processor = processor
         self.seed = seed
-        self.roles: tuple[str, ...] = ROLES
+        self.max_negatives = max_negatives
+        self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
 
     def only(self, role: str) -> Self:
         """The same rows, of which only ``role`` is encoded."""
@@ -84,27 +107,53 @@ class PairDataset(Dataset[Sample | VembedError]):
     def _encoded(self, key: SampleKey | int) -> Sample:
         index, epoch = (key.index, key.epoch) if isinstance(key, SampleKey) else (key, None)
         record = self.record(index)
-        roles = {
-            role: self.processor.encode(
-                getattr(record, role),
-                origin=f"{self.reader.origin}, record {index}, {role}",
-                augment_seed=None
-                if epoch is None
-                else augmentation_seed(self.seed, epoch=epoch, index=index, role=role),
-            )
-            for role in self.roles
-        }
-        return Sample(index, roles)
+        items = {role: self._items(record, role, epoch=epoch) for role in self.roles}
+        return Sample(
+            index,
+            roles={
+                role: [
+                    self.processor.encode(
+                        item,
+                        origin=f"{self.reader.origin}, record {index}, {role}",
+                        augment_seed=self._augment_seed(role, index, place, epoch=epoch),
+                    )
+                    for place, item in enumerate(found)
+                ]
+                for role, found in items.items()
+            },
+            keys={
+                role: [content_number(content_key(item).encode()) for item in found]
+                for role, found in items.items()
+            },
+            label=record.label,
+            score=record.score,
+        )
+
+    def _items(self, record: Record, role: str, *, epoch: int | None) -> Sequence[Item]:
+        if role != NEGATIVE:
+            return [getattr(record, role)]
+        number, limit = len(record.negatives), self.max_negatives
+        if limit is None or number <= limit:
+            return record.negatives
+        seed = item_seed(self.seed, epoch=epoch or 0, index=record.index, role=NEGATIVE)
+        chosen = np.argsort(np.random.PCG64(seed).random_raw(number), kind="stable")[:limit]
+        return [record.negatives[place] for place in sorted(chosen)]
+
+    def _augment_seed(self, role: str, index: int, place: int, *, epoch: int | None) -> int | None:
+        if epoch is None:
+            return None
+        name = role if place == 0 else f"{role} {place}"
+        return item_seed(self.seed, epoch=epoch, index=index, role=name)
 
 
-def augmentation_seed(seed: int, *, epoch: int, index: int, role: str) -> int:
-    """Mixes what identifies one look at one item into a seed.
+def item_seed(seed: int, *, epoch: int, index: int, role: str) -> int:
+    """Mixes what identifies one look at one item into a seed, of its augmentation for example.
 
     Args:
         seed: Run seed, >= 0.
         epoch: Epoch, >= 0.
         index: Row number, >= 0.
-        role: ``query`` or ``positive``.
+        role: ``query``, ``positive`` or ``negative``, and which of several.
 
     Returns:
         A 64-bit seed, the same in every process and release of numpy.

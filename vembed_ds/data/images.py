@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vembed_ds.data.records import ImageSource, Record
+from vembed_ds.data.records import ImageSource, Item, Record
 from vembed_ds.errors import DataError
 
 # What Pillow's decoders raise on damaged files, found by cutting and flipping bytes.
@@ -72,10 +72,17 @@ def first_missing_image(records: Iterable[Record]) -> DataError | None:
         The error to raise, naming record and path, or None when every file is there.
     """
     for record in records:
-        for role, item in (("query", record.query), ("positive", record.positive)):
+        for role, item in _items(record):
             if isinstance(item.image, str) and (problem := _file_problem(item.image)):
                 return DataError(f"record {record.index}, {role}: image {item.image} {problem}")
     return None
+
+
+def _items(record: Record) -> Iterator[tuple[str, Item]]:
+    yield "query", record.query
+    yield "positive", record.positive
+    for place, item in enumerate(record.negatives):
+        yield f"negative {place}", item
 
 
 def _file_problem(path: str) -> str | None:

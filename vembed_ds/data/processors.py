@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +23,20 @@ Array = np.ndarray[Any, Any]
 FILLER_TEXT = "a"
 FILLER_EDGE = 224
 
+JOINT = "joint"
+FEATURES = "features"
+IMAGE_INPUTS = frozenset({"pixel_values", "pixel_attention_mask", "spatial_shapes"})
+"""Arguments of an image tower; they are stacked, where those of a text tower are padded."""
+
 
 class EncodedItem(NamedTuple):
     """The model inputs of one item, without padding or batch dimension.
 
     Args:
-        stream: The tower it goes to, ``text`` or ``image``.
+        stream: ``text``, ``image``, or ``joint`` for an item that has both.
         inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` (what the tokenizer
             gives): ``[L]`` int64; ``pixel_values``: ``[C, H, W]`` float32; ``features``:
-            ``[H]`` float32, the stored output of a frozen tower, which replaces the others.
+            ``[H]`` float32, the stored output of a frozen text tower, which replaces its inputs.
     """
 
     stream: str
@@ -49,7 +54,7 @@ class ItemProcessor:
         pad_to_max_length: Pad every text to ``max_length`` already when it is encoded
             (SigLIP was trained that way).
         augmentation: Applied to images that are encoded with a seed.
-        feature_tables: str to the stored features of its frozen tower.
+        text_features: Stored features of a frozen text tower.
     """
 
     tokenizer: Any = None
@@ -57,13 +62,13 @@ class ItemProcessor:
     max_length: int | None = None
     pad_to_max_length: bool = False
     augmentation: ImageAugmentation | None = None
-    feature_tables: dict[str, FeatureTable] = field(default_factory=dict)
+    text_features: FeatureTable | None = None
 
     def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
         """Encodes one item.
 
         Args:
-            item: A text or an image.
+            item: A text, an image, or both.
             origin: The record, for error messages.
             augment_seed: Seed of the augmentation; None for none (evaluation).
 
@@ -75,18 +80,18 @@ class ItemProcessor:
                 are stored for it.
             ConfigError: When there is no tokenizer or image processor for the item.
         """
-        stream = stream_of(item, origin=origin)
-        if stream in self.feature_tables:
-            return EncodedItem(stream, self._stored(item, stream, augment_seed=augment_seed))
+        inputs: dict[str, Array] = {}
         if item.text is not None:
-            return EncodedItem("text", self._encode_text(item.text, origin=origin))
-        return EncodedItem("image", self._encode_image(item, origin=origin, seed=augment_seed))
+            inputs |= self._encode_text(item.instruction + item.text, origin=origin)
+        if item.image is not None:
+            inputs |= self._encode_image(item, origin=origin, seed=augment_seed)
+        return EncodedItem(stream_of(item, origin=origin), inputs)
 
     def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, torch.Tensor]:
         """Joins encoded items of one stream.
 
         Args:
-            stream: ``text`` or ``image``.
+            stream: ``text``, ``image`` or ``joint``.
             items: B items of that stream, at least one.
 
         Returns:
@@ -97,19 +102,25 @@ class ItemProcessor:
             DataError: When images have different shapes.
         """
         columns = {name: [item.inputs[name] for item in items] for name in items[0].inputs}
-        if stream == "text" and "features" not in columns:
-            return {name: self._padded(name, rows) for name, rows in columns.items()}
-        return {name: _stacked(name, rows) for name, rows in columns.items()}
+        return {
+            name: _stacked(name, rows)
+            if name in IMAGE_INPUTS or name == FEATURES
+            else self._padded(name, rows)
+            for name, rows in columns.items()
+        }
 
     def filler(self, stream: str) -> EncodedItem:
         """A valid item that means nothing, for ranks that have nothing to encode."""
-        if stream in self.feature_tables:
-            width = self.feature_tables[stream].width
-            return EncodedItem(stream, {"features": np.zeros(width, dtype=np.float32)})
-        if stream == "text":
-            return self.encode(Item(text=FILLER_TEXT), origin="filler", augment_seed=None)
-        blank = Image.new("RGB", (FILLER_EDGE, FILLER_EDGE), "white")
-        return self.encode(Item(image=blank), origin="filler", augment_seed=None)
+        inputs: dict[str, Array] = {}
+        if stream != "image":
+            if self.text_features is None:
+                inputs |= self._encode_text(FILLER_TEXT, origin="filler")
+            else:
+                inputs[FEATURES] = np.zeros(self.text_features.width, dtype=np.float32)
+        if stream != "text":
+            blank = Image.new("RGB", (FILLER_EDGE, FILLER_EDGE), "white")
+            inputs |= self._encode_image(Item(image=blank), origin="filler", seed=None)
+        return EncodedItem(stream, inputs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer and image processor files into a model folder."""
@@ -118,6 +129,8 @@ class ItemProcessor:
                 part.save_pretrained(str(folder))
 
     def _encode_text(self, text: str, *, origin: str) -> dict[str, Array]:
+        if self.text_features is not None:
+            return {FEATURES: self.text_features.lookup(text)}
         if self.tokenizer is None:
             raise ConfigError(f"{origin}: text, but the model has no tokenizer; use an image mode")
         tokens = self.tokenizer(
@@ -137,7 +150,7 @@ class ItemProcessor:
             raise ConfigError(
                 f"{origin}: image, but the model has no image processor; use a text mode"
             )
-        assert item.image is not None  # stream_of has seen to it
+        assert item.image is not None
         image = open_image(item.image, origin=origin)
         if self.augmentation is not None and seed is not None:
             image = self._augmented(image, origin=origin, seed=seed)
@@ -157,15 +170,6 @@ class ItemProcessor:
                 f"{image.height} pixels ({error}); change image_augmentation"
             ) from error
 
-    def _stored(self, item: Item, stream: str, *, augment_seed: int | None) -> dict[str, Array]:
-        if stream == "image" and self.augmentation is not None and augment_seed is not None:
-            raise ConfigError(
-                "cache_frozen_encoder=true: stored image features cannot be augmented; "
-                "remove image_augmentation or set cache_frozen_encoder=false"
-            )
-        key = item.text if item.text is not None else content_key(item)
-        return {"features": self.feature_tables[stream].lookup(key)}
-
     def _padded(self, name: str, rows: Sequence[Array]) -> torch.Tensor:
         """``tokenizer.pad`` without its detour over Python lists and its warnings."""
         fill = {
@@ -182,39 +186,48 @@ class ItemProcessor:
 
 
 def stream_of(item: Item, *, origin: str) -> str:
-    """The tower an item goes to.
+    """The stream an item belongs to.
 
     Raises:
-        DataError: When the item has neither or both of text and image.
+        DataError: When the item has neither text nor image.
     """
-    if (item.text is None) == (item.image is None):
-        found = "neither text nor image" if item.text is None else "both text and image"
-        raise DataError(f"{origin}: the item has {found}; give exactly one")
+    if item.text is None and item.image is None:
+        raise DataError(f"{origin}: the item has neither text nor image; give one")
+    if item.text is not None and item.image is not None:
+        return JOINT
     return "text" if item.text is not None else "image"
 
 
 def content_key(item: Item) -> str:
     """A hash that is equal for equal texts, image bytes, or image paths.
 
-    Two paths are two keys, whatever the files hold.
+    Two paths are two keys, whatever the files hold. The instruction does not count.
 
     Args:
-        item: A text or an image.
+        item: A text, an image, or both.
 
     Returns:
-        The kind and 32 hexadecimal digits, stable over processes.
+        The kind and 32 hexadecimal digits, stable over processes; for both, joined by ``+``.
     """
-    source: Any = item.image
+    found = []
+    if item.text is not None:
+        found.append(_digest("text", item.text.encode("utf-8", "surrogatepass")))
+    if item.image is not None:
+        found.append(_image_key(item.image))
+    return "+".join(found)
+
+
+def _image_key(source: Any) -> str:
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
-    if item.text is not None:
-        kind, data = "text", item.text.encode("utf-8", "surrogatepass")
-    elif isinstance(source, str):
-        kind, data = "path", str(Path(source).absolute()).encode()
-    elif isinstance(source, bytes):
-        kind, data = "bytes", source
-    else:
-        kind, data = "pixels", f"{source.mode}{source.size}".encode() + source.tobytes()
+    if isinstance(source, str):
+        return _digest("path", str(Path(source).absolute()).encode())
+    if isinstance(source, bytes):
+        return _digest("bytes", source)
+    return _digest("pixels", f"{source.mode}{source.size}".encode() + source.tobytes())
+
+
+def _digest(kind: str, data: bytes) -> str:
     return f"{kind}:{blake2b(data, digest_size=16).hexdigest()}"
 
 

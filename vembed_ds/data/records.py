@@ -1,4 +1,4 @@
-"""What one row of a table means: which columns hold the query and its positive.
+"""What one row of a table means: which columns hold the query, its positive and its negatives.
 
 The columns are chosen once, from their names and the retrieval mode. A value is never
 inspected to guess its type, so a caption such as ``"and/or"`` stays a text.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,47 +16,71 @@ from PIL import Image
 
 from vembed_ds.errors import ConfigError, DataError
 
-Stream = Literal["text", "image"]
+Part = Literal["text", "image"]
 ImageSource = str | bytes | Image.Image | dict[str, Any]
 
-STREAM_OF_LETTER: dict[str, Stream] = {"t": "text", "i": "image"}
+TEXT: Part = "text"
+IMAGE: Part = "image"
 
-# role, stream -> (column_mapping keys, default column names), each in order of preference.
-COLUMN_CANDIDATES: dict[tuple[str, Stream], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    ("query", "text"): (("query",), ("query", "caption")),
-    ("query", "image"): (("query_image", "query"), ("query_image", "query")),
-    ("positive", "text"): (("positive",), ("positive",)),
-    ("positive", "image"): (
-        ("positive_image", "positive"),
-        ("positive_image", "image", "positive"),
-    ),
+# What each letter of a retrieval mode asks of its side: parts that a record must have, and may.
+REQUIRED: dict[str, tuple[Part, ...]] = {
+    "t": (TEXT,),
+    "i": (IMAGE,),
+    "m": (TEXT, IMAGE),
+    "x": (),
 }
+LETTERS = {"t": "a text", "i": "an image", "m": "a text and an image", "x": "either or both"}
 
-
-NEGATIVES = "negatives"
+# role, part -> (column_mapping key, default names), names in order of preference. What only one
+# side of a mode can mean (`query` is an image in i2t) is added by `_names`.
+_COLUMNS: dict[tuple[str, Part], tuple[str, tuple[str, ...]]] = {
+    ("query", TEXT): ("query", ("query", "caption")),
+    ("query", IMAGE): ("query_image", ("query_image",)),
+    ("positive", TEXT): ("positive", ("positive",)),
+    ("positive", IMAGE): ("positive_image", ("positive_image", "image")),
+    ("negative", TEXT): ("negatives", ("negatives",)),
+    ("negative", IMAGE): ("negative_images", ("negative_images",)),
+}
+_LABEL_COLUMNS = ("label", "class_id")  # not `id`, which numbers records more often than classes
+_SCORE_COLUMNS = ("score",)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to embed: a text or an image.
+    """One thing to embed: a text, an image, or both.
 
     Args:
         text: The text, not blank.
         image: A path, encoded bytes, a PIL image or a ``datasets`` dict with the keys
             ``bytes`` and ``path``.
+        instruction: What the model is told to do with it: put before the text, or the system
+            message of a vision-language model.
     """
 
     text: str | None = None
     image: ImageSource | None = None
+    instruction: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training pair and its row number in the table."""
+    """One training pair and its row number in the table.
+
+    Args:
+        index: Row number.
+        query: What is searched with.
+        positive: What answers it.
+        negatives: What does not.
+        label: Class of the pair; pairs of one class answer each other's queries.
+        score: Graded similarity of query and positive.
+    """
 
     index: int
     query: Item
     positive: Item
+    negatives: tuple[Item, ...] = ()
+    label: int | None = None
+    score: float | None = None
 
 
 class RecordReader:
@@ -63,16 +88,19 @@ class RecordReader:
 
     Args:
         columns: Column names of the table.
-        retrieval_mode: ``t2t``, ``t2i``, ``i2t`` or ``i2i``; the first letter says what the
-            query is, the last what the positive is.
-        column_mapping: Role (``query``, ``query_image``, ``positive``, ``positive_image``) to
-            column name; beats the default names.
+        retrieval_mode: Two letters around a 2: what the query and what the positive is. ``t`` is
+            a text, ``i`` an image, ``m`` both together, ``x`` whatever the record holds.
+            Negatives are of the positive's kind.
+        column_mapping: Role (``query``, ``query_image``, ``positive``, ``positive_image``,
+            ``negatives``, ``negative_images``, ``label``, ``score``) to column name; beats the
+            default names.
         image_root: Folder that relative image paths start from; empty for the working folder.
         origin: Name of the data in error messages, usually its path.
+        instructions: Instruction of the ``query`` and the ``positive`` (and its negatives).
 
     Raises:
-        ConfigError: When the retrieval mode is not one of the four.
-        DataError: When a column is missing, or one is there that would be ignored.
+        ConfigError: When the retrieval mode is not known.
+        DataError: When a column is missing.
     """
 
     def __init__(
@@ -83,30 +111,47 @@ class RecordReader:
         column_mapping: Mapping[str, str],
         image_root: str,
         origin: str,
+        instructions: Mapping[str, str] | None = None,
     ) -> None:
-        if NEGATIVES in columns:
-            raise DataError(
-                f"{origin}: column {NEGATIVES!r}: explicit negatives are not trained on in this "
-                "version, and nothing is dropped in silence; remove or rename the column"
-            )
         self.origin = origin
         self.image_root = image_root
-        self.streams = _streams(retrieval_mode)
-        self.role_columns = {
-            role: _choose_column(
-                role,
-                stream=stream,
-                columns=columns,
-                column_mapping=column_mapping,
-                place=f"{origin} (retrieval_mode={retrieval_mode})",
-            )
-            for role, stream in self.streams.items()
-        }
+        self.instructions = dict(instructions or {})
+        self.letters = read_mode(retrieval_mode)
+        chooser = _Columns(
+            columns, column_mapping, place=f"{origin} (retrieval_mode={retrieval_mode})"
+        )
+        self.role_columns = {role: self._choose(chooser, role) for role in ("query", "positive")}
+        self.negative_columns = self._choose(chooser, "negative")
+        self.label_column = chooser.find(["label"], _LABEL_COLUMNS)
+        self.score_column = chooser.find(["score"], _SCORE_COLUMNS)
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read, each once; hand them to ``select_columns``."""
-        return list(dict.fromkeys(self.role_columns.values()))
+        roles = [*self.role_columns.values(), self.negative_columns]
+        used = [column for parts in roles for column in parts.values()]
+        others = [self.label_column, self.score_column]
+        return list(dict.fromkeys([*used, *(name for name in others if name is not None)]))
+
+    @property
+    def parts(self) -> set[Part]:
+        """Whether any role may hold a text, an image, or both."""
+        roles = [*self.role_columns.values(), self.negative_columns]
+        return {part for columns in roles for part in columns}
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether the table has explicit negatives (a row may have none)."""
+        return bool(self.negative_columns)
+
+    def columns_of(self, part: Part) -> list[tuple[str, str]]:
+        """Role and column of every column that holds texts, or images."""
+        roles = {**self.role_columns, "negative": self.negative_columns}
+        return [(role, columns[part]) for role, columns in roles.items() if part in columns]
+
+    def instruction(self, role: str) -> str:
+        """The instruction of a role; negatives have that of the positive."""
+        return self.instructions.get("positive" if role == "negative" else role, "")
 
     def read(self, row: Mapping[str, Any], index: int) -> Record:
         """Reads one row.
@@ -119,57 +164,201 @@ class RecordReader:
             The record; relative image paths are joined with ``image_root``.
 
         Raises:
-            DataError: When a value is empty, blank or of the wrong type.
+            DataError: When a value is empty, blank or of the wrong type, or the mode needs what
+                the record lacks.
         """
-        return Record(index, self._item("query", row, index), self._item("positive", row, index))
+        return Record(
+            index,
+            query=self._item("query", row, index),
+            positive=self._item("positive", row, index),
+            negatives=self._negatives(row, index),
+            label=None if self.label_column is None else self._label(row, index),
+            score=None if self.score_column is None else self._score(row, index),
+        )
+
+    def _choose(self, chooser: _Columns, role: str) -> dict[Part, str]:
+        letter = self.letters["query" if role == "query" else "positive"]
+        wanted: tuple[Part, ...] = REQUIRED[letter] or (TEXT, IMAGE)
+        found = {part: chooser.find(*_names(role, part, letter)) for part in wanted}
+        present = {part: name for part, name in found.items() if name is not None}
+        if role != "negative":
+            for part in REQUIRED[letter]:
+                if part not in present:
+                    raise chooser.missing(role, part, letter)
+            if not present:
+                raise chooser.missing(role, TEXT, letter)
+        return present
+
+    def _place(self, index: int, column: str) -> str:
+        return f"{self.origin}, record {index}, column {column!r}"
 
     def _item(self, role: str, row: Mapping[str, Any], index: int) -> Item:
-        column = self.role_columns[role]
-        place = f"{self.origin}, record {index}, column {column!r}"
-        if self.streams[role] == "text":
-            return Item(text=_checked_text(row[column], place=place))
-        return Item(image=_checked_image(row[column], image_root=self.image_root, place=place))
+        columns = self.role_columns[role]
+        free = self.letters[role] == "x"
+        values: dict[Part, Any] = {
+            part: None if free and _is_absent(row[column]) else self._part(part, row, index, column)
+            for part, column in columns.items()
+        }
+        if all(value is None for value in values.values()):
+            raise DataError(
+                f"{self.origin}, record {index}: the {role} has neither text nor image (columns "
+                f"{_listed(list(columns.values()))}); remove the record or fill one in"
+            )
+        return Item(values.get(TEXT), values.get(IMAGE), self.instruction(role))
 
+    def _part(self, part: Part, row: Mapping[str, Any], index: int, column: str) -> Any:
+        return self._checked(part, row[column], place=self._place(index, column))
 
-def _streams(retrieval_mode: str) -> dict[str, Stream]:
-    """The stream of each role, from the letters of the mode."""
-    first, _, last = retrieval_mode.partition("2")
-    if first not in STREAM_OF_LETTER or last not in STREAM_OF_LETTER:
-        raise ConfigError(
-            f"retrieval_mode={retrieval_mode!r}: not a known mode; use t2t, t2i, i2t or i2i"
+    def _checked(self, part: Part, value: Any, *, place: str) -> Any:
+        if part == TEXT:
+            return _checked_text(value, place=place)
+        return _checked_image(value, image_root=self.image_root, place=place)
+
+    def _negatives(self, row: Mapping[str, Any], index: int) -> tuple[Item, ...]:
+        cells = {
+            part: _as_list(row[column], place=self._place(index, column))
+            for part, column in self.negative_columns.items()
+        }
+        given = {
+            part: cell for part, cell in cells.items() if cell or self.letters["positive"] == "m"
+        }
+        if len({len(cell) for cell in given.values()}) > 1:
+            sizes = ", ".join(
+                f"{self.negative_columns[p]!r} has {len(c)}" for p, c in given.items()
+            )
+            raise DataError(
+                f"{self.origin}, record {index}: {sizes} values; texts and images of the negatives "
+                "belong together one by one (null where one has none)"
+            )
+        number = max((len(cell) for cell in given.values()), default=0)
+        return tuple(self._negative(given, place, index) for place in range(number))
+
+    def _negative(self, cells: Mapping[Part, Sequence[Any]], place: int, index: int) -> Item:
+        free = self.letters["positive"] == "x"
+        values = {
+            part: None
+            if free and _is_absent(cell[place])
+            else self._checked(
+                part,
+                cell[place],
+                place=f"{self._place(index, self.negative_columns[part])}, value {place}",
+            )
+            for part, cell in cells.items()
+        }
+        if all(value is None for value in values.values()):
+            raise DataError(
+                f"{self.origin}, record {index}: negative {place} has neither text nor image; "
+                "remove it or fill one in"
+            )
+        return Item(values.get(TEXT), values.get(IMAGE), self.instruction("negative"))
+
+    def _label(self, row: Mapping[str, Any], index: int) -> int:
+        assert self.label_column is not None
+        value = row[self.label_column]
+        if isinstance(value, str) and value.strip():
+            return content_number(value.encode("utf-8", "surrogatepass"))
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise DataError(
+            f"{self._place(index, self.label_column)}: {value!r} is no label; give a whole number "
+            "or a text, or name another column with column_mapping: {label: COLUMN}"
         )
-    return {"query": STREAM_OF_LETTER[first], "positive": STREAM_OF_LETTER[last]}
+
+    def _score(self, row: Mapping[str, Any], index: int) -> float:
+        assert self.score_column is not None
+        value = row[self.score_column]
+        try:
+            number = float("nan" if isinstance(value, bool) else value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if number - number != 0:  # NaN or infinite
+            raise DataError(
+                f"{self._place(index, self.score_column)}: {value!r} is no score; give a number, or "
+                "name another column with column_mapping: {score: COLUMN}"
+            )
+        return number
 
 
-def _choose_column(
-    role: str,
-    *,
-    stream: Stream,
-    columns: Sequence[str],
-    column_mapping: Mapping[str, str],
-    place: str,
-) -> str:
-    keys, names = COLUMN_CANDIDATES[role, stream]
-    for key in keys:
-        if key in column_mapping:
-            return _mapped_column(key, column_mapping[key], columns=columns, place=place)
-    for name in names:
-        if name in columns:
-            return name
+def read_mode(retrieval_mode: str) -> dict[str, str]:
+    """The letters of a mode, by role.
+
+    Raises:
+        ConfigError: When it is not two of the letters around a 2.
+    """
+    first, _, last = retrieval_mode.partition("2")
+    if first not in LETTERS or last not in LETTERS:
+        known = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
+        raise ConfigError(
+            f"retrieval_mode={retrieval_mode!r}: not a known mode; write QUERY2POSITIVE with "
+            f"{known}, for example t2i"
+        )
+    return {"query": first, "positive": last}
+
+
+def content_number(data: bytes) -> int:
+    """A stable signed 64-bit hash."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+class _Columns:
+    """Finds the column of a role, by the mapping or by its default names."""
+
+    def __init__(
+        self, columns: Sequence[str], column_mapping: Mapping[str, str], *, place: str
+    ) -> None:
+        self.columns, self.mapping, self.place = list(columns), column_mapping, place
+
+    def find(self, keys: Sequence[str], names: Sequence[str]) -> str | None:
+        for key in keys:
+            if key in self.mapping:
+                return self._mapped(key)
+        return next((name for name in names if name in self.columns), None)
+
+    def _mapped(self, key: str) -> str:
+        column = self.mapping[key]
+        if column in self.columns:
+            return column
+        raise DataError(
+            f"{self.place}: column_mapping {key}={column!r} names a missing column; "
+            f"the columns are {_listed(self.columns)}; correct column_mapping"
+        )
+
+    def missing(self, role: str, part: Part, letter: str) -> DataError:
+        keys, names = _names(role, part, letter)
+        what = "text or image" if letter == "x" else part
+        return DataError(
+            f"{self.place}: no column holds the {what} of the {role}: looked for "
+            f"{_listed(names)}, the columns are {_listed(self.columns)}; "
+            f"name the column with column_mapping: {{{keys[0]}: COLUMN}}"
+        )
+
+
+def _names(role: str, part: Part, letter: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys and the default names of a column, in order of preference."""
+    key, names = _COLUMNS[role, part]
+    if part == IMAGE and letter == "i":
+        # An image alone may also stand in the role's plain column (vembed-factory: `positive`).
+        plain, _ = _COLUMNS[role, TEXT]
+        return (key, plain), (*names, plain)
+    return (key,), names
+
+
+def _as_list(value: Any, *, place: str) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (str, bytes, dict, Image.Image)):
+        return [value]
     raise DataError(
-        f"{place}: no column holds the {stream} of the {role}: looked for "
-        f"{_listed(names)}, the columns are {_listed(columns)}; "
-        f"name the column with column_mapping: {{{keys[0]}: COLUMN}}"
+        f"{place}: {_shortened(value)} is {type(value).__name__}, not a list of negatives"
     )
 
 
-def _mapped_column(key: str, column: str, *, columns: Sequence[str], place: str) -> str:
-    if column in columns:
-        return column
-    raise DataError(
-        f"{place}: column_mapping {key}={column!r} names a missing column; "
-        f"the columns are {_listed(columns)}; correct column_mapping"
-    )
+def _is_absent(value: Any) -> bool:
+    if isinstance(value, dict):
+        return not (value.get("bytes") or value.get("path"))
+    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
 
 
 def _checked_text(value: object, *, place: str) -> str:

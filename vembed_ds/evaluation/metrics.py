@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vembed_ds.errors import VembedError
+from vembed_ds.similarity import Embeddings, similarity
 
 # Two equal documents get cosines that differ by some 1e-7, because a matrix product sums the
 # columns at its edges in another order. Closer than this is a tie, or a collapsed model would
@@ -17,22 +17,24 @@ TIE = 1e-6
 
 
 def first_relevant_rank(
-    query_emb: Tensor,
-    corpus_emb: Tensor,
+    query_emb: Embeddings,
+    corpus_emb: Embeddings,
     relevant: Sequence[Sequence[int]],
     *,
     chunk_size: int,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Rank of the best-ranked relevant document of every query, by cosine.
+    """Rank of the best-ranked relevant document of every query, by cosine or MaxSim.
 
     Ties count against the query: an irrelevant document as similar as the best relevant one
     comes first, so a model that maps everything to one point finds nothing.
 
     Args:
-        query_emb: ``[Q, D]``, any floating dtype; compared in float32.
-        corpus_emb: ``[C, D]``, on the device of ``query_emb``.
+        query_emb: Q embeddings, any floating dtype; compared in float32.
+        corpus_emb: C embeddings, on the device of ``query_emb``.
         relevant: Per query, the rows of ``corpus_emb`` that answer it; at least one.
         chunk_size: Queries compared at a time; memory is ``chunk_size * C`` floats.
+        reduction: Of MaxSim.
 
     Returns:
         ``[Q]`` int64 on the host, from 1.
@@ -42,29 +44,39 @@ def first_relevant_rank(
         VembedError: When embeddings are not finite, with their number.
     """
     empty = [row for row, documents in enumerate(relevant) if not documents]
-    if empty or len(relevant) != len(query_emb):
+    if empty or len(relevant) != len(query_emb.values):
         raise ValueError(
-            f"{len(query_emb)} queries, {len(relevant)} lists of relevant documents, "
+            f"{len(query_emb.values)} queries, {len(relevant)} lists of relevant documents, "
             f"{len(empty)} of them empty; give every query at least one"
         )
-    if not len(query_emb):
+    if not len(query_emb.values):
         return torch.empty(0, dtype=torch.int64)
     return torch.cat(
         [
             _ranks(cosine, relevant[start : start + len(cosine)])
-            for start, cosine in _cosines(query_emb, corpus_emb, chunk_size=chunk_size)
+            for start, cosine in _similarities(
+                query_emb, corpus_emb, chunk_size=chunk_size, reduction=reduction
+            )
         ]
     ).cpu()
 
 
-def top_documents(query_emb: Tensor, corpus_emb: Tensor, *, k: int, chunk_size: int) -> Tensor:
-    """The best documents of every query, by cosine.
+def top_documents(
+    query_emb: Embeddings,
+    corpus_emb: Embeddings,
+    *,
+    k: int,
+    chunk_size: int,
+    reduction: str = "mean",
+) -> Tensor:
+    """The best documents of every query, by cosine or MaxSim.
 
     Args:
-        query_emb: ``[Q, D]``, Q > 0, any floating dtype; compared in float32.
-        corpus_emb: ``[C, D]``, on the device of ``query_emb``.
+        query_emb: Q embeddings, Q > 0, any floating dtype; compared in float32.
+        corpus_emb: C embeddings, on the device of ``query_emb``.
         k: Documents per query, at most C.
         chunk_size: Queries compared at a time.
+        reduction: Of MaxSim.
 
     Returns:
         ``[Q, k]`` int64 on the host: rows of ``corpus_emb``, best first.
@@ -72,7 +84,7 @@ def top_documents(query_emb: Tensor, corpus_emb: Tensor, *, k: int, chunk_size: 
     Raises:
         VembedError: When embeddings are not finite, with their number.
     """
-    chunks = _cosines(query_emb, corpus_emb, chunk_size=chunk_size)
+    chunks = _similarities(query_emb, corpus_emb, chunk_size=chunk_size, reduction=reduction)
     return torch.cat([cosine.topk(k).indices for _, cosine in chunks]).cpu()
 
 
@@ -95,33 +107,35 @@ def mean_reciprocal_rank(ranks: Tensor) -> float:
     return float(ranks.double().reciprocal().mean())
 
 
-def check_finite(embeddings: Tensor, *, name: str) -> None:
+def check_finite(embeddings: Embeddings, *, name: str) -> None:
     """Refuse embeddings that hold NaN or infinity.
 
     Args:
-        embeddings: ``[N, D]``.
+        embeddings: N of them.
         name: What they embed, for the message.
 
     Raises:
         VembedError: With the number of rows that are not finite.
     """
-    bad = int((~torch.isfinite(embeddings).all(dim=1)).sum())
+    values = embeddings.values
+    bad = int((~torch.isfinite(values).flatten(1).all(dim=1)).sum())
     if bad:
         raise VembedError(
-            f"{bad} of {len(embeddings)} {name} embeddings are NaN or infinite: the model has "
+            f"{bad} of {len(values)} {name} embeddings are NaN or infinite: the model has "
             "diverged; go back to an earlier checkpoint, or train with a lower lr or in fp32"
         )
 
 
-def _cosines(
-    query_emb: Tensor, corpus_emb: Tensor, *, chunk_size: int
+def _similarities(
+    query_emb: Embeddings, corpus_emb: Embeddings, *, chunk_size: int, reduction: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields the first query of each chunk and its cosines ``[c, C]`` float32."""
+    """Yields the first query of each chunk and its similarities ``[c, C]`` float32."""
     check_finite(query_emb, name="query")
     check_finite(corpus_emb, name="document")
-    corpus = F.normalize(corpus_emb.float(), dim=1).T
-    for start in range(0, len(query_emb), chunk_size):
-        yield start, F.normalize(query_emb[start : start + chunk_size].float(), dim=1) @ corpus
+    queries, corpus = query_emb.float(), corpus_emb.float()
+    for start in range(0, len(queries.values), chunk_size):
+        chunk = queries.rows(slice(start, start + chunk_size))
+        yield start, similarity(chunk, corpus, reduction=reduction)
 
 
 def _ranks(cosine: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:

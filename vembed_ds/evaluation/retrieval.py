@@ -27,10 +27,11 @@ from vembed_ds.evaluation.metrics import (
     mean_reciprocal_rank,
     recall_at_k,
 )
+from vembed_ds.similarity import Embeddings, concatenated
 
 CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
 
-Embed = Callable[[str, Sequence[EncodedItem]], Tensor]
+Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,13 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """Recall@k and MRR of searching all distinct positives with all distinct queries.
 
-    Collective: every rank calls it, and makes the same number of ``embed`` calls for the same
-    streams in the same order. The result is the same on every rank, and does not depend on
+    Collective: every rank calls it, and makes the same number of ``embed`` calls. The result is the same on every rank, and does not depend on
     their number or on the batch size.
 
     Args:
         dataset: Validation pairs.
-        embed: From a stream and 1 to ``batch_size`` of its items to ``[n, D]``, on any device;
-            called without gradient. The caller puts the model into evaluation mode.
+        embed: From 1 to ``batch_size`` items to their embeddings, on any device; called without
+            gradient. The caller puts the model into evaluation mode.
         batch_size: Items per rank at a time.
         recall_k: The k of Recall@k.
         num_workers: Loader processes per rank.
@@ -146,21 +146,21 @@ def embed_distinct(
     batch_size: int,
     num_workers: int,
     prefetch_factor: int = 2,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Embeddings, Embeddings]:
     """Embeds every distinct query and document once, a shard on every rank.
 
     Collective, with equal numbers of ``embed`` calls; arguments as in ``evaluate_retrieval``.
 
     Returns:
-        Queries ``[Q, D]`` and documents ``[C, D]`` float32, in the order of ``judgments``, on the
-        device of the embeddings, the same on every rank.
+        Q queries and C documents, float32, in the order of ``judgments``, on the device of the
+        embeddings, the same on every rank.
 
     Raises:
         DataError: When a record cannot be used.
         DistributedError: When a record of another rank cannot be used.
     """
 
-    def embedded(role: str, records: Sequence[int]) -> Tensor:
+    def embedded(role: str, records: Sequence[int]) -> Embeddings:
         shard = [
             records[place]
             for place in shard_indices(len(records), rank=comm.rank(), world_size=comm.world_size())
@@ -171,8 +171,8 @@ def embed_distinct(
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
         )
-        rows = torch.cat([_embed_batch(batch, role, embed=embed) for batch in loader])
-        return _gathered(rows, num_rows=len(records))
+        rows = concatenated([_embed_batch(batch, role, embed=embed) for batch in loader])
+        return _gathered_embeddings(rows, num_rows=len(records))
 
     with torch.no_grad():
         return (
@@ -182,17 +182,23 @@ def embed_distinct(
 
 
 def retrieval_metrics(
-    query_emb: Tensor, corpus_emb: Tensor, judgments: Judgments, *, recall_k: Sequence[int]
+    query_emb: Embeddings,
+    corpus_emb: Embeddings,
+    judgments: Judgments,
+    *,
+    recall_k: Sequence[int],
+    reduction: str = "mean",
 ) -> dict[str, float]:
     """Metrics of embedded queries and documents; every rank compares a share of the queries.
 
     Collective. Arguments are the same on every rank.
 
     Args:
-        query_emb: ``[Q, D]``, in the order of ``judgments``.
-        corpus_emb: ``[C, D]``, in the order of ``judgments``.
+        query_emb: Q, in the order of ``judgments``.
+        corpus_emb: C, in the order of ``judgments``.
         judgments: Of the same records.
         recall_k: The k of Recall@k.
+        reduction: Of MaxSim, for token embeddings.
 
     Returns:
         ``recall@{k}`` for every k, ``mrr``, ``num_queries`` and ``num_documents``.
@@ -201,19 +207,21 @@ def retrieval_metrics(
         VembedError: When embeddings are not finite.
     """
     check_finite(query_emb, name="query")  # all of them, so that all ranks stop
-    share = shard_indices(len(query_emb), rank=comm.rank(), world_size=comm.world_size())
+    num_queries, num_documents = len(query_emb.values), len(corpus_emb.values)
+    share = shard_indices(num_queries, rank=comm.rank(), world_size=comm.world_size())
     ranks = first_relevant_rank(
-        query_emb[share],
+        query_emb.rows(share),
         corpus_emb,
         [judgments.relevant[row] for row in share],
-        chunk_size=query_chunk(len(corpus_emb)),
+        chunk_size=query_chunk(num_documents),
+        reduction=reduction,
     )
-    ranks = _gathered(ranks.to(query_emb.device), num_rows=len(query_emb)).cpu()
+    ranks = _gathered(ranks.to(query_emb.values.device), num_rows=num_queries).cpu()
     return {
         **{f"recall@{k}": recall_at_k(ranks, k) for k in recall_k},
         "mrr": mean_reciprocal_rank(ranks),
-        "num_queries": len(query_emb),
-        "num_documents": len(corpus_emb),
+        "num_queries": num_queries,
+        "num_documents": num_documents,
     }
 
 
@@ -231,10 +239,20 @@ def _gathered(rows: Tensor, *, num_rows: int) -> Tensor:
     return gather_rows(rows)[:num_rows]
 
 
-def _embed_batch(batch: Batch, role: str, *, embed: Embed) -> Tensor:
+def _gathered_embeddings(rows: Embeddings, *, num_rows: int) -> Embeddings:
+    """The same of embeddings; tokens are padded to the longest of any rank."""
+    if rows.mask is None:
+        return Embeddings(_gathered(rows.values, num_rows=num_rows))
+    (length,) = comm.all_max([rows.mask.shape[1]])
+    rows = rows.padded(length)
+    assert rows.mask is not None
+    mask = _gathered(rows.mask.to(torch.uint8), num_rows=num_rows).bool()
+    return Embeddings(_gathered(rows.values, num_rows=num_rows), mask)
+
+
+def _embed_batch(batch: Batch, role: str, *, embed: Embed) -> Embeddings:
     comm.raise_together(batch.error)
-    # Equal streams on every rank: all items of a role have one, which the mode decides.
-    return embed(batch.roles[role][0].stream, batch.roles[role]).float()
+    return embed(batch.roles[role])
 
 
 def _judgments(queries: Sequence[bytes], documents: Sequence[bytes]) -> Judgments:

@@ -19,11 +19,10 @@ from vembed_ds.models.backbones import (
     stated_pooling,
     two_tower_width,
 )
-from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 
-TEMPERATURES = ("logit_scale", "logit_bias")
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
 
 
@@ -38,6 +37,8 @@ class ModelSpec:
         projection_dim: Embedding width behind a projection; ``None``: no projection (composed:
             ``COMPOSED_PROJECTION_DIM``).
         projection_layers: 1 or 2; ``None``: 1, or 2 for a composed encoder.
+        topk_tokens: Patches kept of an image's token embeddings; ``None``: all.
+        layers: Hidden layers that are embedded beside the last (2-D Matryoshka).
         attn_implementation: Passed to transformers.
         trust_remote_code: Whether code in the model's repository may run.
     """
@@ -46,6 +47,8 @@ class ModelSpec:
     pooling: Mapping[str, str] = field(default_factory=dict)
     projection_dim: int | None = None
     projection_layers: int | None = None
+    topk_tokens: int | None = None
+    layers: tuple[int, ...] = ()
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -83,32 +86,38 @@ def build_model(
     freeze: Mapping[str, bool] | None = None,
     used: Collection[str] | None = None,
     freeze_batch_norm: bool = False,
-    init_temperature: float | None = None,
+    init_logit_scale: float | None = None,
+    init_logit_bias: float | None = None,
 ) -> EmbeddingModel:
     """The model to train.
 
     Args:
         spec: Its shape and weights.
-        freeze: Streams whose backbone is not trained (a projection behind it still is).
-        used: Streams that the data has; a tower of another is not trained. ``None``: all.
+        freeze: Kinds whose backbone is not trained (a projection behind it still is).
+        used: Kinds of items, text or image, that the data has; a tower of the other is not
+            trained. ``None``: all.
         freeze_batch_norm: Keep batch normalisation at its stored statistics.
-        init_temperature: Start of a learned temperature; ``None``: fixed, in the loss.
+        init_logit_scale: Start of a learned log scale of the similarities; ``None``: fixed, in
+            the loss.
+        init_logit_bias: Start of a learned bias; ``None``: none.
 
     Raises:
-        ConfigError: A stream to freeze that the model lacks; nothing left to train; batch
+        ConfigError: A kind to freeze that the model lacks; nothing left to train; batch
             normalisation that would see chunks instead of the batch.
     """
     encoder = build_encoder(spec)
-    model = EmbeddingModel(encoder, init_temperature=init_temperature)
+    model = EmbeddingModel(
+        encoder, init_logit_scale=init_logit_scale, init_logit_bias=init_logit_bias
+    )
     for stream in (name for name, frozen in (freeze or {}).items() if frozen):
         _freeze(model, stream)
-    for stream in model.streams:
+    for stream in model.parts:
         if used is not None and stream not in used:
             _freeze(model, stream)  # its gradient is zero for ever: decay alone would move it
     if isinstance(encoder, TwoTowerEncoder):
-        _settle_own_temperature(encoder, learned=init_temperature is not None)
+        _settle_own_scalars(model, encoder)
     _settle_batch_norm(model, frozen=freeze_batch_norm)
-    if not any(model.trainable(s) for s in model.streams if used is None or s in used):
+    if not any(model.trainable(s) for s in model.parts if used is None or s in used):
         raise ConfigError(
             "freeze_text_encoder, freeze_image_encoder: nothing is left to train; "
             "unfreeze a tower or set projection_dim"
@@ -161,7 +170,13 @@ def _tower(
     projection = None
     if projection_dim is not None:
         projection = build_projection(width, projection_dim, num_layers=num_layers)
-    return TowerEncoder(backbone, pooling=pooling, projection=projection)
+    return TowerEncoder(
+        backbone,
+        pooling=pooling,
+        projection=projection,
+        topk_tokens=spec.topk_tokens,
+        layers=spec.layers,
+    )
 
 
 def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
@@ -184,7 +199,7 @@ def _check_parts(backbone: nn.Module, source: BackboneSource) -> None:
     known = {name for names in TwoTowerEncoder.PARTS.values() for name in names}
     owners = {name.split(".")[0] for name, _ in backbone.named_parameters()}
     missing = sorted({names[0] for names in TwoTowerEncoder.PARTS.values()} - owners)
-    unknown = sorted(owners - known - set(TEMPERATURES))
+    unknown = sorted(owners - known - {LOGIT_SCALE, LOGIT_BIAS})
     if missing or unknown:
         raise ConfigError(
             f"model {source.describe()}: {type(backbone).__name__} is not built like CLIP "
@@ -194,32 +209,31 @@ def _check_parts(backbone: nn.Module, source: BackboneSource) -> None:
 
 
 def _freeze(model: EmbeddingModel, stream: str) -> None:
-    if stream not in model.streams:
+    if stream not in model.parts:
         raise ConfigError(
             f"freeze_{stream}_encoder=true: the model has no {stream} tower; "
-            f"it embeds {' and '.join(model.streams)}"
+            f"it embeds {' and '.join(model.parts)}"
         )
     for module in model.encoder.backbone_modules(stream):
         module.requires_grad_(False)
         model.keep_in_eval(module)  # fixed features: no dropout in what is not trained
 
 
-def _settle_own_temperature(encoder: TwoTowerEncoder, *, learned: bool) -> None:
-    """A CLIP-like backbone has a temperature of its own.
+def _settle_own_scalars(model: EmbeddingModel, encoder: TwoTowerEncoder) -> None:
+    """A CLIP-like backbone has a scale (and SigLIP a bias) of its own.
 
     Learned, it is replaced by the model's (and exported under its name); fixed, it is no part
     of the loss and must not move.
     """
     backbone = encoder.backbone
-    for name in TEMPERATURES:
+    for name in (LOGIT_SCALE, LOGIT_BIAS):
         parameter = backbone._parameters.get(name)
         if parameter is None:
             continue
         parameter.requires_grad_(False)
-        if name == "logit_scale" and learned:
-            encoder.replaced_scale_shape = (
-                () if is_lifted(backbone, name) else tuple(parameter.shape)
-            )
+        if getattr(model, name) is not None:
+            shape = () if is_lifted(backbone, name) else tuple(parameter.shape)
+            encoder.replaced_shapes[name] = shape
             del backbone._parameters[name]
 
 

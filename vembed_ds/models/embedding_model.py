@@ -1,8 +1,7 @@
-"""The module that is trained: an encoder and, when it is learned, the temperature."""
+"""The module that is trained: an encoder and what the loss learns."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Self
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
 
 LOGIT_SCALE = "logit_scale"
+LOGIT_BIAS = "logit_bias"
 
 
 class EmbeddingModel(nn.Module):
@@ -19,25 +19,33 @@ class EmbeddingModel(nn.Module):
 
     Args:
         encoder: Embeds one stream at a time.
-        init_temperature: Start of a learned temperature; ``None``: the temperature is fixed
-            and belongs to the loss.
+        init_logit_scale: Start of a learned scale of the similarities, the log of an inverse
+            temperature; ``None``: the scale is fixed and belongs to the loss.
+        init_logit_bias: Start of a learned bias of the scaled similarities, likewise.
     """
 
     def __init__(
-        self, encoder: TowersEncoder | TwoTowerEncoder, *, init_temperature: float | None = None
+        self,
+        encoder: TowersEncoder | TwoTowerEncoder,
+        *,
+        init_logit_scale: float | None = None,
+        init_logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self._kept_in_eval: list[nn.Module] = []
-        self.logit_scale: nn.Parameter | None = None
-        if init_temperature is not None:
-            # Shape [1]: DeepSpeed cannot broadcast a 0-dim parameter.
-            self.logit_scale = nn.Parameter(torch.tensor([-math.log(init_temperature)]))
+        self.logit_scale = _scalar(init_logit_scale)
+        self.logit_bias = _scalar(init_logit_bias)
 
     @property
     def streams(self) -> tuple[str, ...]:
         """Streams the model embeds, in the order in which every rank embeds them."""
         return self.encoder.streams
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Kinds of items, text and image, that the model has a tower for."""
+        return self.encoder.parts
 
     def keep_in_eval(self, module: nn.Module) -> None:
         """Never switch ``module`` to training: no dropout, stored statistics."""
@@ -59,8 +67,8 @@ class EmbeddingModel(nn.Module):
         """How each stream's tower pools."""
         encoder = self.encoder
         if isinstance(encoder, TwoTowerEncoder):
-            return dict.fromkeys(encoder.streams, "the backbone's own")
-        return {stream: encoder.tower(stream).pooling for stream in encoder.streams}
+            return dict.fromkeys(encoder.parts, "the backbone's own")
+        return {stream: encoder.tower(stream).pooling for stream in encoder.parts}
 
     def trained_backbones(self) -> list[nn.Module]:
         """The Hugging Face models inside of which something is trained."""
@@ -68,24 +76,36 @@ class EmbeddingModel(nn.Module):
         if isinstance(encoder, TwoTowerEncoder):
             found = [encoder.backbone]
         else:
-            found = [encoder.tower(stream).backbone for stream in encoder.streams]
+            found = [encoder.tower(stream).backbone for stream in encoder.parts]
         return [module for module in found if any(p.requires_grad for p in module.parameters())]
 
     def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Embed a chunk.
 
-        The temperature is an output like the embeddings, so that its gradient takes the same
+        What the loss learns is an output like the embeddings, so that its gradient takes the same
         way through the engine under every ZeRO stage.
 
         Args:
             inputs: For each stream of the chunk the encoder's arguments, each ``[n, ...]``.
 
         Returns:
-            For each of these streams ``[n, D]``, not normalised; and ``"logit_scale"`` ``[1]``
-            when the temperature is learned.
+            For each of these streams ``[n, D]``, not normalised, or ``[n, L, D]`` and under
+            ``"<stream>/mask"`` ``[n, L]`` bool; and ``"logit_scale"`` and ``"logit_bias"`` ``[1]``
+            when they are learned.
         """
-        outputs = {stream: self.encoder(stream, chunk) for stream, chunk in inputs.items()}
-        if self.logit_scale is not None:
-            # A tensor of its own: an output that *is* a parameter loses its engine hooks.
-            outputs[LOGIT_SCALE] = self.logit_scale * 1.0
+        outputs: dict[str, Tensor] = {}
+        for stream, chunk in inputs.items():
+            embeddings = self.encoder(stream, chunk)
+            outputs[stream] = embeddings.values
+            if embeddings.mask is not None:
+                outputs[f"{stream}/mask"] = embeddings.mask
+        for name, parameter in ((LOGIT_SCALE, self.logit_scale), (LOGIT_BIAS, self.logit_bias)):
+            if parameter is not None:
+                # A tensor of its own: an output that *is* a parameter loses its engine hooks.
+                outputs[name] = parameter * 1.0
         return outputs
+
+
+def _scalar(value: float | None) -> nn.Parameter | None:
+    """Shape ``[1]``: DeepSpeed cannot broadcast a 0-dim parameter."""
+    return None if value is None else nn.Parameter(torch.tensor([value]))

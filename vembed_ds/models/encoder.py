@@ -1,4 +1,4 @@
-"""One tower: backbone, pooling, optional projection."""
+"""Towers: backbone, pooling, optional projection; one for each kind of item, or both in one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from vembed_ds.models.pooling import pool
+from vembed_ds.models.pooling import best_patches, pool, token_states
+from vembed_ds.similarity import Embeddings
+
+JOINT = "joint"
+IMAGE_INPUTS = frozenset({"pixel_values", "pixel_attention_mask", "spatial_shapes"})
 
 
 class TowerEncoder(nn.Module):
@@ -16,27 +21,46 @@ class TowerEncoder(nn.Module):
 
     Args:
         backbone: A Hugging Face model.
-        pooling: One of ``pooling.POOLING_METHODS``.
+        pooling: One of ``pooling.POOLING_METHODS``; ``none`` gives one embedding per token.
         projection: From the pooled width to the embedding width; ``None``: no projection.
+        topk_tokens: Of an image with pooling ``none``, keep the class token and this many patches
+            that are most like it; ``None``: all.
+        layers: Numbers of hidden layers (1: behind the first) whose embeddings stand before the
+            last layer's, side by side (2-D Matryoshka).
     """
 
-    def __init__(self, backbone: nn.Module, *, pooling: str, projection: nn.Module | None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        pooling: str,
+        projection: nn.Module | None,
+        topk_tokens: int | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projection = projection
         self.pooling = pooling
+        self.topk_tokens = topk_tokens
+        self.layers = layers
 
     @property
     def backbone_frozen(self) -> bool:
         """Whether the backbone's features of an item never change during training."""
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether an item gets one embedding per token."""
+        return self.pooling == "none"
+
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Pooled backbone output ``[n, H]`` of padded inputs ``[n, ...]``."""
         outputs = self.backbone(**_in_dtype_of(self, inputs))
         return pool(outputs, inputs.get("attention_mask"), method=self.pooling)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor]) -> Embeddings:
         """Embed a chunk.
 
         Args:
@@ -44,13 +68,37 @@ class TowerEncoder(nn.Module):
                 when a frozen backbone's features were computed before.
 
         Returns:
-            ``[n, D]`` in the tower's dtype, not normalised.
+            ``[n, D]``, or ``[n, L, D]`` with a mask, in the tower's dtype, not normalised.
         """
+        if self.gives_tokens:
+            return self._tokens(inputs)
         if "features" in inputs:
-            pooled = _in_dtype_of(self, inputs)["features"]
-        else:
-            pooled = self.features(inputs)
-        return self.projection(pooled) if self.projection is not None else pooled
+            return Embeddings(self._projected(_in_dtype_of(self, inputs)["features"]))
+        if not self.layers:
+            return Embeddings(self._projected(self.features(inputs)))
+        outputs = self.backbone(**_in_dtype_of(self, inputs), output_hidden_states=True)
+        mask = inputs.get("attention_mask")
+        states = [outputs.hidden_states[layer] for layer in self.layers]
+        pooled = [pool(_States(state), mask, method=self.pooling) for state in states]
+        pooled.append(pool(outputs, mask, method=self.pooling))
+        return Embeddings(torch.cat([self._projected(rows) for rows in pooled], dim=-1))
+
+    def _tokens(self, inputs: Mapping[str, Tensor]) -> Embeddings:
+        outputs = self.backbone(**_in_dtype_of(self, inputs))
+        tokens, mask = token_states(outputs, inputs.get("attention_mask"))
+        if self.topk_tokens is not None and "pixel_values" in inputs:
+            tokens, mask = best_patches(tokens, mask, number=self.topk_tokens)
+        return Embeddings(self._projected(tokens), mask)
+
+    def _projected(self, rows: Tensor) -> Tensor:
+        return self.projection(rows) if self.projection is not None else rows
+
+
+class _States:
+    """Hidden states in the place of a backbone's output."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
 
 
 class TowersEncoder(nn.Module):
@@ -65,9 +113,14 @@ class TowersEncoder(nn.Module):
         self.towers = nn.ModuleDict(towers)
 
     @property
-    def streams(self) -> tuple[str, ...]:
-        """Streams this encoder embeds."""
+    def parts(self) -> tuple[str, ...]:
+        """The kinds of items that have a tower."""
         return tuple(self.towers)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams this encoder embeds: those of its towers, and items that are both."""
+        return (*self.parts, JOINT) if len(self.parts) > 1 else self.parts
 
     def tower(self, stream: str) -> TowerEncoder:
         """The tower of a stream."""
@@ -81,11 +134,16 @@ class TowersEncoder(nn.Module):
 
     def trainable(self, stream: str) -> bool:
         """Whether any parameter that this stream's embeddings depend on is trained."""
+        if stream == JOINT:
+            return any(self.trainable(part) for part in self.parts)
         return any(parameter.requires_grad for parameter in self.towers[stream].parameters())
 
-    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Embed a chunk of one stream: ``[n, D]``."""
-        embeddings: Tensor = self.towers[stream](inputs)
+    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Embeddings:
+        """Embed a chunk of one stream."""
+        if stream == JOINT:
+            text, image = split_joint(inputs)
+            return fuse(self.tower("text")(text), self.tower("image")(image))
+        embeddings: Embeddings = self.towers[stream](inputs)
         return embeddings
 
 
@@ -97,11 +155,12 @@ class TwoTowerEncoder(nn.Module):
         projection: One more projection behind both towers, or ``None``.
 
     Attributes:
-        replaced_scale_shape: Shape of the backbone's own ``logit_scale`` where a learned
-            temperature has replaced it; ``None`` where nothing was replaced.
+        replaced_shapes: Shapes of the backbone's own ``logit_scale`` and ``logit_bias`` where
+            learned ones of the model have replaced them.
     """
 
-    streams = ("text", "image")
+    parts = ("text", "image")
+    streams = ("text", "image", JOINT)
     PARTS: ClassVar[dict[str, tuple[str, str]]] = {
         "text": ("text_model", "text_projection"),
         "image": ("vision_model", "visual_projection"),
@@ -111,7 +170,7 @@ class TwoTowerEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projection = projection
-        self.replaced_scale_shape: tuple[int, ...] | None = None
+        self.replaced_shapes: dict[str, tuple[int, ...]] = {}
 
     def backbone_modules(self, stream: str) -> list[nn.Module]:
         """The modules of the backbone that only this stream uses."""
@@ -120,16 +179,44 @@ class TwoTowerEncoder(nn.Module):
 
     def trainable(self, stream: str) -> bool:
         """Whether any parameter that this stream's embeddings depend on is trained."""
+        if stream == JOINT:
+            return any(self.trainable(part) for part in self.parts)
         modules = [*self.backbone_modules(stream), *([self.projection] if self.projection else [])]
         return any(p.requires_grad for module in modules for p in module.parameters())
 
-    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Embeddings:
         """Embed a chunk of one stream: ``[n, D]``, not normalised."""
+        if stream == JOINT:
+            text, image = split_joint(inputs)
+            return fuse(self("text", text), self("image", image))
         backbone: Any = self.backbone
         encode = backbone.get_text_features if stream == "text" else backbone.get_image_features
         outputs = encode(**_in_dtype_of(self, inputs))
         embeddings: Tensor = getattr(outputs, "pooler_output", outputs)
-        return self.projection(embeddings) if self.projection is not None else embeddings
+        if self.projection is not None:
+            embeddings = self.projection(embeddings)
+        return Embeddings(embeddings)
+
+
+def split_joint(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs of the text and of the image tower."""
+    image = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+    return {name: value for name, value in inputs.items() if name not in image}, image
+
+
+def fuse(text: Embeddings, image: Embeddings) -> Embeddings:
+    """One embedding of an item that is both: the sum of the two, each of unit norm.
+
+    Its cosine with a third is the mean of the parts' cosines, up to a factor of the item alone
+    (score fusion of UniIR, Wei et al. 2023, section 4.1). Of token embeddings all are kept.
+    """
+    if text.mask is not None and image.mask is not None:
+        return Embeddings(
+            torch.cat([text.values, image.values], dim=1),
+            torch.cat([text.mask, image.mask], dim=1),
+        )
+    parts = (functional.normalize(part.values.float(), dim=-1) for part in (text, image))
+    return Embeddings(sum(parts, torch.zeros((), device=text.values.device)))
 
 
 def build_projection(width: int, projection_dim: int, *, num_layers: int) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POOLING_METHODS = ("cls", "mean", "last_token", "pooler")
+POOLING_METHODS = ("cls", "mean", "last_token", "pooler", "none")
 
 
 def pool(outputs: Any, attention_mask: Tensor | None, *, method: str) -> Tensor:
@@ -48,6 +48,43 @@ def pool(outputs: Any, attention_mask: Tensor | None, *, method: str) -> Tensor:
     else:
         raise ValueError(f"pooling_method={method!r}: choose one of {', '.join(POOLING_METHODS)}")
     return hidden_BLD[torch.arange(len(position), device=position.device), position]
+
+
+def token_states(outputs: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The states of all tokens, or patches, and which of them are real.
+
+    Args:
+        outputs: As in :func:`pool`.
+        attention_mask: ``[B, L]``; ``None``: every position is real.
+
+    Returns:
+        ``[B, L, D]`` and ``[B, L]`` bool.
+    """
+    hidden_BLD = _as_tokens(outputs.last_hidden_state)
+    if attention_mask is None:
+        return hidden_BLD, torch.ones(
+            hidden_BLD.shape[:2], dtype=torch.bool, device=hidden_BLD.device
+        )
+    return hidden_BLD, attention_mask.bool()
+
+
+def best_patches(states_BLD: Tensor, mask_BL: Tensor, *, number: int) -> tuple[Tensor, Tensor]:
+    """The class token and the patches that are most like it, in their spatial order.
+
+    Args:
+        states_BLD: ``[B, L, D]``; the first is the class token.
+        mask_BL: ``[B, L]`` bool, all true: images of one model have equally many patches.
+        number: Patches to keep; all when there are no more.
+
+    Returns:
+        ``[B, 1 + K, D]`` and its mask.
+    """
+    number = min(number, states_BLD.shape[1] - 1)
+    likeness = torch.cosine_similarity(states_BLD[:, :1].float(), states_BLD[:, 1:].float(), dim=-1)
+    chosen = likeness.topk(number, dim=1).indices.sort(dim=1).values + 1
+    places = torch.cat([torch.zeros_like(chosen[:, :1]), chosen], dim=1)
+    kept = states_BLD.gather(1, places.unsqueeze(-1).expand(-1, -1, states_BLD.shape[2]))
+    return kept, mask_BL.gather(1, places)
 
 
 def _own_pooler(outputs: Any) -> Tensor:

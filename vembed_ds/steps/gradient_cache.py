@@ -16,15 +16,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vembed_ds.data.batches import StepPlan, role_index
+from vembed_ds.data.batches import StepPlan, collect_roles
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed.seeding import RngState, capture_rng, restore_rng
+from vembed_ds.similarity import Embeddings
 
-LOGIT_SCALE = "logit_scale"
+LEARNED = ("logit_scale", "logit_bias")
+"""Outputs of the model that are no embeddings: what the loss learns, ``[1]`` each."""
 
-Embeddings = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 PadFunction = Callable[[str, Sequence[EncodedItem]], dict[str, Tensor]]
-BatchLoss = Callable[[Mapping[str, Tensor], Tensor | None], Tensor]
+BatchLoss = Callable[[Mapping[str, Embeddings], Mapping[str, Tensor]], Tensor]
 
 
 class StepResult(NamedTuple):
@@ -32,11 +34,11 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: This rank's mean loss, scalar float32.
-        logit_scale: ``[1]`` float32, before the update; ``None`` when it is not learned.
+        learned: What the loss learns, by name, ``[1]`` float32, before the update.
     """
 
     loss: Tensor
-    logit_scale: Tensor | None
+    learned: dict[str, Tensor]
 
 
 class Engine(Protocol):
@@ -65,8 +67,9 @@ def compute_gradient(
     Args:
         engine: Embeds, differentiates, reduces.
         plan: The rank's batch and its chunks.
-        loss_function: From ``{role: [B, D] float32}`` and the learned ``logit_scale`` ``[1]``
-            (or ``None``) to the mean loss over this rank's rows.
+        loss_function: From the embeddings of every role (float32) and what the loss learns
+            (``[1]`` float32, by name) to this rank's loss; averaged over ranks it is the loss of
+            the whole batch.
         pad: Pads the items of a chunk to one batch ``{argument: [n, ...]}``.
         trainable: Whether a stream's embeddings need a gradient; others are not replayed.
     """
@@ -77,8 +80,22 @@ def compute_gradient(
     with engine.reduce_once():
         _replay(engine, inputs, outputs[-1], gradients, states, trainable)
     restore_rng(after_embed, engine.device)
-    scale = outputs[-1].get(LOGIT_SCALE)
-    return StepResult(loss, None if scale is None else scale.detach().float())
+    return StepResult(loss, {name: v.detach().float() for name, v in _learned(outputs[-1]).items()})
+
+
+def embed_plan(engine: Engine, plan: StepPlan, *, pad: PadFunction) -> dict[str, Embeddings]:
+    """The embeddings of every role, float32, without gradient.
+
+    Collective under ZeRO-3; arguments as in :func:`compute_gradient`.
+    """
+    inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
+    with torch.no_grad():
+        outputs = [engine.embed(inputs.get(index)) for index in range(len(inputs))]
+    widened = [
+        {name: v.float() if v.is_floating_point() else v for name, v in chunk.items()}
+        for chunk in outputs
+    ]
+    return collect_roles(plan, widened)
 
 
 class _ChunkInputs:
@@ -103,7 +120,7 @@ class _ChunkInputs:
         }
 
 
-def _embed(engine: Engine, inputs: _ChunkInputs) -> tuple[list[Embeddings], list[RngState]]:
+def _embed(engine: Engine, inputs: _ChunkInputs) -> tuple[list[Outputs], list[RngState]]:
     """Every chunk's outputs; all but the last without graph, their random state recorded."""
     outputs, states = [], []
     last = len(inputs) - 1
@@ -115,21 +132,12 @@ def _embed(engine: Engine, inputs: _ChunkInputs) -> tuple[list[Embeddings], list
 
 
 def _differentiate_loss(
-    plan: StepPlan, outputs: list[Embeddings], loss_function: BatchLoss
-) -> tuple[Tensor, list[Embeddings]]:
+    plan: StepPlan, outputs: list[Outputs], loss_function: BatchLoss
+) -> tuple[Tensor, list[Outputs]]:
     """The loss, and its gradient with respect to every chunk's outputs, in float32."""
-    leaves = [
-        {name: value.detach().float().requires_grad_() for name, value in chunk.items()}
-        for chunk in outputs
-    ]
-    # Stream after stream, as `role_index` counts.
-    rows = torch.cat([chunk[name] for name in plan.streams for chunk in leaves if name in chunk])
-    roles = {
-        role: rows[torch.from_numpy(index).to(rows.device)]
-        for role, index in role_index(plan).items()
-    }
+    leaves = [{name: _leaf(value) for name, value in chunk.items()} for chunk in outputs]
     with torch.enable_grad():
-        loss = loss_function(roles, leaves[-1].get(LOGIT_SCALE))
+        loss = loss_function(collect_roles(plan, leaves), _learned(leaves[-1]))
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = [
         {name: leaf.grad for name, leaf in chunk.items() if leaf.grad is not None}
@@ -138,11 +146,22 @@ def _differentiate_loss(
     return loss.detach(), gradients
 
 
+def _leaf(output: Tensor) -> Tensor:
+    """An output as the start of the loss's graph; masks pass as they are."""
+    if not output.is_floating_point():
+        return output
+    return output.detach().float().requires_grad_()
+
+
+def _learned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: outputs[name] for name in LEARNED if name in outputs}
+
+
 def _replay(
     engine: Engine,
     inputs: _ChunkInputs,
-    kept: Embeddings,
-    gradients: list[Embeddings],
+    kept: Outputs,
+    gradients: list[Outputs],
     states: list[RngState],
     trainable: Callable[[str], bool],
 ) -> None:
@@ -158,7 +177,7 @@ def _replay(
             engine.backward(_surrogate(engine.embed(chunk), gradients[index]))
 
 
-def _surrogate(outputs: Embeddings, gradients: Embeddings) -> Tensor:
+def _surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
     """A scalar whose gradient with respect to ``outputs`` is ``gradients``."""
     terms = [
         (output.float() * gradients[name]).sum()

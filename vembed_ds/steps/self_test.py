@@ -15,6 +15,7 @@ from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import capture_rng, restore_rng
 from vembed_ds.errors import GradientError
+from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, Engine, PadFunction, compute_gradient
 
 # Largest relative difference of the two gradients. fp32 was seen to differ by 1e-6 to 1e-5, 16 bit
@@ -79,7 +80,7 @@ def check_gradient(
         compute_gradient(
             engine,
             plan,
-            loss_function=lambda rows, scale: loss_function(rows, scale) + _pull(rows),
+            loss_function=lambda rows, learned: loss_function(rows, learned) + _pull(rows),
             pad=pad,
             trainable=trainable,
         )
@@ -111,15 +112,19 @@ def check_gradient(
     return _judge(*found.tolist(), tolerance=tolerance)
 
 
-def _pull(rows: Mapping[str, Tensor]) -> Tensor:
+def _pull(rows: Mapping[str, Embeddings]) -> Tensor:
     """A linear function of all embeddings, whose gradient is as large as a loss's."""
     terms: list[Tensor] = []
-    for role in sorted(rows):
-        values = rows[role]
-        generator = torch.Generator().manual_seed(len(terms))  # the same for every chunking
+    for number, role in enumerate(sorted(rows)):
+        values = rows[role].values
+        if not len(values):
+            continue
+        generator = torch.Generator().manual_seed(number)  # the same for every chunking
         directions = torch.randn(values.shape, generator=generator).to(values.device)
         size = values.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        terms.append((values * directions / size).mean())
+        mask = rows[role].mask
+        pulled = values * directions / size
+        terms.append((pulled if mask is None else pulled * mask.unsqueeze(-1)).mean())
     return torch.stack(terms).sum()
 
 

@@ -43,7 +43,7 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
     train_source = open_source(config.data, key="data_path")
     val_source = open_source(config.data, key="val_data_path")
     assert train_source is not None  # data_path is required
-    processor = setup_processor(config, spec, needed=train_source.reader.streams)
+    processor = setup_processor(config, spec, needed=train_source.reader)
     train_data = build_dataset(train_source, processor=processor, config=config)
     check_records(train_data)
     comm.require_equal(len(train_data), what="number of records in data_path")
@@ -75,6 +75,10 @@ def open_source(config: DataConfig, *, key: str) -> Source | None:
         column_mapping=config.column_mapping,
         image_root=config.image_root,
         origin=", ".join(paths),
+        instructions={
+            "query": config.query_instruction,
+            "positive": config.document_instruction,
+        },
     )
     return Source(table, reader)
 
@@ -82,7 +86,11 @@ def open_source(config: DataConfig, *, key: str) -> Source | None:
 def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -> PairDataset:
     """The data set that encodes ``source``'s records."""
     return PairDataset(
-        source.table, reader=source.reader, processor=processor, seed=config.training.seed
+        source.table,
+        reader=source.reader,
+        processor=processor,
+        seed=config.training.seed,
+        max_negatives=config.data.max_negatives,
     )
 
 
@@ -94,12 +102,7 @@ def check_records(dataset: PairDataset) -> None:
     Raises:
         DataError: On every rank, naming the first record without its image.
     """
-    columns = [
-        dataset.reader.role_columns[role]
-        for role, stream in dataset.reader.streams.items()
-        if stream == "image" and _holds_paths(dataset, dataset.reader.role_columns[role])
-    ]
-    if columns:
+    if any(_holds_paths(dataset, column) for _, column in dataset.reader.columns_of("image")):
         comm.run_together(lambda: _find_missing(dataset), doing="looking for images")
 
 
@@ -112,4 +115,5 @@ def _find_missing(dataset: PairDataset) -> None:
 def _holds_paths(dataset: PairDataset, column: str) -> bool:
     """Whether a column names files; reading every row of embedded images would take hours."""
     feature = dataset.table.features[column]
+    feature = getattr(feature, "feature", feature)  # of a list of negatives
     return getattr(feature, "dtype", None) in ("string", "large_string")

@@ -75,11 +75,11 @@ def build_engine(
 ) -> tuple[EmbeddingModel, TrainEngine]:
     """The model inside its engine; frozen text features are computed on the way. Collective."""
     seed_everything(config.training.seed)
-    used = set(data.train.reader.streams.values())
+    used = data.train.reader.parts
     zero_stage = ds_config["zero_optimization"]["stage"]
     model = setup_model(config, spec, used=used, zero_stage=zero_stage)
     logger.info("pooling: %s", model.pooling())
-    for stream in set(model.streams) - used:
+    for stream in set(model.parts) - used:
         logger.info("no record holds a %s: that tower is not trained", stream)
     if config.model.cache_frozen_encoder and "text" in used and has_frozen_text_tower(model):
         cache_text_features(
@@ -90,7 +90,7 @@ def build_engine(
             device=torch.device(get_accelerator().current_device_name()),
             batch_size=inference_batch_size(config),
         )
-    _spare_unreached(model, data.processor, streams=[s for s in model.streams if s in used])
+    _spare_unreached(model, data.processor, streams=[s for s in model.parts if s in used])
     if config.model.precision != "fp32":
         comm.run_together(lambda: keep_frozen_weights(model, folder), doing=f"writing {folder}")
     if config.model.gradient_checkpointing:

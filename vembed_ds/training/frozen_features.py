@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
+from datasets import Dataset as Table
+from datasets import Value
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,8 +28,10 @@ def has_frozen_text_tower(model: EmbeddingModel) -> bool:
     encoder = model.encoder
     return (
         isinstance(encoder, TowersEncoder)
-        and STREAM in encoder.streams
+        and STREAM in encoder.parts
         and encoder.tower(STREAM).backbone_frozen
+        and not encoder.tower(STREAM).gives_tokens
+        and not encoder.tower(STREAM).layers
     )
 
 
@@ -73,16 +78,26 @@ def cache_text_features(
     comm.run_together(create, doing=f"writing {folder}")
     table = comm.run_together(fill, doing=f"writing {folder}")
     tower.cpu()  # back beside the other towers; the engine moves the model as a whole
-    processor.feature_tables[STREAM] = table
+    processor.text_features = table
 
 
 def _distinct_texts(datasets: Iterable[PairDataset]) -> list[str]:
+    """Every text as it is encoded, behind its instruction."""
     found: set[str] = set()
     for dataset in datasets:
-        for role, stream in dataset.reader.streams.items():
-            if stream == STREAM:
-                found.update(dataset.table.unique(dataset.reader.role_columns[role]))
-    return sorted(text for text in found if isinstance(text, str) and text.strip())
+        for role, column in dataset.reader.columns_of("text"):
+            instruction = dataset.reader.instruction(role)
+            found.update(instruction + text for text in _texts(dataset.table, column))
+    return sorted(found)
+
+
+def _texts(table: Table, column: str) -> set[str]:
+    """The texts of a column; of negatives, lists of them."""
+    if isinstance(table.features[column], Value):
+        values = table.unique(column)
+    else:
+        values = chain.from_iterable(cell or () for cell in table[column])
+    return {text for text in values if isinstance(text, str) and text.strip()}
 
 
 def _embed(

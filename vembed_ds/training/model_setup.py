@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from vembed_ds.config.schema import Config, ModelConfig, ScratchModel
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.records import RecordReader
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import (
     BackboneSource,
@@ -40,6 +42,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         pooling={pooled: config.pooling_method} if config.pooling_method else {},
         projection_dim=config.projection_dim,
         projection_layers=config.projection_layers,
+        topk_tokens=config.topk_tokens or None,
         attn_implementation=config.attn_implementation,
     )
 
@@ -52,7 +55,7 @@ def setup_model(
     Args:
         config: The run's configuration.
         spec: The model's shape.
-        used: Streams that the data has.
+        used: Kinds of items, text or image, that the data has.
         zero_stage: Of the run.
 
     Raises:
@@ -64,7 +67,7 @@ def setup_model(
         freeze={"text": model.freeze_text_encoder, "image": model.freeze_image_encoder},
         used=used,
         freeze_batch_norm=model.freeze_batch_norm,
-        init_temperature=config.loss.temperature if config.loss.learnable_temperature else None,
+        init_logit_scale=_init_logit_scale(config),
     )
     if model.precision != "fp32" and any(isinstance(m, _BatchNorm) for m in built.modules()):
         # DeepSpeed casts weights and keeps statistics in float32; batch_norm refuses the mix.
@@ -81,6 +84,10 @@ def setup_model(
     return built
 
 
+def _init_logit_scale(config: Config) -> float | None:
+    return -math.log(config.loss.temperature) if config.loss.learnable_temperature else None
+
+
 def _layer_drop(model: EmbeddingModel) -> str | None:
     """A setting of a trained backbone that leaves out whole layers at random."""
     for backbone in model.trained_backbones():
@@ -92,24 +99,25 @@ def _layer_drop(model: EmbeddingModel) -> str | None:
     return None
 
 
-def setup_processor(config: Config, spec: ModelSpec, *, needed: Mapping[str, str]) -> ItemProcessor:
+def setup_processor(config: Config, spec: ModelSpec, *, needed: RecordReader) -> ItemProcessor:
     """Tokenizer and image processor of the model; no weights are loaded.
 
     Args:
         config: The run's configuration.
         spec: The model's shape.
-        needed: Stream of each role that the data gives.
+        needed: Knows what the data gives.
 
     Raises:
         ConfigError: The model has no tower for a role, or its processor cannot be loaded.
     """
     sources = _stream_sources(spec)
-    for role, stream in needed.items():
-        if stream not in sources:
-            raise ConfigError(
-                f"retrieval_mode={config.data.retrieval_mode}: the {role} is of kind {stream}, "
-                f"but the model embeds {' and '.join(sources)} only; choose another model or mode"
-            )
+    for part in sorted(needed.parts - set(sources)):
+        role, column = needed.columns_of(part)[0]
+        raise ConfigError(
+            f"retrieval_mode={config.data.retrieval_mode}: the {role} is of kind {part} (column "
+            f"{column!r}), but the model embeds {' and '.join(sources)} only; choose another model "
+            "or mode"
+        )
     processors = {stream: _processor_source(config, key) for stream, key in sources.items()}
     text_source = processors.get("text")
     if isinstance(text_source, Mapping):

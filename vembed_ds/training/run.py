@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from vembed_ds.checkpointing.export import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.store import load_checkpoint, save_checkpoint
 from vembed_ds.config.schema import Config
-from vembed_ds.data.collators import Batch, collate
-from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.collators import collate
+from vembed_ds.data.dataset import PairDataset, Sample
 from vembed_ds.data.loader import BatchLoader
-from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.sampler import GlobalBatchSampler, epoch_permutation, steps_per_epoch
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.losses import build_loss
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -209,31 +210,32 @@ def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
     # From the shuffled order: neighbours in the file are often alike.
     order = epoch_permutation(len(data), seed=0, epoch=0)
     mine = range(comm.rank() * SELF_TEST_CANDIDATES, (comm.rank() + 1) * SELF_TEST_CANDIDATES)
-    batch = collate([data[int(order[place % len(order)])] for place in mine])
-    comm.raise_together(batch.error)
+    samples = [data[int(order[place % len(order)])] for place in mine]
+    comm.raise_together(next((s for s in samples if isinstance(s, VembedError)), None))
+    batch = collate(_unequal([sample for sample in samples if isinstance(sample, Sample)]))
     difference = check_gradient(
         trainer.engine,
-        _unequal_pairs(batch),
-        loss_function=trainer.batch_loss,
+        batch.roles,
+        loss_function=trainer.batch_loss(batch),
         pad=trainer.pad,
         streams=trainer.model.streams,
         trainable=trainer.model.trainable,
-        fillers=trainer.fillers(),
+        fillers=trainer.fillers(trainer.agree_on_counts(batch)),
         tolerance=TOLERANCES[precision],
     )
     if comm.is_main():
         logger.info("gradient self-test passed: chunking moves the gradient by %.1e", difference)
 
 
-def _unequal_pairs(batch: Batch) -> dict[str, list[EncodedItem]]:
-    """The shortest, the middle and the longest pair, so that chunks are padded differently."""
-    sizes = [
-        sum(array.size for items in batch.roles.values() for array in items[row].inputs.values())
-        for row in range(len(batch.indices))
-    ]
-    order = sorted(range(len(sizes)), key=lambda row: sizes[row])
-    chosen = [order[0], order[len(order) // 2], order[-1]]
-    return {role: [items[row] for row in chosen] for role, items in batch.roles.items()}
+def _unequal(samples: Sequence[Sample]) -> list[Sample]:
+    """The shortest, the middle and the longest, so that chunks are padded differently."""
+
+    def size(sample: Sample) -> int:
+        items = chain.from_iterable(sample.roles.values())
+        return sum(array.size for item in items for array in item.inputs.values())
+
+    ordered = sorted(samples, key=size)
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
 def _open_output(
@@ -259,6 +261,8 @@ def export_settings(config: Config) -> dict[str, Any]:
         "retrieval_mode": config.data.retrieval_mode,
         "column_mapping": dict(config.data.column_mapping),
         "image_root": config.data.image_root,
+        "query_instruction": config.data.query_instruction,
+        "document_instruction": config.data.document_instruction,
         "loss_type": config.loss.loss_type,
         "temperature": config.loss.temperature,
         "precision": config.model.precision,

@@ -22,10 +22,12 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.distributed import comm
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import DivergedError
-from vembed_ds.losses import LossFunction, LossInputs
+from vembed_ds.losses import LossFunction
 from vembed_ds.models.embedding_model import EmbeddingModel
-from vembed_ds.steps.gradient_cache import StepResult, compute_gradient
+from vembed_ds.similarity import Embeddings
+from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
 from vembed_ds.tracking.trackers import Tracker
+from vembed_ds.training.loss_inputs import loss_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -148,16 +150,14 @@ class Trainer:
 
     def compute_gradient(self, batch: Batch) -> StepResult:
         """Gradient of the global batch, reduced, left in the engine. Collective."""
+        counts = self.agree_on_counts(batch)
         plan = plan_step(
-            batch.roles,
-            chunk_size=self.chunk_size,
-            counts=self.agree_on_counts(batch),
-            fillers=self.fillers(),
+            batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=self.fillers(counts)
         )
         return compute_gradient(
             self.engine,
             plan,
-            loss_function=self.batch_loss,
+            loss_function=self.batch_loss(batch),
             pad=self.pad,
             trainable=self.model.trainable,
         )
@@ -176,28 +176,32 @@ class Trainer:
             comm.raise_together(batch.error)
         return dict(zip(streams, counts, strict=True))
 
-    def batch_loss(self, rows: Mapping[str, Tensor], logit_scale: Tensor | None) -> Tensor:
-        """The loss of this rank's rows; collective."""
-        return self.loss_function(LossInputs(rows["query"], rows["positive"], logit_scale))
+    def batch_loss(self, batch: Batch) -> BatchLoss:
+        """The loss as a function of the embeddings of one batch; collective when called."""
+
+        def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
+            return self.loss_function(loss_inputs(batch, rows, learned))
+
+        return loss
 
     def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
         """Items of a chunk to one batch on the host."""
         inputs = self.processor.pad(stream, items)
         return {k: v.pin_memory() for k, v in inputs.items()} if self._pin_memory else inputs
 
-    def fillers(self) -> dict[str, EncodedItem]:
-        """One valid item per stream, for ranks that have fewer chunks than others."""
-        if not self._fillers:
-            self._fillers = {stream: self.processor.filler(stream) for stream in self.model.streams}
+    def fillers(self, counts: Mapping[str, int]) -> dict[str, EncodedItem]:
+        """One valid item per stream in use, for ranks that have fewer chunks than others."""
+        for stream, count in counts.items():
+            if count and stream not in self._fillers:
+                self._fillers[stream] = self.processor.filler(stream)
         return self._fillers
 
-    def embed(self, stream: str, items: Sequence[EncodedItem]) -> Tensor:
-        """Embeddings ``[n, D]`` float32 of items, without gradient. Collective under ZeRO-3."""
-        inputs = {
-            key: value.to(self.engine.device) for key, value in self.pad(stream, items).items()
-        }
-        with torch.no_grad():
-            return self.engine.embed({stream: inputs})[stream].float()
+    def embed(self, items: Sequence[EncodedItem]) -> Embeddings:
+        """Embeddings of items of any streams, float32, without gradient. Collective."""
+        batch = Batch(indices=[], roles={"items": list(items)})
+        counts = self.agree_on_counts(batch)
+        plan = plan_step(batch.roles, chunk_size=None, counts=counts, fillers=self.fillers(counts))
+        return embed_plan(self.engine, plan, pad=self.pad)["items"]
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate, log and return the metrics; the model is in training mode afterwards."""
@@ -249,8 +253,10 @@ class Trainer:
             "train/data_wait_seconds": window.waited / window.steps,
             "train/skipped_steps": float(window.skipped),
         }
-        if result.logit_scale is not None:
-            metrics["train/temperature"] = float(1 / result.logit_scale.exp())
+        if "logit_scale" in result.learned:
+            metrics["train/temperature"] = float(1 / result.learned["logit_scale"].exp())
+        if "logit_bias" in result.learned:
+            metrics["train/logit_bias"] = float(result.learned["logit_bias"])
         self._window = _Window()
         self._report(metrics)
         self.require_finite(loss)

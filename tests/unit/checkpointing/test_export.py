@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 def clip_model(backbones: Path, **options: Any) -> EmbeddingModel:
     spec = ModelSpec({"": BackboneSource(name=str(backbones / "clip"))}, **options)
-    return build_model(spec, init_temperature=None)
+    return build_model(spec, init_logit_scale=None)
 
 
 def siglip_model(**options: Any) -> EmbeddingModel:
@@ -62,7 +63,7 @@ def test_fixed_temperature_stays_the_backbones(backbones: Path, save: Save, tmp_
 
 
 def test_learned_temperature_takes_the_backbones_shape(save: Save, tmp_path: Path) -> None:
-    model = siglip_model(init_temperature=0.5)
+    model = siglip_model(init_logit_scale=-math.log(0.5))
     export_model(save(model, "clip"), tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported["logit_scale"].shape == exported["logit_bias"].shape == (1,)

@@ -210,9 +210,14 @@ def test_a_broken_list_in_an_override(base):
         ("max_steps", 0, "expected a whole number > 0 or null"),
         ("gradient_checkpointing", "yes", "expected true or false"),
         ("gradient_checkpointing", 1, "expected true or false"),
-        ("retrieval_mode", "m2i", "expected t2t or t2i or i2t or i2i"),
+        (
+            "retrieval_mode",
+            "v2i",
+            "expected QUERY2POSITIVE with the letters t (text), i (image), m (text and image), "
+            "x (what the record holds), for example t2i",
+        ),
         ("encoder_mode", "siglip", "expected auto or composed"),
-        ("pooling_method", "avg", "expected cls or mean or last_token or pooler or null"),
+        ("pooling_method", "avg", "expected cls or mean or last_token or pooler or none or null"),
         ("projection_layers", True, "expected 1 or 2 or null"),
         ("projection_layers", 1.0, "expected 1 or 2 or null"),
         ("projection_layers", 3, "expected 1 or 2 or null"),
@@ -226,7 +231,8 @@ def test_a_broken_list_in_an_override(base):
         (
             "column_mapping",
             {"qury": "a"},
-            "unknown role 'qury'; expected one of query, query_image, positive, positive_image",
+            "unknown role 'qury'; expected one of query, query_image, positive, positive_image, "
+            "negatives, negative_images, label, score",
         ),
         (
             "image_augmentation",
@@ -336,6 +342,7 @@ def test_a_dump_reads_back_as_equal(base, tmp_path, seed):
             if name not in base and rng.random() < 0.5:
                 values[name] = random_value(name, field.default, rng)
     values |= {"run_name": rng.choice(TRICKY_TEXTS), "eval_steps": 0, "projection_layers": None}
+    values["topk_tokens"] = 0
     values["column_mapping"] = {"query": rng.choice(TRICKY_TEXTS)}
     values["num_workers"] = rng.choice([1, 3])
     if seed % 3 == 0:

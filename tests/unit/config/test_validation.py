@@ -93,7 +93,7 @@ ONLY_TOWERS = (
         (
             {"image_augmentation": [{"A": {}}], "retrieval_mode": "t2t"},
             "image_augmentation: retrieval_mode=t2t has no images; remove image_augmentation, "
-            "or set retrieval_mode to t2i, i2t or i2i",
+            "or set another retrieval_mode",
         ),
         (
             {"num_workers": 0, "prefetch_factor": 2},

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from vembed_ds.data import loader as loading
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.collators import Batch, collate, join
-from vembed_ds.data.dataset import PairDataset, Sample, augmentation_seed
+from vembed_ds.data.dataset import PairDataset, Sample, item_seed
 from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem
@@ -90,7 +90,7 @@ def good(sample: object) -> Sample:
 
 
 def pixels(sample: object) -> list[float]:
-    return good(sample).roles["positive"].inputs["pixel_values"].ravel().tolist()  # type: ignore[no-any-return]
+    return good(sample).roles["positive"][0].inputs["pixel_values"].ravel().tolist()  # type: ignore[no-any-return]
 
 
 def content(batches: list[Batch]) -> list[Any]:
@@ -111,9 +111,9 @@ def test_sample_holds_both_roles(dataset: PairDataset, folder: Path) -> None:
     )
     sample = good(dataset[3])
     assert sample.index == 3
-    assert [(role, item.stream) for role, item in sample.roles.items()] == [
-        ("query", "text"),
-        ("positive", "image"),
+    assert [(role, [item.stream for item in items]) for role, items in sample.roles.items()] == [
+        ("query", ["text"]),
+        ("positive", ["image"]),
     ]
 
 
@@ -129,9 +129,9 @@ def test_only_sample_keys_augment(
     assert first != pixels(pairs(folder, minilm, image_settings, seed=2)[SampleKey(3, 0)])
 
 
-def test_augmentation_seeds_are_distinct_and_fixed() -> None:
+def test_item_seeds_are_distinct_and_fixed() -> None:
     seeds = {
-        augmentation_seed(seed, epoch=epoch, index=index, role=role)
+        item_seed(seed, epoch=epoch, index=index, role=role)
         for seed in range(3)
         for epoch in range(3)
         for index in range(50)
@@ -139,7 +139,7 @@ def test_augmentation_seeds_are_distinct_and_fixed() -> None:
     }
     assert len(seeds) == 3 * 3 * 50 * 2
     # Written down once: a change would alter every run that is resumed.
-    assert augmentation_seed(42, epoch=1, index=7, role="query") == 16773485418750826532
+    assert item_seed(42, epoch=1, index=7, role="query") == 16773485418750826532
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -232,13 +232,19 @@ def test_unreadable_image_arrives_as_one_error(
 
 def test_collate_keeps_order_and_passes_the_first_error_on() -> None:
     def sample(index: int) -> Sample:
-        return Sample(index, {"query": EncodedItem("text", {"input_ids": np.array([index])})})
+        return Sample(
+            index,
+            {"query": [EncodedItem("text", {"input_ids": np.array([index])})]},
+            keys={"query": [7 * index]},
+        )
 
     batch = collate([sample(4), sample(2)])
     assert batch.indices == [4, 2]
     assert [item.inputs["input_ids"].item() for item in batch.roles["query"]] == [4, 2]
+    assert batch.keys == {"query": [28, 14]}
+    assert batch.negative_counts is batch.labels is batch.scores is None
     errors = [DataError("first"), ConfigError(["second"])]
-    assert collate([sample(1), *errors]) == Batch([], {}, errors[0])
+    assert collate([sample(1), *errors]) == Batch([], error=errors[0])
     assert collate([]) == Batch([])
 
 
@@ -287,7 +293,47 @@ def test_workers_use_one_thread_each(dataset: PairDataset, monkeypatch: pytest.M
 
     def report(_key: object) -> Sample:
         environment = int(os.environ["TOKENIZERS_PARALLELISM"] == "false")
-        return Sample(torch.get_num_threads() * 10 + environment, {})
+        return Sample(torch.get_num_threads() * 10 + environment, {}, {})
 
     monkeypatch.setattr(PairDataset, "__getitem__", lambda _self, key: report(key))
     assert next(iter(batches)).indices == [11] * 4
+
+
+def test_negatives_labels_and_scores_travel_with_the_batch(
+    tmp_path: Path, minilm: str, write_jsonl: Any
+) -> None:
+    rows = [
+        {
+            "query": f"q {index}",
+            "positive": f"p {index}",
+            "negatives": [f"n {index} {place}" for place in range(index)],
+            "label": index % 2,
+            "score": index / 4,
+        }
+        for index in range(4)
+    ]
+    table = load_table([write_jsonl(rows)], key="data_path")
+    reader = RecordReader(
+        table.column_names, retrieval_mode="t2t", column_mapping={}, image_root="", origin="rows"
+    )
+    processor = build_item_processor(minilm, None, max_length=12)
+
+    def batch(max_negatives: int | None, epoch: int = 0) -> Batch:
+        data = PairDataset(
+            table, reader=reader, processor=processor, seed=3, max_negatives=max_negatives
+        )
+        return collate([data[SampleKey(index, epoch)] for index in (3, 0, 2)])
+
+    def texts(found: Batch) -> list[str]:
+        return [processor.tokenizer.decode(i.inputs["input_ids"]) for i in found.roles["negative"]]
+
+    whole = batch(None)
+    assert whole.negative_counts == [3, 0, 2]
+    assert whole.labels == [1, 0, 0]
+    assert whole.scores == [0.75, 0.0, 0.5]
+    assert len(set(whole.keys["negative"])) == len(whole.keys["negative"]) == 5
+    assert [text[6:11] for text in texts(whole)] == ["n 3 0", "n 3 1", "n 3 2", "n 2 0", "n 2 1"]
+    drawn = {tuple(texts(batch(1, epoch))) for epoch in range(20)}
+    assert batch(1).negative_counts == [1, 0, 1]
+    assert len(drawn) == 6  # every choice of one of three and one of two
+    assert texts(batch(1, 5)) == texts(batch(1, 5))

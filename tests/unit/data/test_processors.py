@@ -180,7 +180,7 @@ def test_stored_features_replace_the_tokens(
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     create_features(tmp_path, keys=TEXTS, width=4)
     write_rows(tmp_path, start=0, rows=rows)
-    processor.feature_tables["text"] = load_features(tmp_path)
+    processor.text_features = load_features(tmp_path)
     items = [encode(processor, Item(text=text), seed=1) for text in TEXTS[::-1]]
     batch = processor.pad("text", [*items, processor.filler("text")])
     assert list(batch) == ["features"]
@@ -188,20 +188,6 @@ def test_stored_features_replace_the_tokens(
     assert "pixel_values" in encode(processor, Item(image=noise())).inputs
     with pytest.raises(DataError, match="no features are stored for 'mouse'"):
         encode(processor, Item(text="mouse"))
-
-
-def test_stored_image_features_refuse_augmentation(
-    image_settings: dict[str, Any], tmp_path: Path, noise: Noise
-) -> None:
-    pytest.importorskip("kornia")
-    flip = ImageAugmentation([{"RandomHorizontalFlip": {}}])
-    processor = build_item_processor(None, image_settings, max_length=None, augmentation=flip)
-    create_features(tmp_path, keys=[content_key(Item(image=noise()))], width=2)
-    write_rows(tmp_path, start=0, rows=np.ones((1, 2), np.float32))
-    processor.feature_tables["image"] = load_features(tmp_path)
-    assert encode(processor, Item(image=noise())).inputs["features"].tolist() == [1.0, 1.0]
-    with pytest.raises(ConfigError, match="stored image features cannot be augmented"):
-        encode(processor, Item(image=noise()), seed=0)
 
 
 def test_items_without_a_processor_are_refused(
@@ -215,11 +201,29 @@ def test_items_without_a_processor_are_refused(
         encode(image_only, Item(text="dog"))
 
 
-def test_item_holds_exactly_one_thing(processor: ItemProcessor, noise: Noise) -> None:
+def test_an_item_holds_something(processor: ItemProcessor) -> None:
     with pytest.raises(DataError, match="the item has neither text nor image"):
         encode(processor, Item())
-    with pytest.raises(DataError, match="the item has both text and image"):
-        encode(processor, Item(text="a", image=noise()))
+
+
+def test_an_item_of_both_has_the_inputs_of_both(processor: ItemProcessor, noise: Noise) -> None:
+    text, image = Item(text="a small dog"), Item(image=noise())
+    both = [encode(processor, Item(text=text.text, image=image.image)), processor.filler("joint")]
+    assert [item.stream for item in both] == ["joint", "joint"]
+    parts = encode(processor, text).inputs | encode(processor, image).inputs
+    assert {n: v.tolist() for n, v in both[0].inputs.items()} == {
+        n: v.tolist() for n, v in parts.items()
+    }
+    padded = processor.pad("joint", both)
+    assert padded["input_ids"].shape[0] == padded["pixel_values"].shape[0] == 2
+    assert padded["attention_mask"].sum(dim=1).tolist() == [len(parts["input_ids"]), 3]
+
+
+def test_the_instruction_stands_before_the_text(processor: ItemProcessor) -> None:
+    told = encode(processor, Item(text="dog", instruction="small "))
+    assert told.inputs["input_ids"].tolist() == (
+        encode(processor, Item(text="small dog")).inputs["input_ids"].tolist()
+    )
 
 
 def test_text_without_tokens_is_an_error(processor: ItemProcessor) -> None:

@@ -98,9 +98,9 @@ def test_mapping_to_a_missing_column_is_an_error() -> None:
         reader(["query", "positive"], column_mapping={"query": "qq"})
 
 
-@pytest.mark.parametrize("mode", ["m2i", "t2m", "text", "", "t2"])
+@pytest.mark.parametrize("mode", ["v2i", "t2v", "text", "", "t2"])
 def test_unknown_mode_is_refused(mode: str) -> None:
-    with pytest.raises(ConfigError, match="not a known mode; use t2t, t2i, i2t or i2i"):
+    with pytest.raises(ConfigError, match="not a known mode; write QUERY2POSITIVE with t"):
         reader(["query", "positive"], mode=mode)
 
 
@@ -139,12 +139,124 @@ def test_image_of_wrong_type_is_an_error(value: object) -> None:
         reader(["query", "image"], mode="t2i").read({"query": "a", "image": value}, 7)
 
 
-def test_explicit_negatives_are_refused_rather_than_dropped() -> None:
-    with pytest.raises(DataError, match="column 'negatives': explicit negatives are not trained"):
-        RecordReader(
-            ["query", "positive", "negatives"],
-            retrieval_mode="t2t",
-            column_mapping={},
-            image_root="",
-            origin="pairs.jsonl",
-        )
+def test_both_parts_of_an_item_are_read() -> None:
+    pairs = reader(["query", "query_image", "image"], mode="m2i", image_root="/r")
+    record = pairs.read({"query": "a", "query_image": "q.png", "image": "p.png"}, 0)
+    assert record.query == Item(text="a", image="/r/q.png")
+    assert record.positive == Item(image="/r/p.png")
+    assert pairs.parts == {"text", "image"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "a", "query_image": None}, "column 'query_image': None is no image"),
+        ({"query": " ", "query_image": "q.png"}, "column 'query': ' ' is a blank text"),
+    ],
+)
+def test_a_role_that_needs_what_the_record_lacks(row: dict[str, Any], message: str) -> None:
+    pairs = reader(["query", "query_image", "positive"], mode="m2t")
+    with pytest.raises(DataError, match=f"train.jsonl, record 5, {message}"):
+        pairs.read(row | {"positive": "b"}, 5)
+
+
+def test_free_mixing_takes_what_the_record_holds() -> None:
+    pairs = reader(["query", "query_image", "positive", "image"], mode="x2x")
+    rows = [("a", None, None, "p.png"), (None, "q.png", "b", ""), ("a", "q.png", "b", "p.png")]
+    names = ("query", "query_image", "positive", "image")
+    records = [pairs.read(dict(zip(names, row, strict=True)), 0) for row in rows]
+    assert [record.query for record in records] == [
+        Item(text="a"),
+        Item(image="q.png"),
+        Item(text="a", image="q.png"),
+    ]
+    assert [record.positive for record in records] == [
+        Item(image="p.png"),
+        Item(text="b"),
+        Item(text="b", image="p.png"),
+    ]
+    with pytest.raises(DataError, match="record 9: the query has neither text nor image"):
+        pairs.read(dict(zip(names, (None, " ", "b", None), strict=True)), 9)
+
+
+def test_free_mixing_needs_a_column_of_either_kind() -> None:
+    assert reader(["query", "positive_image"], mode="x2x").parts == {"text", "image"}
+    with pytest.raises(DataError, match="no column holds the text or image of the query"):
+        reader(["text", "positive"], mode="x2x")
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts"), [(None, []), ([], []), ("b", ["b"]), (["b", "c"], ["b", "c"])]
+)
+def test_negatives_are_a_list_or_one(cell: Any, texts: list[str]) -> None:
+    pairs = reader(["query", "positive", "negatives"])
+    record = pairs.read({"query": "a", "positive": "p", "negatives": cell}, 0)
+    assert record.negatives == tuple(Item(text=text) for text in texts)
+    assert pairs.has_negatives
+
+
+def test_negatives_are_of_the_positives_kind() -> None:
+    row = {"query": "a", "positive": "p.png", "negatives": ["n.png"]}
+    assert reader(list(row), mode="t2i").read(row, 0).negatives == (Item(image="n.png"),)
+    assert reader(list(row), mode="t2t").read(row, 0).negatives == (Item(text="n.png"),)
+    both = row | {"image": "p.png", "negative_images": ["m.png"]}
+    assert reader(list(both), mode="t2m").read(both, 0).negatives == (
+        Item(text="n.png", image="m.png"),
+    )
+    mixed = both | {"negatives": ["n", None], "negative_images": [None, "m.png"]}
+    assert reader(list(mixed), mode="t2x").read(mixed, 0).negatives == (
+        Item(text="n"),
+        Item(image="m.png"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ([" "], "column 'negatives', value 0: ' ' is a blank text"),
+        (["b", 3], "column 'negatives', value 1: 3 is int, not text"),
+        (3, "column 'negatives': 3 is int, not a list of negatives"),
+    ],
+)
+def test_bad_negatives_are_named(cell: Any, message: str) -> None:
+    pairs = reader(["query", "positive", "negatives"])
+    with pytest.raises(DataError, match=f"record 4, {message}"):
+        pairs.read({"query": "a", "positive": "p", "negatives": cell}, 4)
+
+
+def test_texts_and_images_of_negatives_go_together() -> None:
+    columns = ["query", "positive", "image", "negatives", "negative_images"]
+    row = dict(zip(columns, ["a", "p", "p.png", ["n"], ["m.png", "o.png"]], strict=True))
+    with pytest.raises(DataError, match="'negatives' has 1, 'negative_images' has 2 values"):
+        reader(columns, mode="t2m").read(row, 0)
+
+
+def test_labels_are_numbers_or_texts_and_an_id_is_none() -> None:
+    row = {"query": "a", "positive": "b", "id": 7}
+    assert reader(list(row)).read(row, 0).label is None
+    for name, value in (("label", 3), ("class_id", 3)):
+        labelled = {**row, name: value}
+        assert reader(list(labelled)).read(labelled, 0).label == 3
+    texts = [{**row, "label": text} for text in ("cat", "dog", "cat")]
+    first, second, third = (reader(list(texts[0])).read(text, 0).label for text in texts)
+    assert first == third != second
+    with pytest.raises(DataError, match="column 'label': None is no label"):
+        reader([*row, "label"]).read({**row, "label": None}, 0)
+
+
+@pytest.mark.parametrize("value", [None, "a", True, float("nan"), float("inf"), [1]])
+def test_scores_are_numbers(value: Any) -> None:
+    pairs = reader(["query", "positive", "score"])
+    assert pairs.read({"query": "a", "positive": "b", "score": 0.25}, 0).score == 0.25
+    with pytest.raises(DataError, match=r"column 'score': .* is no score"):
+        pairs.read({"query": "a", "positive": "b", "score": value}, 0)
+
+
+def test_instructions_go_with_the_role() -> None:
+    pairs = reader(
+        ["query", "positive", "negatives"],
+        instructions={"query": "find: ", "positive": "passage: "},
+    )
+    record = pairs.read({"query": "a", "positive": "b", "negatives": "c"}, 0)
+    assert record.query.instruction == "find: "
+    assert record.positive.instruction == record.negatives[0].instruction == "passage: "

@@ -42,7 +42,7 @@ class ColorModel(nn.Module):
     def __init__(self, *, collapsed: bool, streams: tuple[str, ...]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3, 3) if collapsed else torch.eye(3))
-        self.streams = streams
+        self.parts = self.streams = streams
 
     def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {stream: chunk["features"] @ self.weight for stream, chunk in inputs.items()}
@@ -195,7 +195,7 @@ def test_recall_that_every_model_reaches(command: Callable[..., tuple[int, str, 
 def test_mode_must_be_known(command: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = command(retrieval_mode=None)
     assert code == 2
-    assert "model does not state one; give --config_override retrieval_mode=t2t, t2i" in err
+    assert "model does not state one; give --config_override retrieval_mode=QUERY2POSITIVE" in err
 
 
 def test_model_must_have_the_towers(command: Callable[..., tuple[int, str, str]]) -> None:

@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from vembed_ds.errors import VembedError
-from vembed_ds.evaluation.metrics import (
-    first_relevant_rank,
-    mean_reciprocal_rank,
-    recall_at_k,
-    top_documents,
-)
+from vembed_ds.evaluation import metrics
+from vembed_ds.evaluation.metrics import mean_reciprocal_rank, recall_at_k
+from vembed_ds.similarity import Embeddings
+
+
+def first_relevant_rank(
+    queries: torch.Tensor, corpus: torch.Tensor, relevant: list[list[int]], *, chunk_size: int
+) -> torch.Tensor:
+    pair = Embeddings(queries), Embeddings(corpus)
+    return metrics.first_relevant_rank(*pair, relevant, chunk_size=chunk_size)
+
+
+def top_documents(
+    queries: torch.Tensor, corpus: torch.Tensor, *, k: int, chunk_size: int
+) -> torch.Tensor:
+    pair = Embeddings(queries), Embeddings(corpus)
+    return metrics.top_documents(*pair, k=k, chunk_size=chunk_size)
 
 
 def plain_rank(query: torch.Tensor, corpus: torch.Tensor, relevant: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_clips_own_temperature_is_lifted_frozen_or_replaced() -> None:
     own = fixed.encoder.backbone.logit_scale
     assert own.shape == (1,)
     assert not own.requires_grad
-    learned = build_model(spec(one=CLIP), init_temperature=0.05)
+    learned = build_model(spec(one=CLIP), init_logit_scale=-math.log(0.05))
     assert "logit_scale" not in dict(learned.encoder.backbone.named_parameters())
     assert float(learned.logit_scale.detach().exp()) == pytest.approx(20.0)
     outputs = learned({"image": {"pixel_values": PIXELS}})
