@@ -161,6 +161,7 @@ def test_settings_of_a_composed_encoder(train: Callable[..., Any], tmp_path: Pat
         "format_version": 1,
         "encoder_mode": "composed",
         "streams": ["text", "image"],
+        "topk_tokens": None,
         "pooling": {"text": "mean", "image": "cls"},
         "pooling_method": "mean",
         "projections": {

@@ -95,10 +95,9 @@ class EmbeddingModel(nn.Module):
         """
         outputs: dict[str, Tensor] = {}
         for stream, chunk in inputs.items():
-            embeddings = self.encoder(stream, chunk)
-            outputs[stream] = embeddings.values
-            if embeddings.mask is not None:
-                outputs[f"{stream}/mask"] = embeddings.mask
+            outputs[stream], *mask = self.encoder(stream, chunk)
+            if mask:
+                outputs[f"{stream}/mask"] = mask[0]
         for name, parameter in ((LOGIT_SCALE, self.logit_scale), (LOGIT_BIAS, self.logit_bias)):
             if parameter is not None:
                 # A tensor of its own: an output that *is* a parameter loses its engine hooks.

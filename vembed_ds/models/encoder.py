@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vembed_ds.models.pooling import best_patches, pool, token_states
-from vembed_ds.similarity import Embeddings
 
 JOINT = "joint"
+
+# What the modules give: embeddings, and the mask of token embeddings. A plain tuple, because under
+# ZeRO-3 DeepSpeed looks for tensors in a module's output and knows no other containers.
+Rows = tuple[Tensor, ...]
+
 IMAGE_INPUTS = frozenset({"pixel_values", "pixel_attention_mask", "spatial_shapes"})
 
 
@@ -60,7 +64,7 @@ class TowerEncoder(nn.Module):
         outputs = self.backbone(**_in_dtype_of(self, inputs))
         return pool(outputs, inputs.get("attention_mask"), method=self.pooling)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Embeddings:
+    def forward(self, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk.
 
         Args:
@@ -68,27 +72,28 @@ class TowerEncoder(nn.Module):
                 when a frozen backbone's features were computed before.
 
         Returns:
-            ``[n, D]``, or ``[n, L, D]`` with a mask, in the tower's dtype, not normalised.
+            ``[n, D]``, or ``[n, L, D]`` and their mask ``[n, L]`` bool; in the tower's dtype, not
+            normalised.
         """
         if self.gives_tokens:
             return self._tokens(inputs)
         if "features" in inputs:
-            return Embeddings(self._projected(_in_dtype_of(self, inputs)["features"]))
+            return (self._projected(_in_dtype_of(self, inputs)["features"]),)
         if not self.layers:
-            return Embeddings(self._projected(self.features(inputs)))
+            return (self._projected(self.features(inputs)),)
         outputs = self.backbone(**_in_dtype_of(self, inputs), output_hidden_states=True)
         mask = inputs.get("attention_mask")
         states = [outputs.hidden_states[layer] for layer in self.layers]
         pooled = [pool(_States(state), mask, method=self.pooling) for state in states]
         pooled.append(pool(outputs, mask, method=self.pooling))
-        return Embeddings(torch.cat([self._projected(rows) for rows in pooled], dim=-1))
+        return (torch.cat([self._projected(rows) for rows in pooled], dim=-1),)
 
-    def _tokens(self, inputs: Mapping[str, Tensor]) -> Embeddings:
+    def _tokens(self, inputs: Mapping[str, Tensor]) -> Rows:
         outputs = self.backbone(**_in_dtype_of(self, inputs))
         tokens, mask = token_states(outputs, inputs.get("attention_mask"))
         if self.topk_tokens is not None and "pixel_values" in inputs:
             tokens, mask = best_patches(tokens, mask, number=self.topk_tokens)
-        return Embeddings(self._projected(tokens), mask)
+        return self._projected(tokens), mask
 
     def _projected(self, rows: Tensor) -> Tensor:
         return self.projection(rows) if self.projection is not None else rows
@@ -138,13 +143,13 @@ class TowersEncoder(nn.Module):
             return any(self.trainable(part) for part in self.parts)
         return any(parameter.requires_grad for parameter in self.towers[stream].parameters())
 
-    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Embeddings:
+    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk of one stream."""
         if stream == JOINT:
             text, image = split_joint(inputs)
             return fuse(self.tower("text")(text), self.tower("image")(image))
-        embeddings: Embeddings = self.towers[stream](inputs)
-        return embeddings
+        rows: Rows = self.towers[stream](inputs)
+        return rows
 
 
 class TwoTowerEncoder(nn.Module):
@@ -184,18 +189,19 @@ class TwoTowerEncoder(nn.Module):
         modules = [*self.backbone_modules(stream), *([self.projection] if self.projection else [])]
         return any(p.requires_grad for module in modules for p in module.parameters())
 
-    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Embeddings:
+    def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk of one stream: ``[n, D]``, not normalised."""
         if stream == JOINT:
             text, image = split_joint(inputs)
-            return fuse(self("text", text), self("image", image))
+            return fuse(self._embed("text", text), self._embed("image", image))
+        return self._embed(stream, inputs)
+
+    def _embed(self, part: str, inputs: Mapping[str, Tensor]) -> Rows:
         backbone: Any = self.backbone
-        encode = backbone.get_text_features if stream == "text" else backbone.get_image_features
+        encode = backbone.get_text_features if part == "text" else backbone.get_image_features
         outputs = encode(**_in_dtype_of(self, inputs))
         embeddings: Tensor = getattr(outputs, "pooler_output", outputs)
-        if self.projection is not None:
-            embeddings = self.projection(embeddings)
-        return Embeddings(embeddings)
+        return (self.projection(embeddings) if self.projection is not None else embeddings,)
 
 
 def split_joint(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -204,19 +210,18 @@ def split_joint(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return {name: value for name, value in inputs.items() if name not in image}, image
 
 
-def fuse(text: Embeddings, image: Embeddings) -> Embeddings:
+def fuse(text: Rows, image: Rows) -> Rows:
     """One embedding of an item that is both: the sum of the two, each of unit norm.
 
     Its cosine with a third is the mean of the parts' cosines, up to a factor of the item alone
     (score fusion of UniIR, Wei et al. 2023, section 4.1). Of token embeddings all are kept.
     """
-    if text.mask is not None and image.mask is not None:
-        return Embeddings(
-            torch.cat([text.values, image.values], dim=1),
-            torch.cat([text.mask, image.mask], dim=1),
-        )
-    parts = (functional.normalize(part.values.float(), dim=-1) for part in (text, image))
-    return Embeddings(sum(parts, torch.zeros((), device=text.values.device)))
+    if len(text) == 2:
+        return tuple(torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+    unit_text, unit_image = (
+        functional.normalize(part[0].float(), dim=-1) for part in (text, image)
+    )
+    return (unit_text + unit_image,)
 
 
 def build_projection(width: int, projection_dim: int, *, num_layers: int) -> nn.Module:
