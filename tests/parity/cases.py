@@ -127,7 +127,7 @@ def rank_roles(kind: str, step: int) -> dict[str, list[EncodedItem]]:
 
 def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel:
     """The project's model on the weights that the reference has."""
-    if kind == "clip":
+    if kind in ("clip", "fused clip"):
         spec = ModelSpec({"": BackboneSource(name=str(folder / "clip"))})
         return build_model(spec, init_logit_scale=-math.log(temperature))
     if kind == "shared":

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 GLOBAL_BATCH = 12
+FUSED = ("fused clip", "fused towers")  # items of every kind in both roles
 VOCAB, EOS = 50, 49
 Item = tuple[str, dict[str, np.ndarray]]
 
@@ -85,6 +86,10 @@ def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
     num_images = GLOBAL_BATCH
     if kind == "shared" or (kind == "skip" and step == 1):
         num_images = 0
+    if kind in FUSED:
+        return [
+            {role: _any(generator) for role in ("query", "positive")} for _ in range(num_images)
+        ]
     if kind == "mixed":  # of two ranks, one has images only and the other none
         num_images = GLOBAL_BATCH // 2
     return [
@@ -99,11 +104,14 @@ def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
 def fillers() -> dict[str, Item]:
     """A valid item per stream, which no role refers to."""
     generator = np.random.default_rng(0)
-    return {"text": _text(generator), "image": _image(generator)}
+    text, image = _text(generator), _image(generator)
+    return {"text": text, "image": image, "joint": ("joint", text[1] | image[1])}
 
 
 def pad(stream: str, items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """Right-pad a chunk's items to one batch."""
+    if stream == "joint":
+        return pad("text", items) | pad("image", items)
     if stream == "image":
         return {"pixel_values": torch.stack([torch.from_numpy(i["pixel_values"]) for i in items])}
     longest = max(len(item["input_ids"]) for item in items)
@@ -114,6 +122,12 @@ def pad(stream: str, items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         ids[row, :length] = torch.from_numpy(item["input_ids"])
         mask[row, :length] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _any(generator: np.random.Generator) -> Item:
+    """A text, an image, or an item that is both."""
+    text, image = _text(generator), _image(generator)
+    return [text, image, ("joint", text[1] | image[1])][generator.integers(3)]
 
 
 def _text(generator: np.random.Generator) -> Item:

@@ -25,7 +25,7 @@ class PlainModel(nn.Module):
         self.parts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.logit_scale = None
-        if kind == "clip":
+        if kind in ("clip", "fused clip"):
             self.parts["clip"] = AutoModel.from_pretrained(folder / "clip")
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         elif kind == "shared":
@@ -40,10 +40,15 @@ class PlainModel(nn.Module):
             self.parts["text"].requires_grad_(False)
 
     def forward(self, stream: str, inputs: dict[str, Tensor]) -> Tensor:
+        if stream == "joint":
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            image = {"pixel_values": inputs["pixel_values"]}
+            parts = [self("text", text), self("image", image)]
+            return sum(functional.normalize(part.float(), dim=-1) for part in parts)
         if stream == "image":
             dtype = next(self.parameters()).dtype
             inputs = {"pixel_values": inputs["pixel_values"].to(dtype)}
-        if self.kind == "clip":
+        if self.kind in ("clip", "fused clip"):
             clip = self.parts["clip"]
             encode = clip.get_text_features if stream == "text" else clip.get_image_features
             return encode(**inputs).pooler_output

@@ -14,6 +14,7 @@ where they run the same code:
   with dropout on, so that recomputation must also restore the random state.
 * "mixed" (one rank has only images to embed beside its queries, the other only texts, so that
   each runs chunks of filler) is run without dropout: fillers draw random numbers of their own.
+* "fused": texts, images and items that are both, at random in both roles.
 * "One chunk" is the standard step: `compute_gradient` with a single chunk whose graph is kept.
 """
 
@@ -27,7 +28,7 @@ import pytest
 import torch
 
 from tests.parity.conftest import ds_config, update_error
-from tests.parity.data import GLOBAL_BATCH
+from tests.parity.data import FUSED, GLOBAL_BATCH
 from tests.worlds import World
 
 KINDS = ["shared", "composed", "clip", "frozen", "skip"]
@@ -54,7 +55,7 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("kind", [*KINDS, "mixed", *FUSED])
 def test_plain(
     world: Callable[[int], World],
     folders: dict[float, Path],

@@ -178,14 +178,53 @@ class ModelConfig(Section):
     )
 
 
+class DatasetEntry(Section):
+    """One of several data sets; what is null is as it is for all."""
+
+    name: Text | None = None
+    data_path: DataPaths
+    val_data_path: DataPaths | None = None
+    weight: PositiveFloat = 1.0
+    image_root: str | None = None
+    column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] | None = None
+    retrieval_mode: Annotated[str, AfterValidator(_known_mode)] | None = None
+    query_instruction: str | None = None
+    document_instruction: str | None = None
+    max_negatives: PositiveInt | None = None
+    loss: dict[str, Any] = {}
+
+
+DatasetEntries = Annotated[tuple[DatasetEntry, ...], BeforeValidator(_as_tuple)]
+
+
 class DataConfig(Section):
     """Pairs, images and how they are read."""
 
-    data_path: DataPaths = Field(
-        description="Training pairs: file (.jsonl .csv .tsv .parquet), data set folder or hub name, or a list."
+    data_path: DataPaths | None = Field(
+        default=None,
+        description="Training pairs: file (.jsonl .csv .tsv .parquet), data set folder or hub name, or a list.",
     )
     val_data_path: DataPaths | None = Field(
         default=None, description="Validation pairs, in the same forms; null: no evaluation."
+    )
+    datasets: DatasetEntries = Field(
+        default=(),
+        description="Instead of data_path, several data sets: a list of mappings with data_path and, where they differ, name, val_data_path, weight (passes per epoch), image_root, column_mapping, retrieval_mode, query_instruction, document_instruction, max_negatives, loss (keys of the section loss; needs batching: homogeneous).",
+    )
+    batching: Literal["mixed", "homogeneous"] = Field(
+        default="mixed",
+        description="Of several data sets: every global batch mixes them, or comes from one.",
+    )
+    no_duplicates: bool = Field(
+        default=False,
+        description="No query, positive or negative twice in a global batch; reads every record once at the start.",
+    )
+    on_bad_record: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="What a record does that cannot be used; skip: all records are tried before training, and the bad ones left out and listed.",
+    )
+    max_bad_records: NonNegativeInt = Field(
+        default=100, description="Most records of a data set that may be skipped."
     )
     image_root: str = Field(default="", description="Folder that relative image paths start from.")
     column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] = Field(

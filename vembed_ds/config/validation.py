@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from vembed_ds.config.schema import Config, ScratchModel
+from vembed_ds.config.schema import Config, DatasetEntry, ScratchModel
 from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -120,7 +120,9 @@ def _workers(config: Config) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    if config.run.eval_steps and config.data.val_data_path is None:
+    entries = config.data.datasets
+    paths = [config.data.val_data_path, *(entry.val_data_path for entry in entries)]
+    if config.run.eval_steps and not any(paths):
         yield (
             f"eval_steps={config.run.eval_steps}: there is nothing to evaluate on; "
             "set val_data_path, or eval_steps=0"
@@ -134,7 +136,46 @@ def _recall(config: Config) -> Iterator[str]:
 
 
 def _training_data(config: Config) -> Iterator[str]:
-    yield from _data_problems("data_path", config.data.data_path)
+    data = config.data
+    if not data.data_path and not data.datasets:
+        yield "data_path: required, but not given; set data_path, or datasets for several"
+    if data.data_path and data.datasets:
+        yield f"data_path={data.data_path!r}: stands beside datasets; keep one of the two"
+    yield from _data_problems("data_path", data.data_path or ())
+
+
+def _datasets(config: Config) -> Iterator[str]:
+    entries = config.data.datasets
+    for place, entry in enumerate(entries):
+        key = f"datasets[{place}]"
+        yield from _data_problems(f"{key}.data_path", entry.data_path)
+        yield from _data_problems(f"{key}.val_data_path", entry.val_data_path or ())
+        if entry.image_root and not Path(entry.image_root).is_dir():
+            yield f"{key}.image_root={entry.image_root!r}: no such folder; check the path"
+        if entry.loss and config.data.batching != "homogeneous":
+            yield (
+                f"{key}.loss: a loss of its own needs batches of its own; set batching: "
+                "homogeneous, or remove it"
+            )
+    names = [dataset_name(entry, place) for place, entry in enumerate(entries)]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        yield f"datasets: {min(repeated)!r} stands there twice; give each a name of its own"
+
+
+def dataset_name(entry: DatasetEntry, place: int) -> str:
+    """The name of one of several data sets: given, or its file's."""
+    if entry.name is not None:
+        return entry.name
+    path = entry.data_path if isinstance(entry.data_path, str) else entry.data_path[0]
+    return Path(path).stem or str(place)
+
+
+def _batching(config: Config) -> Iterator[str]:
+    if config.data.batching == "homogeneous" and len(config.data.datasets) < 2:
+        yield (
+            "batching='homogeneous': there is only one data set; remove batching, or list several "
+            "under datasets"
+        )
 
 
 def _validation_data(config: Config) -> Iterator[str]:
@@ -182,9 +223,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("topk_tokens", "pooling_method"), _late_interaction),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
-    (("eval_steps", "val_data_path"), _evaluation),
+    (("eval_steps", "val_data_path", "datasets"), _evaluation),
     (("eval_recall_k",), _recall),
-    (("data_path",), _training_data),
+    (("data_path", "datasets"), _training_data),
+    (("datasets", "batching"), _datasets),
+    (("batching", "datasets"), _batching),
     (("val_data_path",), _validation_data),
     (("image_root",), _image_root),
     (("output_dir",), _output),

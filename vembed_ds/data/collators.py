@@ -26,6 +26,7 @@ class Batch:
         negative_counts: How many negatives each record has; ``None`` when the data has none.
         labels: Class of each record; ``None`` when the data has no classes.
         scores: Graded similarity of each record; ``None`` when the data has none.
+        member: Number of the data set, where every batch comes from one.
         error: What went wrong in a worker; the batch is empty then, and the trainer must
             agree on the error over all ranks before it raises it.
     """
@@ -36,6 +37,7 @@ class Batch:
     negative_counts: list[int] | None = None
     labels: list[int] | None = None
     scores: list[float] | None = None
+    member: int = 0
     error: VembedError | None = None
 
 
@@ -53,6 +55,7 @@ def join(parts: Sequence[Batch]) -> Batch:
         negative_counts=_all_or_none([part.negative_counts for part in parts]),
         labels=_all_or_none([part.labels for part in parts]),
         scores=_all_or_none([part.scores for part in parts]),
+        member=parts[0].member,
     )
 
 
@@ -75,6 +78,7 @@ def _batch_of(sample: Sample) -> Batch:
         negative_counts=None if negatives is None else [len(negatives)],
         labels=None if sample.label is None else [sample.label],
         scores=None if sample.score is None else [sample.score],
+        member=sample.member,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,6 +31,7 @@ class Sample:
         keys: The content of each of these items as a 64-bit number, equal for equal content.
         label: Class, where the data has classes.
         score: Graded similarity, where the data has one.
+        member: Number of its data set, where there are several.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Sample:
     keys: dict[str, list[int]]
     label: int | None = None
     score: float | None = None
+    member: int = 0
 
 
 class PairDataset(Dataset[Sample | VembedError]):
@@ -67,6 +69,7 @@ class PairDataset(Dataset[Sample | VembedError]):
         self.seed = seed
         self.max_negatives = max_negatives
         self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
+        self._rows: Sequence[int] = range(table.num_rows)
 
     def only(self, role: str) -> Self:
         """The same rows, of which only ``role`` is encoded."""
@@ -74,23 +77,30 @@ class PairDataset(Dataset[Sample | VembedError]):
         view.roles = (role,)
         return view
 
+    def without(self, rows: Collection[int]) -> Self:
+        """All rows but these."""
+        view = copy.copy(self)
+        view._rows = [row for row in self._rows if row not in rows]
+        return view
+
     def __len__(self) -> int:
         """Number of rows."""
-        return int(self.table.num_rows)
+        return len(self._rows)
 
     def record(self, index: int) -> Record:
-        """The record of one row, not decoded.
+        """A record, not decoded; it has the number of its row in the table.
 
         Raises:
             DataError: When a value of the row is unusable.
         """
+        number = self._rows[index]
         try:
-            row = self.table[index]
+            row = self.table[number]
         except UnicodeDecodeError as error:  # Arrow checks texts only when they are read
             raise DataError(
-                f"{self.reader.origin}, record {index}: {error}; save the file as UTF-8"
+                f"{self.reader.origin}, record {number}: {error}; save the file as UTF-8"
             ) from error
-        return self.reader.read(row, index)
+        return self.reader.read(row, number)
 
     def __getitem__(self, key: SampleKey | int) -> Sample | VembedError:
         """Encodes one row; a ``SampleKey`` augments images, a plain row number does not.
@@ -114,8 +124,8 @@ class PairDataset(Dataset[Sample | VembedError]):
                 role: [
                     self.processor.encode(
                         item,
-                        origin=f"{self.reader.origin}, record {index}, {role}",
-                        augment_seed=self._augment_seed(role, index, place, epoch=epoch),
+                        origin=f"{self.reader.origin}, record {record.index}, {role}",
+                        augment_seed=self._augment_seed(role, record.index, place, epoch=epoch),
                     )
                     for place, item in enumerate(found)
                 ]

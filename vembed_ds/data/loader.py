@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vembed_ds.data.collators import Batch, collate, join
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.mixture import Mixture
 from vembed_ds.data.sampler import SampleKey
 
 Keys = Sequence[SampleKey] | Sequence[int]
@@ -35,7 +36,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: PairDataset,
+        dataset: PairDataset | Mixture,
         batches: Iterable[Keys],
         *,
         num_workers: int,

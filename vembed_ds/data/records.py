@@ -116,6 +116,7 @@ class RecordReader:
         self.origin = origin
         self.image_root = image_root
         self.instructions = dict(instructions or {})
+        self.retrieval_mode = retrieval_mode
         self.letters = read_mode(retrieval_mode)
         chooser = _Columns(
             columns, column_mapping, place=f"{origin} (retrieval_mode={retrieval_mode})"

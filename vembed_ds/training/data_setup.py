@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import datasets
 
-from vembed_ds.config.schema import Config, DataConfig
+from vembed_ds.config.schema import Config, DataConfig, DatasetEntry
+from vembed_ds.config.validation import dataset_name
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.data.images import first_missing_image
+from vembed_ds.data.mixture import Mixture
+from vembed_ds.data.order import Order
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import RecordReader
+from vembed_ds.data.skipping import check_number, find_bad_records
 from vembed_ds.distributed import comm
 from vembed_ds.evaluation.retrieval import Judgments, check_recall_k, read_judgments
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.training.model_setup import setup_processor
+
+ONLY = ""  # the name of the data when there is one data set
 
 
 @dataclass(frozen=True)
@@ -25,62 +32,122 @@ class Source:
 
     table: datasets.Dataset
     reader: RecordReader
+    max_negatives: int | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation pairs, and which documents answer which queries."""
+
+    dataset: PairDataset
+    judgments: Judgments
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The data of a run, and what turns it into model inputs."""
+    """The data of a run, and what turns it into model inputs.
+
+    Attributes:
+        processor: Encodes items.
+        train: The training data.
+        order: Its global batches.
+        fingerprint: Of the training data.
+        val: Validation data by name of the data set.
+        skipped: Messages of the records that are left out.
+    """
 
     processor: ItemProcessor
-    train: PairDataset
+    train: Mixture
+    order: Order
     fingerprint: str
-    val: PairDataset | None = None
-    judgments: Judgments | None = None
+    val: dict[str, Validation] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
 
 
 def setup_data(config: Config, spec: ModelSpec) -> RunData:
     """Processor, training and validation data, all checked. Collective."""
-    train_source = open_source(config.data, key="data_path")
-    val_source = open_source(config.data, key="val_data_path")
-    assert train_source is not None  # data_path is required
-    processor = setup_processor(config, spec, needed=train_source.reader)
-    train_data = build_dataset(train_source, processor=processor, config=config)
-    check_records(train_data)
-    comm.require_equal(len(train_data), what="number of records in data_path")
-    digest = fingerprint(train_data.table)
-    if val_source is None:
-        return RunData(processor, train_data, digest)
-    val_data = build_dataset(val_source, processor=processor, config=config)
-    check_records(val_data)
-    comm.require_equal(len(val_data), what="number of records in val_data_path")
-    judgments = read_judgments(val_data)
-    check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=val_source.reader.origin)
-    return RunData(processor, train_data, digest, val_data, judgments)
+    entries = dataset_entries(config.data)
+    sources = {
+        name: open_source(entry, key=_key(name, "data_path")) for name, entry in entries.items()
+    }
+    processor = setup_processor(config, spec, needed=[source.reader for source in sources.values()])
+    members, skipped = [], []
+    for source in sources.values():
+        member = build_dataset(source, processor=processor, config=config)
+        member, messages = _usable(member, config.data)
+        comm.require_equal(len(member), what=f"number of records in {source.reader.origin}")
+        members.append(member)
+        skipped += messages
+    digests = [
+        fingerprint(source.table.select_columns(source.reader.columns))
+        for source in sources.values()
+    ]
+    mixed = config.data.batching == "mixed"
+    train = Mixture(members, mixed=mixed)
+    order = Order(
+        [len(member) for member in members],
+        weights=[entry.weight for entry in entries.values()],
+        global_batch_size=config.training.batch_size * comm.world_size(),
+        seed=config.training.seed,
+        homogeneous=not mixed,
+        keys=train.content_keys() if config.data.no_duplicates else None,
+        names=[source.reader.origin for source in sources.values()],
+    )
+    return RunData(
+        processor,
+        train,
+        order,
+        fingerprint=digests[0] if len(digests) == 1 else "+".join(digests),
+        val=_setup_validation(config, entries, processor),
+        skipped=skipped,
+    )
 
 
-def open_source(config: DataConfig, *, key: str) -> Source | None:
-    """Open ``data_path`` or ``val_data_path`` memory-mapped; ``None`` when it is not set.
+def dataset_entries(config: DataConfig) -> dict[str, DatasetEntry]:
+    """The data sets of a run by name, with everything that they share filled in."""
+    shared = {
+        name: getattr(config, name)
+        for name in (
+            "image_root",
+            "column_mapping",
+            "retrieval_mode",
+            "query_instruction",
+            "document_instruction",
+            "max_negatives",
+        )
+    }
+    if not config.datasets:
+        paths = {"data_path": config.data_path, "val_data_path": config.val_data_path}
+        return {ONLY: DatasetEntry.model_validate(paths | shared)}
+    filled = {}
+    for place, entry in enumerate(config.datasets):
+        own = {name: value for name, value in entry if value is not None}
+        filled[dataset_name(entry, place)] = DatasetEntry.model_validate(shared | own)
+    return filled
+
+
+def open_source(entry: DatasetEntry, *, key: str) -> Source:
+    """Open a data set's ``data_path`` or ``val_data_path`` memory-mapped.
 
     Raises:
         DataError: The file or its columns do not fit.
     """
-    value = getattr(config, key)
-    if value is None:
-        return None
+    value = entry.val_data_path if key.endswith("val_data_path") else entry.data_path
+    assert value is not None
     paths = [value] if isinstance(value, str) else list(value)
     table = load_table(paths, key=key)
     reader = RecordReader(
         table.column_names,
-        retrieval_mode=config.retrieval_mode,
-        column_mapping=config.column_mapping,
-        image_root=config.image_root,
+        retrieval_mode=entry.retrieval_mode or "",
+        column_mapping=entry.column_mapping or {},
+        image_root=entry.image_root or "",
         origin=", ".join(paths),
         instructions={
-            "query": config.query_instruction,
-            "positive": config.document_instruction,
+            "query": entry.query_instruction or "",
+            "positive": entry.document_instruction or "",
         },
     )
-    return Source(table, reader)
+    return Source(table, reader, entry.max_negatives)
 
 
 def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -> PairDataset:
@@ -90,8 +157,42 @@ def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -
         reader=source.reader,
         processor=processor,
         seed=config.training.seed,
-        max_negatives=config.data.max_negatives,
+        max_negatives=source.max_negatives,
     )
+
+
+def _setup_validation(
+    config: Config, entries: Mapping[str, DatasetEntry], processor: ItemProcessor
+) -> dict[str, Validation]:
+    found = {}
+    shared = config.data.model_copy(update={"datasets": (), "data_path": "."})
+    validated = {ONLY: dataset_entries(shared)[ONLY], **entries}
+    for name, entry in validated.items():
+        if entry.val_data_path is None:
+            continue
+        source = open_source(entry, key=_key(name, "val_data_path"))
+        dataset = build_dataset(source, processor=processor, config=config)
+        check_records(dataset)
+        comm.require_equal(len(dataset), what=f"number of records in {source.reader.origin}")
+        judgments = read_judgments(dataset)
+        check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=source.reader.origin)
+        found[name] = Validation(dataset, judgments)
+    return found
+
+
+def _key(name: str, key: str) -> str:
+    return f"datasets[{name}].{key}" if name else key
+
+
+def _usable(dataset: PairDataset, config: DataConfig) -> tuple[PairDataset, list[str]]:
+    """The records to train on, and why the others are not. Collective."""
+    if config.on_bad_record == "fail":
+        check_records(dataset)
+        return dataset, []
+    bad = find_bad_records(dataset, num_threads=config.num_workers)
+    origin = dataset.reader.origin
+    check_number(bad, limit=config.max_bad_records, origin=origin, total=len(dataset))
+    return dataset.without({record.row for record in bad}), [record.message for record in bad]
 
 
 def check_records(dataset: PairDataset) -> None:

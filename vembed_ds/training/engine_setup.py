@@ -75,7 +75,7 @@ def build_engine(
 ) -> tuple[EmbeddingModel, TrainEngine]:
     """The model inside its engine; frozen text features are computed on the way. Collective."""
     seed_everything(config.training.seed)
-    used = data.train.reader.parts
+    used = data.train.parts
     zero_stage = ds_config["zero_optimization"]["stage"]
     model = setup_model(config, spec, used=used, zero_stage=zero_stage)
     logger.info("pooling: %s", model.pooling())
@@ -84,7 +84,7 @@ def build_engine(
     if config.model.cache_frozen_encoder and "text" in used and has_frozen_text_tower(model):
         cache_text_features(
             model,
-            [dataset for dataset in (data.train, data.val) if dataset is not None],
+            [*data.train.members, *(found.dataset for found in data.val.values())],
             processor=data.processor,
             folder=folder / "frozen_text_features",
             device=torch.device(get_accelerator().current_device_name()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -99,22 +99,24 @@ def _layer_drop(model: EmbeddingModel) -> str | None:
     return None
 
 
-def setup_processor(config: Config, spec: ModelSpec, *, needed: RecordReader) -> ItemProcessor:
+def setup_processor(
+    config: Config, spec: ModelSpec, *, needed: Sequence[RecordReader]
+) -> ItemProcessor:
     """Tokenizer and image processor of the model; no weights are loaded.
 
     Args:
         config: The run's configuration.
         spec: The model's shape.
-        needed: Knows what the data gives.
+        needed: Readers of all data sets, which know what the data gives.
 
     Raises:
         ConfigError: The model has no tower for a role, or its processor cannot be loaded.
     """
     sources = _stream_sources(spec)
-    for part in sorted(needed.parts - set(sources)):
-        role, column = needed.columns_of(part)[0]
+    for reader, part in ((r, part) for r in needed for part in sorted(r.parts - set(sources))):
+        role, column = reader.columns_of(part)[0]
         raise ConfigError(
-            f"retrieval_mode={config.data.retrieval_mode}: the {role} is of kind {part} (column "
+            f"retrieval_mode={reader.retrieval_mode}: the {role} is of kind {part} (column "
             f"{column!r}), but the model embeds {' and '.join(sources)} only; choose another model "
             "or mode"
         )

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 DS_CONFIG_FILE = "ds_config.json"
+SKIPPED_FILE = "skipped_records.txt"
+_SHOWN = 10
 _PREVIOUS = "previous-"
 _PROBE = ".seen-by-every-rank"
 _PROBE_SECONDS = 20
@@ -35,6 +37,7 @@ _WRITTEN = (
     "latest",
     "frozen_text_features",
     FROZEN_FILE,
+    SKIPPED_FILE,
 )
 
 
@@ -54,6 +57,19 @@ def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bo
     (folder / CONFIG_FILE).write_text(dump_config(config))
     (folder / DS_CONFIG_FILE).write_text(json.dumps(ds_config, indent=2))
     return folder
+
+
+def list_skipped(folder: Path, messages: Sequence[str]) -> None:
+    """Say which records are left out: all in a file, the first few in the log. Rank 0 only."""
+    if not messages:
+        return
+    path = folder / SKIPPED_FILE
+    path.write_text("".join(f"{' '.join(message.split())}\n" for message in messages))
+    for message in messages[:_SHOWN]:
+        logger.warning("skipped: %s", message)
+    logger.warning(
+        "%d records cannot be used and are left out; all are listed in %s", len(messages), path
+    )
 
 
 def check_shared(folder: Path) -> None:

@@ -14,10 +14,12 @@ from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.store import load_checkpoint, save_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import collate
-from vembed_ds.data.dataset import PairDataset, Sample
+from vembed_ds.data.dataset import Sample
 from vembed_ds.data.loader import BatchLoader
+from vembed_ds.data.mixture import Mixture
+from vembed_ds.data.order import permutation
 from vembed_ds.data.processors import ItemProcessor
-from vembed_ds.data.sampler import GlobalBatchSampler, epoch_permutation, steps_per_epoch
+from vembed_ds.data.sampler import GlobalBatchSampler
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
@@ -30,7 +32,7 @@ from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import RunData, setup_data
 from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
 from vembed_ds.training.model_setup import model_spec
-from vembed_ds.training.output import check_shared, prepare_output
+from vembed_ds.training.output import check_shared, list_skipped, prepare_output
 from vembed_ds.training.resuming import choose_checkpoint, run_identity
 from vembed_ds.training.trainer import Intervals, Trainer
 
@@ -69,12 +71,12 @@ def train(
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
     spec = model_spec(config.model)
     data = setup_data(config, spec)
-    intervals = plan_run(config, num_records=len(data.train))
+    intervals = plan_run(config, per_epoch=data.order.steps_per_epoch)
     identity = run_identity(config, ds_config, data, intervals)
     checkpoint, step = choose_checkpoint(config, ds_config, identity, intervals, resume)
     folder = Path(config.run.output_dir)
     tracker = comm.run_together(
-        lambda: _open_output(config, ds_config, checkpoint=checkpoint, step=step),
+        lambda: _open_output(config, ds_config, data.skipped, checkpoint=checkpoint, step=step),
         doing=f"output_dir={config.run.output_dir!r}",
     )
     check_shared(folder)
@@ -90,15 +92,16 @@ def train(
     return trainer.train()
 
 
-def plan_run(config: Config, *, num_records: int) -> Intervals:
+def plan_run(config: Config, *, per_epoch: int) -> Intervals:
     """How many steps, and what happens when.
 
+    Args:
+        config: The configuration.
+        per_epoch: Steps of one epoch.
+
     Raises:
-        DataError: The records do not fill one global batch.
         ConfigError: The warm-up is longer than the run.
     """
-    global_batch_size = config.training.batch_size * comm.world_size()
-    per_epoch = steps_per_epoch(num_records, global_batch_size)
     num_steps = config.training.max_steps or config.training.epochs * per_epoch
     run, warmup = config.run, config.optimizer.warmup_steps
     if warmup >= num_steps:
@@ -131,11 +134,9 @@ def build_trainer(
     """The trainer, ready to go on after ``step`` optimizer steps. Collective."""
     training, loading = config.training, config.data
     sampler = GlobalBatchSampler(
-        len(data.train),
-        global_batch_size=config.training.batch_size * comm.world_size(),
+        data.order,
         rank=comm.rank(),
         world_size=comm.world_size(),
-        seed=config.training.seed,
         num_steps=intervals.num_steps,
         start_step=step,
     )
@@ -166,7 +167,7 @@ def build_trainer(
             folder,
             identity,
         ),
-        evaluate=None if data.val is None else lambda: _evaluate(config, data, trainer),
+        evaluate=None if not data.val else lambda: _evaluate(config, data, trainer),
         step=step,
         pin_memory=loading.pin_memory,
     )
@@ -193,22 +194,26 @@ def _save(
 
 
 def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, float]:
-    assert data.val is not None
-    return evaluate_retrieval(
-        data.val,
-        embed=trainer.embed,
-        batch_size=inference_batch_size(config),
-        recall_k=config.run.eval_recall_k,
-        num_workers=config.data.num_workers,
-        prefetch_factor=config.data.prefetch_factor,
-        judgments=data.judgments,
-    )
+    metrics: dict[str, float] = {}
+    for name, found in data.val.items():
+        measured = evaluate_retrieval(
+            found.dataset,
+            embed=trainer.embed,
+            batch_size=inference_batch_size(config),
+            recall_k=config.run.eval_recall_k,
+            num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor,
+            judgments=found.judgments,
+        )
+        prefix = f"{name}/" if name else ""
+        metrics |= {prefix + metric: value for metric, value in measured.items()}
+    return metrics
 
 
-def self_test(trainer: Trainer, data: PairDataset, *, precision: str) -> None:
+def self_test(trainer: Trainer, data: Mixture, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
     # From the shuffled order: neighbours in the file are often alike.
-    order = epoch_permutation(len(data), seed=0, epoch=0)
+    order = permutation(len(data), [0, 0])
     mine = range(comm.rank() * SELF_TEST_CANDIDATES, (comm.rank() + 1) * SELF_TEST_CANDIDATES)
     samples = [data[int(order[place % len(order)])] for place in mine]
     comm.raise_together(next((s for s in samples if isinstance(s, VembedError)), None))
@@ -239,16 +244,23 @@ def _unequal(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _open_output(
-    config: Config, ds_config: Mapping[str, Any], *, checkpoint: Path | None, step: int
+    config: Config,
+    ds_config: Mapping[str, Any],
+    skipped: Sequence[str],
+    *,
+    checkpoint: Path | None,
+    step: int,
 ) -> Tracker | None:
     """Folder and trackers of the run, on rank 0; before the model, so that mistakes show early."""
     if not comm.is_main():
         return None
     run = config.run
     own = checkpoint is not None and checkpoint.resolve().parent == Path(run.output_dir).resolve()
+    folder = prepare_output(config, ds_config, resuming=own)
+    list_skipped(folder, skipped)
     return build_tracker(
         run.report_to,
-        folder=prepare_output(config, ds_config, resuming=own),
+        folder=folder,
         run_name=run.run_name,
         config=config.model_dump(mode="json"),
         resume_step=step,

@@ -225,7 +225,7 @@ def test_a_broken_list_in_an_override(base):
         ("image_root", None, "expected text"),
         ("eval_recall_k", [1, 0], "expected a non-empty list of a whole number > 0"),
         ("eval_recall_k", [], "expected a non-empty list of a whole number > 0"),
-        ("data_path", [], "expected non-empty text or a non-empty list of non-empty text"),
+        ("data_path", [], "expected non-empty text or a non-empty list of non-empty text or null"),
         ("column_mapping", ["query"], "expected a mapping of text to text"),
         ("column_mapping", {"query": 3}, "expected a mapping of text to text"),
         (
@@ -269,8 +269,7 @@ def test_wrong_values_name_key_value_origin_and_rule(base, key, value, rule):
 def test_required_key(base):
     del base["data_path"]
     assert problems_of(base) == [
-        "data_path: required, but not given; "
-        "expected non-empty text or a non-empty list of non-empty text"
+        "data_path: required, but not given; set data_path, or datasets for several"
     ]
 
 

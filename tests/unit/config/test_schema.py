@@ -43,7 +43,7 @@ def test_the_table_lists_every_key_once():
     for leaf in SECTION_OF:
         assert table.count(f"\n| `{leaf}`") == 1
     assert "| `lr` (`learning_rate`) | `2e-05` | Highest learning rate. |" in table
-    assert "| `data_path` | required |" in table
+    assert "| `data_path` | `null` |" in table
 
 
 def test_the_table_is_a_command(capsys):

@@ -171,3 +171,35 @@ def test_rules_on_invalid_keys_are_skipped():
     )
     assert len(cross_field_problems(broken)) == 1
     assert cross_field_problems(broken, skip={"eval_recall_k"}) == []
+
+
+def test_several_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text("{}\n")
+
+    def problems(**values: Any) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            parse_config({"model_name": "some/model", **values})
+        return caught.value.problems
+
+    a, b = {"data_path": "a.jsonl"}, {"data_path": "b.jsonl", "weight": 0.5}
+    config = parse_config({"model_name": "some/model", "datasets": [a, b]})
+    assert [entry.weight for entry in config.data.datasets] == [1.0, 0.5]
+    assert problems(data_path="a.jsonl", datasets=[a, b]) == [
+        "data_path='a.jsonl': stands beside datasets; keep one of the two"
+    ]
+    assert problems(datasets=[a, a]) == [
+        "datasets: 'a' stands there twice; give each a name of its own"
+    ]
+    assert problems(datasets=[a, {"data_path": "c.jsonl"}]) == [
+        "datasets[1].data_path='c.jsonl': no such file; check the path"
+    ]
+    assert problems(data_path="a.jsonl", batching="homogeneous") == [
+        "batching='homogeneous': there is only one data set; remove batching, or list several "
+        "under datasets"
+    ]
+    assert problems(datasets=[a, b | {"loss": {"temperature": 0.1}}]) == [
+        "datasets[1].loss: a loss of its own needs batches of its own; set batching: "
+        "homogeneous, or remove it"
+    ]

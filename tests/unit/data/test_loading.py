@@ -22,6 +22,7 @@ from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.collators import Batch, collate, join
 from vembed_ds.data.dataset import PairDataset, Sample, item_seed
 from vembed_ds.data.loader import BatchLoader
+from vembed_ds.data.order import Order
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.data.readers import load_table
@@ -73,14 +74,9 @@ def dataset(folder: Path, minilm: str, image_settings: dict[str, Any]) -> PairDa
 
 
 def loader(dataset: PairDataset, *, num_workers: int = 0, **options: int) -> BatchLoader:
-    settings = {
-        "global_batch_size": 4,
-        "rank": 0,
-        "world_size": 1,
-        "seed": 5,
-        "num_steps": 5,
-    } | options
-    sampler = GlobalBatchSampler(len(dataset), **settings)  # type: ignore[arg-type]
+    settings = {"rank": 0, "world_size": 1, "num_steps": 5} | options
+    order = Order([len(dataset)], global_batch_size=4, seed=5)
+    sampler = GlobalBatchSampler(order, **settings)
     return BatchLoader(dataset, sampler, num_workers=num_workers, prefetch_factor=2)
 
 

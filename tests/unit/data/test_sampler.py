@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from vembed_ds.data.order import Order, permutation
 from vembed_ds.data.sampler import (
     GlobalBatchSampler,
     SampleKey,
     drop_padding,
-    epoch_permutation,
-    global_batch,
     rank_slice,
     shard_indices,
-    steps_per_epoch,
 )
 from vembed_ds.errors import ConfigError, DataError
 
@@ -22,12 +20,13 @@ from vembed_ds.errors import ConfigError, DataError
 def sampler(
     num_records: int = 50, *, rank: int = 0, world_size: int = 1, **options: int
 ) -> GlobalBatchSampler:
-    settings = {"global_batch_size": 8, "seed": 3, "num_steps": 20} | options
-    return GlobalBatchSampler(num_records, rank=rank, world_size=world_size, **settings)
+    order = Order([num_records], global_batch_size=8, seed=3)
+    settings = {"num_steps": 20} | options
+    return GlobalBatchSampler(order, rank=rank, world_size=world_size, **settings)
 
 
 def test_permutation_holds_every_record_once_and_is_read_only() -> None:
-    order = epoch_permutation(1000, seed=0, epoch=0)
+    order = permutation(1000, [0, 0])
     assert sorted(order.tolist()) == list(range(1000))
     with pytest.raises(ValueError, match="read-only"):
         order[0] = 1
@@ -35,26 +34,25 @@ def test_permutation_holds_every_record_once_and_is_read_only() -> None:
 
 def test_permutation_is_fixed_for_ever() -> None:
     # Written down once: a change would reorder every run that is resumed.
-    assert epoch_permutation(10, seed=42, epoch=1).tolist() == [1, 2, 8, 5, 3, 9, 6, 0, 4, 7]
+    assert permutation(10, [42, 1]).tolist() == [1, 2, 8, 5, 3, 9, 6, 0, 4, 7]
 
 
 def test_permutation_depends_on_seed_and_epoch() -> None:
     orders = {
-        tuple(epoch_permutation(20, seed=seed, epoch=epoch).tolist())
-        for seed in (0, 1, 2)
-        for epoch in (0, 1, 2)
+        tuple(permutation(20, [seed, epoch]).tolist()) for seed in (0, 1, 2) for epoch in (0, 1, 2)
     }
     assert len(orders) == 9
 
 
 def test_first_place_is_uniform() -> None:
-    firsts = [int(epoch_permutation(10, seed=0, epoch=epoch)[0]) for epoch in range(2000)]
+    firsts = [int(permutation(10, [0, epoch])[0]) for epoch in range(2000)]
     counts = np.bincount(firsts, minlength=10)
     assert np.abs(counts - 200).max() < 4 * np.sqrt(200)  # four standard deviations
 
 
 def test_global_batches_of_an_epoch_do_not_overlap_and_drop_the_rest() -> None:
-    batches = [global_batch(50, 8, seed=3, step=step) for step in range(12)]
+    order = Order([50], global_batch_size=8, seed=3)
+    batches = [order.batch(step) for step in range(12)]
     assert [epoch for epoch, _ in batches] == [0] * 6 + [1] * 6
     for epoch in (0, 1):
         seen = np.concatenate([indices for number, indices in batches if number == epoch])
@@ -97,7 +95,7 @@ def test_too_few_records_for_one_global_batch() -> None:
     )
     with pytest.raises(DataError, match=message):
         sampler(7)
-    assert steps_per_epoch(8, 8) == 1
+    assert Order([8], global_batch_size=8, seed=0).steps_per_epoch == 1
 
 
 def test_ranks_must_divide_the_global_batch() -> None:

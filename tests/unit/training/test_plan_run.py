@@ -26,9 +26,9 @@ def config(**values: Any) -> Config:
 
 def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
     long = config(epochs=2, batch_size=4, warmup_steps=6)
-    assert plan_run(long, num_records=16).num_steps == 8
+    assert plan_run(long, per_epoch=4).num_steps == 8
     with pytest.raises(ConfigError, match=r"warmup_steps=6: the run has 6 steps \(2 epochs of 3\)"):
-        plan_run(long, num_records=12)
+        plan_run(long, per_epoch=3)
 
 
 @pytest.mark.parametrize(
