@@ -1,0 +1,200 @@
+"""Whole runs on 2 ranks in every retrieval mode, and over several data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.test_train import losses_of, metrics_of, run
+from tests.tiny import caption, save_picture
+from tests.worlds import World
+from vembed_ds import Encoder, convert, evaluate
+
+NUM_RECORDS = 24
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records with every field, and pictures."""
+    folder = tmp_path_factory.mktemp("records")
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(NUM_RECORDS):
+        for side in "qp":
+            save_picture(folder / f"{side}{index}.png", index=index, generator=generator)
+        rows.append(
+            {
+                "query": caption(index),
+                "query_image": f"q{index}.png",
+                "positive": f"this is {caption(index)}",
+                "positive_image": f"p{index}.png",
+            }
+        )
+    write_rows(folder / "all.jsonl", rows)
+    fields = ("query", "query_image", "positive", "positive_image")
+    drops = [("query",), ("query_image", "positive"), ("positive_image",), ()]
+    for index, row in enumerate(rows):
+        for name in drops[index % 4]:
+            row[name] = None
+    assert {field for drop in drops for field in drop} == set(fields)
+    write_rows(folder / "some.jsonl", rows)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["t2t", "t2i", "i2t", "i2i", "m2i", "m2t", "t2m", "m2m", "x2x"])
+def test_every_mode_trains_alike_at_every_stage_and_converts(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    data = str(records / ("some.jsonl" if "x" in mode else "all.jsonl"))
+    common = {
+        "data_path": data,
+        "val_data_path": data,
+        "image_root": str(records),
+        "retrieval_mode": mode,
+        "lr": 1e-2,
+    }
+    found = {}
+    for stage in (0, 3):
+        out = tmp_path / f"stage{stage}"
+        results = run(world(2), make_config(output_dir=str(out), **common), stage)
+        found[stage] = losses_of(out)
+    assert found[3] == pytest.approx(found[0], rel=1e-5)
+    assert len(found[0]) == 4
+    assert convert.main([str(out), str(tmp_path / "model")]) == 0
+    report = tmp_path / "report.json"
+    code = evaluate.main(
+        [
+            "--model",
+            str(tmp_path / "model"),
+            "--data_path",
+            data,
+            "--output",
+            str(report),
+            "--config_override",
+            "num_workers=0",
+        ]
+    )
+    assert code == 0
+    metrics = json.loads(report.read_text())["metrics"]
+    trained = {k.removeprefix("eval/"): v for k, v in results[0]["metrics"].items()}
+    assert metrics == pytest.approx(trained, rel=1e-4)
+    assert metrics["num_queries"] == NUM_RECORDS
+
+
+def test_a_record_that_lacks_what_the_mode_needs_is_named_on_every_rank(
+    world: Callable[[int], World], make_config: Callable[..., str], records: Path
+) -> None:
+    config = make_config(
+        data_path=str(records / "some.jsonl"),
+        val_data_path=None,
+        image_root=str(records),
+        retrieval_mode="m2t",
+    )
+    results = world(2).run(
+        "tests.distributed.train_cases:run_train", config=config, ds_config="ds_configs/zero0.json"
+    )
+    for result in results:
+        assert "some.jsonl, record" in result["error"]
+        assert "blank text" in result["error"] or "is no image" in result["error"]
+
+
+@pytest.mark.parametrize("batching", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_several_data_sets(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+    stage: int,
+    batching: str,
+) -> None:
+    path = str(records / "all.jsonl")
+    config = make_config(
+        data_path=None,
+        val_data_path=None,
+        image_root=str(records),
+        datasets=[
+            {"name": "words", "data_path": path, "retrieval_mode": "t2t", "val_data_path": path},
+            {
+                "name": "pictures",
+                "data_path": path,
+                "retrieval_mode": "m2i",
+                "weight": 0.5,
+                "query_instruction": "find: ",
+                "val_data_path": path,
+            },
+        ],
+        batching=batching,
+        no_duplicates=True,
+        max_steps=None,
+        epochs=2,
+        eval_on_start=False,
+    )
+    results = run(world(2), config, stage)
+    metrics = results[0]["metrics"]
+    assert metrics["eval/words/num_queries"] == metrics["eval/pictures/num_queries"] == NUM_RECORDS
+    steps = [entry["step"] for entry in metrics_of(tmp_path / "out") if "train/loss" in entry]
+    assert len(steps) == 2 * {"mixed": 36 // 8, "homogeneous": 24 // 8 + 12 // 8}[batching]
+
+
+def test_instructions_are_kept_with_the_model(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+) -> None:
+    config = make_config(
+        data_path=str(records / "all.jsonl"),
+        val_data_path=None,
+        image_root=str(records),
+        retrieval_mode="t2t",
+        query_instruction="query: ",
+        document_instruction="passage: ",
+        max_steps=1,
+    )
+    run(world(2), config, 0)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    encoder = Encoder(tmp_path / "model")
+    told = encoder.encode_text(["a red cat"], role="query")
+    assert np.array_equal(told, encoder.encode_text(["query: a red cat"]))
+    assert not np.allclose(told, encoder.encode_text(["a red cat"], role="document"))
+
+
+def test_bad_records_are_skipped_and_listed(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+) -> None:
+    rows = [json.loads(line) for line in (records / "all.jsonl").read_text().splitlines()]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    rows[3]["query"] = " "
+    rows[7]["positive_image"] = str(tmp_path / "broken.png")
+    rows[20]["positive_image"] = "missing.png"
+    config = make_config(
+        data_path=write_rows(tmp_path / "rows.jsonl", rows),
+        val_data_path=None,
+        image_root=str(records),
+        on_bad_record="skip",
+        max_steps=None,
+        epochs=1,
+        batch_size=7,
+    )
+    run(world(2), config, 0)
+    listed = (tmp_path / "out" / "skipped_records.txt").read_text().splitlines()
+    assert [line.split("record ")[1].split(",")[0] for line in listed] == ["3", "7", "20"]
+    assert list(losses_of(tmp_path / "out")) == [1]  # 21 records, 14 a step
