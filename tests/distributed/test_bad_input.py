@@ -26,12 +26,18 @@ def fails(world: Callable[[int], World]) -> Callable[..., None]:
     With two errors, the first is that of rank 0 and the second that of rank 1.
     """
 
-    def check(config: str, *errors: str, ds_config: str | Path = "zero1.json", **more: Any) -> None:
+    def check(
+        config: str,
+        *errors: str,
+        ds_config: str | Path = "zero1.json",
+        seconds: float = SECONDS,
+        **more: Any,
+    ) -> None:
         path = ds_config if isinstance(ds_config, Path) else ROOT / "ds_configs" / ds_config
         answers = world(2).run(RUN, config=config, ds_config=str(path), **more)
         expected = errors if len(errors) == 2 else errors * 2
         assert tuple(answer.get("error") for answer in answers) == expected
-        assert max(answer["seconds"] for answer in answers) < SECONDS
+        assert max(answer["seconds"] for answer in answers) < seconds
 
     return check
 
@@ -152,7 +158,8 @@ def test_an_unreadable_image_ends_every_rank(
     )
     # Rank 0's worker meets it while training; rank 1 must not wait in a collective.
     config = make_config(data_path=str(path), val_data_path=None, max_steps=3, num_workers=1)
-    fails(config, *one_fails(error, rank=0))
+    # Two fork servers import transformers first, which takes 10 s where two ranks have two cores.
+    fails(config, *one_fails(error, rank=0), seconds=60)
 
 
 @pytest.mark.parametrize(
@@ -347,3 +354,21 @@ def test_a_blank_text_in_one_ranks_share(
     )
     config = make_config(data_path=str(path), val_data_path=None)
     fails(config, *one_fails(error, rank=index % 2))
+
+
+@pytest.mark.parametrize(
+    ("action", "problem"),
+    [
+        ("die", "was killed by SIGKILL"),
+        ("stop_while_answering", "gave no answer for 15 s"),
+    ],
+)
+def test_a_lost_loader_process_ends_every_rank(
+    world: Callable[[int], World], action: str, problem: str
+) -> None:
+    first, second = world(2).run(
+        "tests.distributed.data_cases:first_error", action=action, seconds=15
+    )
+    assert first.startswith("DataError: loader process 1 of 1 (pid ")
+    assert f"at records 2: {problem}" in first
+    assert second == f"DistributedError: rank 0 failed: {first.removeprefix('DataError: ')}"

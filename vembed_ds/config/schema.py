@@ -249,6 +249,10 @@ class DataConfig(Section):
     prefetch_factor: PositiveInt = Field(
         default=2, description="Batches that a rank's loader processes together prepare ahead."
     )
+    loader_timeout_seconds: PositiveFloat | None = Field(
+        default=None,
+        description="Longest wait for a loader process before the run fails; null: half of timeout_minutes.",
+    )
     pin_memory: bool = Field(default=True, description="Page-locked chunks, for faster copies.")
     persistent_workers: bool = Field(
         default=True,

@@ -119,6 +119,15 @@ def _workers(config: Config) -> Iterator[str]:
             )
 
 
+def _loader_timeout(config: Config) -> Iterator[str]:
+    seconds, minutes = config.data.loader_timeout_seconds, config.run.timeout_minutes
+    if seconds is not None and seconds >= 60 * minutes:
+        yield (
+            f"loader_timeout_seconds={seconds:g}: must be below timeout_minutes={minutes:g} "
+            f"({60 * minutes:g} s), or the other ranks give up first and nobody says why; lower it"
+        )
+
+
 def _evaluation(config: Config) -> Iterator[str]:
     entries = config.data.datasets
     paths = [config.data.val_data_path, *(entry.val_data_path for entry in entries)]
@@ -223,6 +232,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("topk_tokens", "pooling_method"), _late_interaction),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
+    (("loader_timeout_seconds", "timeout_minutes"), _loader_timeout),
     (("eval_steps", "val_data_path", "datasets"), _evaluation),
     (("eval_recall_k",), _recall),
     (("data_path", "datasets"), _training_data),

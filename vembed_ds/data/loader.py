@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
-
-import torch
-from torch.utils.data import DataLoader
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 
 from vembed_ds.data.collators import Batch, collate, join
-from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.mixture import Mixture
-from vembed_ds.data.sampler import SampleKey
-
-Keys = Sequence[SampleKey] | Sequence[int]
+from vembed_ds.data.workers import Keys, Samples, WorkerPool, prepare_server
 
 # Items that a worker prepares at a time. A batch for the gradient cache may be thousands of
 # images: in parts, all workers share one batch instead of holding a whole one each.
 PART_SIZE = 32
 
+TIMEOUT_SECONDS = 900.0
+
 
 class BatchLoader:
     """Iterates over one rank's batches, in the order of ``batches``.
 
-    Iterating does not touch torch's default random state.
+    Iterating does not touch torch's default random state. Workers live as long as an
+    iteration; what is wrong with one arrives as the ``error`` of a batch.
 
     Args:
         dataset: The pairs.
@@ -32,61 +29,65 @@ class BatchLoader:
             (never augmented). Iterated twice at a time, so not an iterator.
         num_workers: Worker processes; 0 encodes in this process.
         prefetch_factor: Batches that the workers together prepare ahead.
+        timeout_seconds: Longest wait for a worker; shorter than that of the other ranks.
+
+    Raises:
+        ConfigError: When there are workers and the data set cannot be sent to them.
     """
 
     def __init__(
         self,
-        dataset: PairDataset | Mixture,
+        dataset: Samples,
         batches: Iterable[Keys],
         *,
         num_workers: int,
         prefetch_factor: int,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        self._batches = batches
-        # Before the fork: tokenizers else print a warning in each worker.
+        self._dataset, self._batches = dataset, batches
+        self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
+        self._timeout_seconds = timeout_seconds
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._parts: DataLoader[Batch] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # collate turns samples into a Batch
-            batch_sampler=_Parts(batches),
-            collate_fn=collate,
-            num_workers=num_workers,
-            prefetch_factor=_parts_ahead(batches, prefetch_factor, num_workers),
-            worker_init_fn=_start_worker,
-            generator=torch.Generator().manual_seed(0),
-        )
+        if num_workers:
+            prepare_server(dataset)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields whole batches."""
-        parts = iter(self._parts)
-        for keys in self._batches:
-            yield join([next(parts) for _ in range(_num_parts(keys))])
+        with closing(self._from_workers() if self._num_workers else self._from_here()) as parts:
+            for keys in self._batches:
+                yield join([next(parts) for _ in range(_num_parts(keys))])
+
+    def _from_here(self) -> Generator[Batch]:
+        for keys in _parts(self._batches):
+            yield collate([self._dataset[key] for key in keys])
+
+    def _from_workers(self) -> Generator[Batch]:
+        parts = _parts(self._batches)
+        ahead = _parts_ahead(self._batches, self._prefetch_factor, self._num_workers)
+        with WorkerPool(
+            self._dataset, num_workers=self._num_workers, timeout_seconds=self._timeout_seconds
+        ) as pool:
+            for keys in itertools.islice(parts, ahead):
+                pool.submit(keys)
+            while pool.outstanding:
+                part = pool.result()
+                for keys in itertools.islice(parts, 1):
+                    pool.submit(keys)
+                yield part
 
 
-class _Parts:
-    """The keys of all batches, cut into parts; sampler of the workers."""
-
-    def __init__(self, batches: Iterable[Keys]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        for keys in self._batches:
-            for start in range(0, len(keys), PART_SIZE):
-                yield list(keys[start : start + PART_SIZE])
+def _parts(batches: Iterable[Keys]) -> Iterator[Keys]:
+    """The keys of all batches, cut into parts."""
+    for keys in batches:
+        for start in range(0, len(keys), PART_SIZE):
+            yield keys[start : start + PART_SIZE]
 
 
 def _num_parts(keys: Keys) -> int:
     return -(-len(keys) // PART_SIZE)
 
 
-def _parts_ahead(batches: Iterable[Keys], prefetch_factor: int, num_workers: int) -> int | None:
-    """What torch calls ``prefetch_factor``: per worker, and in parts."""
-    if not num_workers:
-        return None
+def _parts_ahead(batches: Iterable[Keys], prefetch_factor: int, num_workers: int) -> int:
+    """Parts that are prepared ahead, by all workers together; each has one at least."""
     first = next(iter(batches), ())
-    return max(1, -(-prefetch_factor * _num_parts(first) // num_workers))
-
-
-def _start_worker(_worker_id: int) -> None:
-    """Keeps a worker to one core; the default would start one thread per core in each."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
+    return max(num_workers, prefetch_factor * _num_parts(first))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.loader import BatchLoader
+from vembed_ds.data.loader import TIMEOUT_SECONDS, BatchLoader
 from vembed_ds.data.processors import EncodedItem, content_key
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.distributed import comm
@@ -30,6 +30,7 @@ from vembed_ds.evaluation.metrics import (
 from vembed_ds.similarity import Embeddings, concatenated
 
 CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
+ITEMS_PER_WORKER = 128  # fewer are encoded before another process has started
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
@@ -57,6 +58,7 @@ def evaluate_retrieval(
     recall_k: Sequence[int],
     num_workers: int,
     prefetch_factor: int = 2,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     judgments: Judgments | None = None,
 ) -> dict[str, float]:
     """Recall@k and MRR of searching all distinct positives with all distinct queries.
@@ -70,8 +72,9 @@ def evaluate_retrieval(
             gradient. The caller puts the model into evaluation mode.
         batch_size: Items per rank at a time.
         recall_k: The k of Recall@k.
-        num_workers: Loader processes per rank.
-        prefetch_factor: Batches each loader process prepares ahead.
+        num_workers: Loader processes per rank, at most; few items are encoded in this process.
+        prefetch_factor: Batches that the loader processes together prepare ahead.
+        timeout_seconds: Longest wait for a loader process.
         judgments: From ``read_judgments`` of the same data, to read the records only once.
 
     Returns:
@@ -92,6 +95,7 @@ def evaluate_retrieval(
         batch_size=batch_size,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
+        timeout_seconds=timeout_seconds,
     )
     return retrieval_metrics(query_emb, corpus_emb, judgments, recall_k=recall_k)
 
@@ -146,6 +150,7 @@ def embed_distinct(
     batch_size: int,
     num_workers: int,
     prefetch_factor: int = 2,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> tuple[Embeddings, Embeddings]:
     """Embeds every distinct query and document once, a shard on every rank.
 
@@ -168,8 +173,9 @@ def embed_distinct(
         loader = BatchLoader(
             dataset.only(role),
             [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)],
-            num_workers=num_workers,
+            num_workers=min(num_workers, len(shard) // ITEMS_PER_WORKER),
             prefetch_factor=prefetch_factor,
+            timeout_seconds=timeout_seconds,
         )
         rows = concatenated([_embed_batch(batch, role, embed=embed) for batch in loader])
         return _gathered_embeddings(rows, num_rows=len(records))

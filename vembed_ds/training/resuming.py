@@ -32,6 +32,7 @@ FREE = frozenset(
         "gradient_checkpointing",
         "gradient_self_test",
         "image_root",
+        "loader_timeout_seconds",
         "logging_steps",
         "max_steps",
         "num_workers",

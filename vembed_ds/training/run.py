@@ -20,6 +20,7 @@ from vembed_ds.data.mixture import Mixture
 from vembed_ds.data.order import permutation
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.sampler import GlobalBatchSampler
+from vembed_ds.data.workers import prepare_server
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
@@ -71,6 +72,8 @@ def train(
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
     spec = model_spec(config.model)
     data = setup_data(config, spec)
+    if config.data.num_workers:
+        prepare_server(data.train)  # imports beside what follows here
     intervals = plan_run(config, per_epoch=data.order.steps_per_epoch)
     identity = run_identity(config, ds_config, data, intervals)
     checkpoint, step = choose_checkpoint(config, ds_config, identity, intervals, resume)
@@ -148,6 +151,7 @@ def build_trainer(
             sampler,
             num_workers=loading.num_workers,
             prefetch_factor=loading.prefetch_factor,
+            timeout_seconds=loader_timeout(config),
         ),
         processor=data.processor,
         loss_function=build_loss(
@@ -203,11 +207,17 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
             recall_k=config.run.eval_recall_k,
             num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor,
+            timeout_seconds=loader_timeout(config),
             judgments=found.judgments,
         )
         prefix = f"{name}/" if name else ""
         metrics |= {prefix + metric: value for metric, value in measured.items()}
     return metrics
+
+
+def loader_timeout(config: Config) -> float:
+    """Seconds to wait for a loader process: less than the other ranks wait for this one."""
+    return config.data.loader_timeout_seconds or 30 * config.run.timeout_minutes
 
 
 def self_test(trainer: Trainer, data: Mixture, *, precision: str) -> None:

@@ -96,6 +96,11 @@ ONLY_TOWERS = (
             "or set another retrieval_mode",
         ),
         (
+            {"loader_timeout_seconds": 90.0, "timeout_minutes": 1.5},
+            "loader_timeout_seconds=90: must be below timeout_minutes=1.5 (90 s), or the other ranks "
+            "give up first and nobody says why; lower it",
+        ),
+        (
             {"num_workers": 0, "prefetch_factor": 2},
             "prefetch_factor=2: has no effect with num_workers=0; "
             "remove prefetch_factor, or set num_workers above 0",
