@@ -48,6 +48,15 @@ def _no_flash_package(value: Any) -> Any:
     return value
 
 
+def _no_4_bit(value: bool) -> bool:
+    if value:
+        raise ValueError(
+            "training on 4-bit base weights was not compared with the reference; remove it "
+            "(use_lora with precision: bf16 and ZeRO stage 3 spreads the base weights instead)"
+        )
+    return value
+
+
 def _none_word(value: Any) -> Any:
     """``null`` means the word "none": an override ``report_to=none`` is read as null."""
     return "none" if value is None else value
@@ -84,6 +93,7 @@ Text = Annotated[str, Field(min_length=1)]
 DataPaths = Annotated[
     Text | Annotated[tuple[Text, ...], Field(min_length=1)], BeforeValidator(_as_tuple)
 ]
+Names = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Augmentations = Annotated[
     tuple[dict[str, dict[str, Any]], ...],
     BeforeValidator(_as_tuple),
@@ -157,6 +167,30 @@ class ModelConfig(Section):
     freeze_image_encoder: bool = Field(default=False, description="Train no image tower weights.")
     cache_frozen_encoder: bool = Field(
         default=True, description="Compute a frozen tower's text features once and reuse them."
+    )
+    use_lora: bool = Field(
+        default=False, description="Train low-rank adapters instead of the backbones' weights."
+    )
+    lora_r: PositiveInt = Field(default=16, description="Rank of the adapters.")
+    lora_alpha: PositiveFloat = Field(
+        default=32, description="An adapter is scaled by lora_alpha / lora_r."
+    )
+    lora_dropout: Decay = Field(default=0.05, description="Dropout of the adapters' input.")
+    lora_target_modules: Literal["all-linear"] | Names | None = Field(
+        default=None,
+        description="Names of the layers to adapt, or `all-linear`; null: the linear layers of attention and feed-forward blocks.",
+    )
+    lora_modules_to_save: Names | None = Field(
+        default=None, description="Backbone modules that are trained whole beside the adapters."
+    )
+    use_dora: bool = Field(
+        default=False, description="DoRA: also train the length of every adapted row."
+    )
+    use_rslora: bool = Field(
+        default=False, description="rsLoRA: scale by lora_alpha / sqrt(lora_r)."
+    )
+    load_in_4bit: Annotated[bool, AfterValidator(_no_4_bit)] = Field(
+        default=False, description="Only false; 4-bit base weights (QLoRA) are not offered yet."
     )
     freeze_batch_norm: bool = Field(
         default=False, description="Keep the running statistics of batch norm layers fixed."

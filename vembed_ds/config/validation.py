@@ -75,6 +75,20 @@ def _projection(config: Config) -> Iterator[str]:
         )
 
 
+def _lora(config: Config) -> Iterator[str]:
+    model = config.model
+    if not model.use_lora:
+        for key in ("use_dora", "use_rslora", "lora_modules_to_save"):
+            if value := getattr(model, key):
+                shown = value if isinstance(value, bool) else list(value)
+                yield f"{key}={shown}: has no effect without use_lora; set use_lora: true"
+    elif model.gradient_checkpointing and model.activation_checkpointing == "deepspeed":
+        yield (
+            "activation_checkpointing=deepspeed: with use_lora no input of the first layer needs "
+            "a gradient, and this mechanism would give its adapters none; use huggingface"
+        )
+
+
 def _warmup(config: Config) -> Iterator[str]:
     warmup, total = config.optimizer.warmup_steps, config.training.max_steps
     if total is not None and warmup >= total:
@@ -228,6 +242,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     ((*MODEL_KEYS, "encoder_mode"), _encoders),
     (MODEL_KEYS, _references),
     (("projection_layers", "projection_dim", *MODEL_KEYS, "encoder_mode"), _projection),
+    (
+        (
+            *("use_lora", "use_dora", "use_rslora", "lora_modules_to_save"),
+            *("gradient_checkpointing", "activation_checkpointing"),
+        ),
+        _lora,
+    ),
     (("warmup_steps", "max_steps", "scheduler_type"), _warmup),
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("topk_tokens", "pooling_method"), _late_interaction),

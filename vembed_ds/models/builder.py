@@ -21,6 +21,7 @@ from vembed_ds.models.backbones import (
 )
 from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
+from vembed_ds.models.lora import LoraSpec, add_adapters
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
@@ -88,6 +89,7 @@ def build_model(
     freeze_batch_norm: bool = False,
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
+    lora: LoraSpec | None = None,
 ) -> EmbeddingModel:
     """The model to train.
 
@@ -100,6 +102,7 @@ def build_model(
         init_logit_scale: Start of a learned log scale of the similarities; ``None``: fixed, in
             the loss.
         init_logit_bias: Start of a learned bias; ``None``: none.
+        lora: Adapters in place of the backbones' weights; projections are trained as ever.
 
     Raises:
         ConfigError: A kind to freeze that the model lacks; nothing left to train; batch
@@ -116,6 +119,8 @@ def build_model(
             _freeze(model, stream)  # its gradient is zero for ever: decay alone would move it
     if isinstance(encoder, TwoTowerEncoder):
         _settle_own_scalars(model, encoder)
+    if lora is not None:
+        add_adapters(model.trained_backbones(), lora)
     _settle_batch_norm(model, frozen=freeze_batch_norm)
     if not any(model.trainable(s) for s in model.parts if used is None or s in used):
         raise ConfigError(

@@ -24,6 +24,7 @@ from vembed_ds.models.backbones import (
 )
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.lora import LoraSpec
 from vembed_ds.references import resolve_model_reference
 
 
@@ -44,6 +45,21 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         projection_layers=config.projection_layers,
         topk_tokens=config.topk_tokens or None,
         attn_implementation=config.attn_implementation,
+    )
+
+
+def lora_spec(config: ModelConfig) -> LoraSpec | None:
+    """The adapters, as configured; ``None``: the backbones are trained whole."""
+    if not config.use_lora:
+        return None
+    return LoraSpec(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        modules_to_save=config.lora_modules_to_save or (),
     )
 
 
@@ -68,6 +84,7 @@ def setup_model(
         used=used,
         freeze_batch_norm=model.freeze_batch_norm,
         init_logit_scale=_init_logit_scale(config),
+        lora=lora_spec(model),
     )
     if model.precision != "fp32" and any(isinstance(m, _BatchNorm) for m in built.modules()):
         # DeepSpeed casts weights and keeps statistics in float32; batch_norm refuses the mix.
