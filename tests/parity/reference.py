@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def train_plain(
     dtype: torch.dtype = torch.float32,
     decay_matrices_only: bool = False,
     cosine: tuple[int, int] | None = None,
+    change: Callable[[PlainModel], object] | None = None,
 ) -> dict[str, Any]:
     """Train ``steps`` steps; losses, gradient norms, and every parameter before and after.
 
@@ -81,8 +83,11 @@ def train_plain(
     once, on all rows. Without dropout the batch is embedded at once.
 
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
+    ``change`` alters the model before anything is trained.
     """
     model = PlainModel(folder, kind=kind, temperature=temperature)
+    if change is not None:
+        change(model)
     model.train()
     if kind == "frozen":
         model.parts["text"].eval()

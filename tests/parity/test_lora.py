@@ -1,0 +1,136 @@
+"""I1 and I2 with adapters: the update is that of one plain process with hand-written ones.
+
+All adapters start away from zero, so that every one of their gradients counts. The chunk size
+leaves an uneven last chunk. rsLoRA is another number in the same formula: one kind of model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity import lora_cases
+from tests.parity.conftest import OPTIMIZER, ds_config, update_error
+from tests.parity.reference import train_plain
+from tests.parity.test_step_matrix import PRECISIONS, check
+from tests.worlds import World
+
+CHUNK = 5
+CELLS = [
+    *[(kind, variant) for kind in ("shared", "clip", "composed") for variant in ("lora", "dora")],
+    ("frozen", "lora"),
+    ("clip", "rslora"),
+]
+
+pytestmark = [pytest.mark.parity]
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[float, Path]) -> Callable[..., dict[str, Any]]:
+    """``plain(kind, variant)``: three plain steps, cached."""
+    known: dict[Any, dict[str, Any]] = {}
+
+    def compute(
+        kind: str, variant: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Any]:
+        key = (kind, variant, dropout, dtype)
+        if key not in known:
+            known[key] = train_plain(
+                folders[dropout],
+                kind=kind,
+                steps=3,
+                optimizer=OPTIMIZER,
+                max_grad_norm=0.0,
+                bidirectional=True,
+                temperature=0.1,
+                dropout_plan=(2, CHUNK) if dropout else None,
+                dtype=dtype,
+                change=partial(lora_cases.adapt_plain, variant=variant, dropout=dropout),
+            )
+        return known[key]
+
+    return compute
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(("kind", "variant"), CELLS)
+def test_adapters(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    plain: Callable[..., Any],
+    kind: str,
+    variant: str,
+    stage: int,
+) -> None:
+    results = world(2).run(
+        "tests.parity.lora_cases:train",
+        folder=str(folders[0.0]),
+        kind=kind,
+        variant=variant,
+        ds_config=ds_config(stage, 2),
+        chunk_size=CHUNK,
+    )
+    expected = plain(kind, variant)
+    trained = {name for name, value in expected["after"].items() if not _same(expected, name)}
+    assert trained == set(expected["after"]) == set(results[0]["after"])
+    check(expected, results)
+
+
+def _same(result: dict[str, Any], name: str) -> bool:
+    return torch.equal(result["after"][name], result["before"][name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", ["shared", "clip"])
+def test_dropout_of_adapters_and_backbone(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    plain: Callable[..., Any],
+    kind: str,
+    stage: int,
+    checkpointing: bool,
+) -> None:
+    results = world(2).run(
+        "tests.parity.lora_cases:train",
+        folder=str(folders[0.2]),
+        kind=kind,
+        variant="lora",
+        ds_config=ds_config(stage, 2),
+        chunk_size=CHUNK,
+        dropout=0.2,
+        checkpointing=checkpointing,
+    )
+    check(plain(kind, "lora", dropout=0.2), results)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 2), ("fp16", 3)]
+)
+def test_16_bit(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    plain: Callable[..., Any],
+    precision: str,
+    stage: int,
+) -> None:
+    results = world(2).run(
+        "tests.parity.lora_cases:train",
+        folder=str(folders[0.0]),
+        kind="clip",
+        variant="lora",
+        ds_config=ds_config(stage, 2, precision=precision),
+        chunk_size=CHUNK,
+    )
+    dtype, tolerance, tensor_tolerance = PRECISIONS[precision]
+    expected = plain("clip", "lora", dtype=dtype)
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+        error = update_error(expected, result["after"])
+        assert error["whole"] <= tolerance, error
+        assert error["worst"] <= tensor_tolerance, error
