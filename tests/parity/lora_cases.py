@@ -38,14 +38,14 @@ class PlainAdapter(nn.Module):
             self.lora_magnitude_vector = nn.Parameter(length)
 
     def forward(self, x: Tensor) -> Tensor:
-        if hasattr(self, "lora_magnitude_vector"):
-            direction = self.base.weight + self.scaling * self.lora_B @ self.lora_A
-            length = direction.norm(dim=1).detach()  # section 4.3 of the DoRA paper
-            weight = direction * (self.lora_magnitude_vector / length).unsqueeze(1)
-            return functional.linear(x, weight, self.base.bias)
-        plain = self.base(x)
         dropped = functional.dropout(x, self.dropout, self.training)
-        return plain + self.scaling * (dropped @ self.lora_A.T @ self.lora_B.T)
+        if not hasattr(self, "lora_magnitude_vector"):
+            return self.base(x) + self.scaling * (dropped @ self.lora_A.T @ self.lora_B.T)
+        direction = self.base.weight + self.scaling * self.lora_B @ self.lora_A
+        length = direction.norm(dim=1).detach()  # section 4.3 of the DoRA paper
+        weight = direction * (self.lora_magnitude_vector / length).unsqueeze(1)
+        # What the adapter adds is what dropout acts on; without dropout this is `weight @ x`.
+        return self.base(x) + functional.linear(dropped, weight - self.base.weight)
 
 
 def start_value(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -36,7 +36,6 @@ def initialize_engine(
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise ValueError(f"parameter {name} is 0-dim; hold it as shape [1] (lift_scalars)")
-    _announce_reads(model)
     join_deepspeed()
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -46,16 +45,6 @@ def initialize_engine(
     )
     _undo_warm_up_step(engine.optimizer)
     return TrainEngine(engine)
-
-
-def _announce_reads(model: nn.Module) -> None:
-    """Let ZeRO-3 gather what a module reads of its children without calling them.
-
-    At other stages DeepSpeed does not ask for it.
-    """
-    for module in model.modules():
-        for name in getattr(module, "reads_of_children", ()):
-            deepspeed.zero.register_external_parameter(module, module.get_parameter(name))
 
 
 def _undo_warm_up_step(optimizer: Any) -> None:

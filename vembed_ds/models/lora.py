@@ -25,9 +25,6 @@ ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that peft gives a model's only adapter
 ADAPTER_CONFIG = "adapter_config.json"
 
-# What a DoRA layer reads of its children without calling them; ZeRO-3 must gather it for the layer.
-_READ_BY_DORA = ("base_layer.weight", f"lora_A.{ADAPTER}.weight")
-
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -152,11 +149,8 @@ def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
     for parameter in saved:
         parameter.requires_grad_(True)
     config.target_modules, config.modules_to_save = targets, sorted(whole) or None
-    layers = {n: m for n, m in backbone.named_modules() if hasattr(m, "lora_A")}
-    assert set(layers) == set(targets), "peft adapted other layers than it was told to"
-    if spec.use_dora:
-        for layer in layers.values():
-            layer.reads_of_children = _READ_BY_DORA
+    adapted = {name for name, module in backbone.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == set(targets), "peft adapted other layers than it was told to"
 
 
 def _targets(backbone: nn.Module, spec: LoraSpec) -> list[str]:
