@@ -1,6 +1,6 @@
 """Command: a checkpoint as a plain Hugging Face folder.
 
-``python -m vembed_ds.convert CHECKPOINT OUT``
+``python -m vembed_ds.convert CHECKPOINT OUT``; ``--adapter`` writes peft's files instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         checkpoint = resolve_checkpoint(options.checkpoint)
-        export_model(checkpoint, options.out)
+        export_model(checkpoint, options.out, adapter=options.adapter)
     except (VembedError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", type=Path, help="checkpoint-step-N folder, or the output_dir with `latest`"
     )
     parser.add_argument("out", type=Path, help="new or empty folder")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of use_lora in peft's files; else they are merged",
+    )
     return parser
 
 

@@ -28,6 +28,7 @@ from vembed_ds.models.backbones import BackboneSource, position_limit, stated_le
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TwoTowerEncoder
+from vembed_ds.models.lora import base_of, merge_adapter_folder
 from vembed_ds.references import resolve_model_reference
 from vembed_ds.similarity import Embeddings, concatenated
 
@@ -39,7 +40,8 @@ Role = Literal["query", "document"]
 class Encoder:
     """Embeds texts and images.
 
-    A folder that ``vembed_ds.convert`` wrote is rebuilt as it was trained. A plain Hugging Face
+    A folder that ``vembed_ds.convert`` wrote is rebuilt as it was trained; where it holds an
+    adapter, the base model is loaded and the adapter merged into it. A plain Hugging Face
     text, image or CLIP-like folder, which has no ``vembed_config.json``, is pooled as its family
     is made for: a CLIP-like model by itself, a causal language model at the last token, a
     convolutional model by its pooler, every other at its first token (``cls``).
@@ -279,17 +281,30 @@ def _load_model(source: str, settings: dict[str, Any]) -> EmbeddingModel:
     names = {"": source}
     if settings.get("encoder_mode") == "composed":
         names = {s: str(Path(source) / f"{s}_encoder") for s in settings["streams"]}
+    bases = {key: base_of(Path(name)) for key, name in names.items()}
     spec = ModelSpec(
-        sources={key: BackboneSource(name=name) for key, name in names.items()},
+        sources={key: BackboneSource(name=bases[key] or name) for key, name in names.items()},
         pooling=settings.get("pooling", {}),
         projection_dim=settings.get("projection_dim"),
         projection_layers=settings.get("projection_layers"),
         topk_tokens=settings.get("topk_tokens"),
     )
     model = EmbeddingModel(build_encoder(spec))
+    for key in (key for key, base in bases.items() if base is not None):
+        _merge_adapter(model, key, Path(names[key]))
     for name in settings.get("projections", {}):
         _load_projection(_projection(model, name), Path(source) / f"{name}.safetensors")
     return model
+
+
+def _merge_adapter(model: EmbeddingModel, key: str, folder: Path) -> None:
+    encoder = model.encoder
+    holder = (
+        encoder
+        if isinstance(encoder, TwoTowerEncoder)
+        else encoder.tower(key or encoder.streams[0])
+    )
+    holder.backbone = merge_adapter_folder(holder.backbone, folder)
 
 
 def _projection(model: EmbeddingModel, name: str) -> nn.Module:

@@ -14,6 +14,9 @@ image_encoder/                                                own tokenizer, ima
 projection, if any     projection_head.safetensors            text_projection.safetensors,
                                                               image_projection.safetensors
 =====================  =====================================  ==============================
+
+Adapters are merged into the weights, or written instead of them: then ``adapter_config.json`` and
+``adapter_model.safetensors`` take the place of ``config.json`` and ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -30,6 +33,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from vembed_ds.checkpointing.adapters import (
+    describe_adapter,
+    merge_adapters,
+    read_adapter_config,
+    write_adapter,
+)
 from vembed_ds.checkpointing.consolidate import (
     MODEL_FOLDER,
     PARAMETERS_FILE,
@@ -43,6 +52,7 @@ from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
+from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.models.scalars import is_lifted
 
 SETTINGS_FILE = "vembed_config.json"
@@ -74,12 +84,14 @@ def describe_model(
         _save_processor(folder / "text_encoder", text)
         _save_processor(folder / "image_encoder", image)
     for key, backbone in _backbones(model).items():
-        _config(backbone).save_pretrained(folder / (f"{key}_encoder" if composed else ""))
+        place = folder / (f"{key}_encoder" if composed else "")
+        _config(backbone).save_pretrained(place)
+        describe_adapter(place, backbone)
     _write_json(folder / SETTINGS_FILE, dict(settings) | _own_settings(model, processor))
     _write_json(folder / PARAMETERS_FILE, _describe_parameters(model, composed=composed))
 
 
-def export_model(checkpoint: Path, out: Path) -> None:
+def export_model(checkpoint: Path, out: Path, *, adapter: bool = False) -> None:
     """Convert a checkpoint to a Hugging Face folder with float32 weights.
 
     The folder appears whole or not at all: it is written under another name beside ``out``.
@@ -87,10 +99,11 @@ def export_model(checkpoint: Path, out: Path) -> None:
     Args:
         checkpoint: ``<output_dir>/checkpoint-step-<N>``, or ``<output_dir>`` for its ``latest``.
         out: New or empty folder.
+        adapter: Write adapters as peft's files, not merged into the weights.
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or does not fit its description,
-            or ``out`` holds something.
+            ``out`` holds something, or there is no adapter to write.
     """
     checkpoint, out = resolve_checkpoint(checkpoint), out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -98,13 +111,20 @@ def export_model(checkpoint: Path, out: Path) -> None:
     parameters = read_parameters(checkpoint)
     description = checkpoint / MODEL_FOLDER
     settings = _read_settings(description)
+    if adapter and not any(description.rglob(ADAPTER_CONFIG)):
+        raise CheckpointError(
+            f"{checkpoint}: was trained without use_lora, so it has no adapter; leave out --adapter"
+        )
     components = _split(load_consolidated(checkpoint), parameters, origin=checkpoint)
+    if adapter and LOGIT_SCALE in parameters:  # in no adapter's files, whatever it belongs to
+        value = components[parameters[LOGIT_SCALE]["component"]].pop(LOGIT_SCALE)
+        components[_SETTINGS] = {LOGIT_SCALE: value}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         ignore = shutil.ignore_patterns(PARAMETERS_FILE, FROZEN_FILE)
         shutil.copytree(description, partial, ignore=ignore)
-        _write_components(partial, components, settings, origin=checkpoint)
+        _write_components(partial, components, settings, adapter=adapter, origin=checkpoint)
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -285,6 +305,7 @@ def _write_components(
     components: dict[str, dict[str, Tensor]],
     settings: dict[str, Any],
     *,
+    adapter: bool,
     origin: Path,
 ) -> None:
     for component, tensors in components.items():
@@ -295,7 +316,22 @@ def _write_components(
             copies = {name: tensor.clone() for name, tensor in tensors.items()}  # unshared memory
             save_file(copies, folder / f"{component}.safetensors", metadata={"format": "pt"})
         else:
-            _write_backbone(folder / component, tensors, origin=origin / MODEL_FOLDER / component)
+            place, described = folder / component, origin / MODEL_FOLDER / component
+            _write_encoder(place, tensors, adapter=adapter, origin=described)
+
+
+def _write_encoder(
+    folder: Path, tensors: dict[str, Tensor], *, adapter: bool, origin: Path
+) -> None:
+    config = read_adapter_config(folder)
+    if config is None:  # a frozen tower of an encoder whose other tower has adapters, too
+        _write_backbone(folder, tensors, origin=origin)
+    elif adapter:
+        write_adapter(folder, tensors, config)
+        (folder / "config.json").unlink()  # a reader takes it for a model without its weights
+    else:
+        (folder / ADAPTER_CONFIG).unlink()  # transformers would apply it a second time
+        _write_backbone(folder, merge_adapters(tensors, config), origin=origin)
 
 
 def _write_backbone(folder: Path, tensors: dict[str, Tensor], *, origin: Path) -> None:

@@ -10,20 +10,24 @@ are trained and ``s`` is ``alpha / r`` (Hu et al. 2021, section 4.1) or, for rsL
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, one_line
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that peft gives a model's only adapter
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,29 @@ def scaling_of(config: Mapping[str, Any]) -> float:
     return float(config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank))
 
 
+def inside(name: str, parents: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of the modules ``parents``, or in one."""
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def base_of(folder: Path) -> str | None:
+    """The base model of a peft folder; ``None``: the folder holds no adapter.
+
+    Raises:
+        ConfigError: The configuration is damaged, or names none.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged: {one_line(error)}") from error
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base_model_name_or_path={base!r}; name the base model there")
+    return base
+
+
 def merge_adapter_folder(backbone: nn.Module, folder: Path) -> nn.Module:
     """The backbone with the adapter of a peft folder merged into its weights.
 
@@ -118,15 +145,24 @@ def merge_adapter_folder(backbone: nn.Module, folder: Path) -> nn.Module:
     Raises:
         ConfigError: The adapter is missing or does not fit.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        merged: nn.Module = PeftModel.from_pretrained(backbone, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of missing weights; see below
+            adapted = PeftModel.from_pretrained(backbone, str(folder))
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            differing = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
     except Exception as error:  # peft raises anything for files that do not fit
-        raise ConfigError(
-            f"{folder}: the adapter does not fit {type(backbone).__name__}: {error}"
-        ) from error
+        raise _unfit(backbone, folder, one_line(error)) from error
+    if differing:
+        raise _unfit(backbone, folder, f"{min(differing)} is on one side only")
+    merged: nn.Module = adapted.merge_and_unload()
     return merged
+
+
+def _unfit(backbone: nn.Module, folder: Path, problem: str) -> ConfigError:
+    return ConfigError(f"{folder}: the adapter does not fit {type(backbone).__name__}: {problem}")
 
 
 def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
@@ -135,7 +171,7 @@ def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
     whole = _matching(spec.modules_to_save, _trained_modules(backbone))
     saved = [p for name in whole for p in backbone.get_submodule(name).parameters()]
     saved = [parameter for parameter in saved if parameter.requires_grad]
-    targets = [n for n in _targets(backbone, spec) if not _inside(n, whole)]
+    targets = [n for n in _targets(backbone, spec) if not inside(n, whole)]
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
@@ -159,7 +195,7 @@ def _targets(backbone: nn.Module, spec: LoraSpec) -> list[str]:
         found = list(linears)
     elif spec.target_modules is None:
         lists = [n for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList)]
-        found = [name for name in linears if _inside(name, lists)]
+        found = [name for name in linears if inside(name, lists)]
     else:
         found = _matching(spec.target_modules, linears)
     if not found:
@@ -210,10 +246,6 @@ def _matching(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
     """Names that are one of ``wanted``, or end in one behind a dot."""
     ends = tuple(wanted)
     return [n for n in names if n in ends or any(n.endswith(f".{end}") for end in ends)]
-
-
-def _inside(name: str, parents: Iterable[str]) -> bool:
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
 def _origin(backbone: nn.Module) -> str | None:
