@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Train; an error is printed with its rank before anything waits for other ranks."""
-    from vembed_ds.config.loading import load_config, setting_origins
+    from vembed_ds.config.loading import config_notices, load_config, setting_origins
     from vembed_ds.distributed import comm
     from vembed_ds.engine.ds_config import load_ds_config
     from vembed_ds.errors import VembedError
@@ -50,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config, arguments.config_override)
         origins = setting_origins(arguments.config, arguments.config_override)
+        if comm.is_main():
+            _tell(config_notices(arguments.config, arguments.config_override))
         ds_config = load_ds_config(arguments.ds_config)
         timeout_minutes = config.run.timeout_minutes
     except VembedError as error:
@@ -88,6 +90,11 @@ def _report(error: Exception) -> None:
     text = str(error).replace("\n", "\n  ")
     sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
     sys.stderr.flush()
+
+
+def _tell(notices: Sequence[str]) -> None:
+    for notice in notices:
+        logging.getLogger("vembed_ds").warning("%s", notice)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

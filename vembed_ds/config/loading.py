@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from vembed_ds.config.compat import NULL_IS_DEFAULT, needless_model_name, translate
 from vembed_ds.config.describe import describe_field
 from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, Section
 from vembed_ds.config.validation import cross_field_problems
@@ -28,8 +29,19 @@ class _Setting:
     spelling: str
     origin: str
 
+    given: Any  # as the user wrote it
+
     def __str__(self) -> str:
-        return f"{self.spelling}={self.value!r}"
+        return f"{self.spelling}={self.given!r}"
+
+
+@dataclass
+class _Reading:
+    """What was found in a file and its overrides."""
+
+    settings: dict[str, _Setting] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -57,11 +69,19 @@ def setting_origins(path: str | Path | None, overrides: Sequence[str] = ()) -> d
         Origin by key; a key that is missing has its default.
     """
     values = {} if path is None else read_yaml_mapping(Path(path))
-    problems: list[str] = []
-    settings = _collect(_flatten(values, str(path), problems), str(path), problems)
-    given = _flatten_all(_read_overrides(overrides, problems), problems)
-    settings |= _collect(given, OVERRIDE, problems)
+    settings = _read(values, origin=str(path), overrides=overrides).settings
     return {name: setting.origin for name, setting in settings.items()}
+
+
+def config_notices(path: str | Path | None, overrides: Sequence[str] = ()) -> list[str]:
+    """One line for each key that was accepted and does not do what it says.
+
+    Args:
+        path: As in :func:`load_config`, which has checked both.
+        overrides: As in :func:`load_config`.
+    """
+    values = {} if path is None else read_yaml_mapping(Path(path))
+    return _read(values, origin=str(path), overrides=overrides).notices
 
 
 def parse_config(
@@ -77,14 +97,11 @@ def parse_config(
     Raises:
         ConfigError: Listing every problem found.
     """
-    problems: list[str] = []
-    settings = _collect(_flatten(values, origin, problems), origin, problems)
-    given = _flatten_all(_read_overrides(overrides, problems), problems)
-    settings |= _collect(given, OVERRIDE, problems)
-    config, invalid = _build(settings, problems)
-    problems += cross_field_problems(config, skip=invalid)
-    if problems:
-        raise ConfigError(problems)
+    reading = _read(values, origin=origin, overrides=overrides)
+    config, invalid = _build(reading.settings, reading.problems)
+    reading.problems += cross_field_problems(config, skip=invalid)
+    if reading.problems:
+        raise ConfigError(reading.problems)
     return config
 
 
@@ -96,6 +113,20 @@ def dump_config(config: Config) -> str:
         for name in {"prefetch_factor", "persistent_workers"} - config.data.model_fields_set:
             del values["data"][name]
     return dump_yaml(values)
+
+
+def _read(values: Mapping[Any, Any], *, origin: str, overrides: Sequence[str]) -> _Reading:
+    """Name every key of the file and of the overrides, which win."""
+    reading = _Reading()
+    problems = reading.problems
+    settings = _collect(_flatten(values, origin, problems), origin, reading)
+    given = _flatten_all(_read_overrides(overrides, problems), problems)
+    reading.settings = settings | _collect(given, OVERRIDE, reading)
+    given_values = {name: setting.value for name, setting in reading.settings.items()}
+    if notice := needless_model_name(given_values):
+        dropped = reading.settings.pop("model_name")
+        reading.notices.append(f"{dropped} ({dropped.origin}): {notice}")
+    return reading
 
 
 def _read_overrides(tokens: Sequence[str], problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -144,21 +175,47 @@ def _flatten_all(
 
 
 def _collect(
-    pairs: Iterable[tuple[str, Any]], origin: str, problems: list[str]
+    pairs: Iterable[tuple[str, Any]], origin: str, reading: _Reading
 ) -> dict[str, _Setting]:
-    """Name every key; two spellings of one key must agree."""
+    """Name every key; two spellings of one key must agree, unless one of them is null."""
     settings: dict[str, _Setting] = {}
     for spelling, value in pairs:
-        if problem := _key_problem(spelling, value, origin):
-            problems.append(problem)
+        setting = _setting(spelling, value, origin, reading)
+        if setting is None:
             continue
-        setting = _Setting(_leaf_name(spelling), value, spelling, origin)
         first = settings.setdefault(setting.name, setting)
-        if first.value != value:
-            problems.append(
+        if first.spelling != spelling and None in (first.given, value):
+            settings[setting.name] = setting if first.given is None else first
+        elif first.value != setting.value:
+            reading.problems.append(
                 f"{first} and {setting} ({origin}): one setting with two values; keep one"
             )
     return settings
+
+
+def _setting(spelling: str, value: Any, origin: str, reading: _Reading) -> _Setting | None:
+    """What one line sets; ``None`` when it sets nothing, which is reported where it matters."""
+    legacy = translate(spelling.rpartition(".")[2], value)
+    if legacy is not None:
+        for text, found in (
+            (legacy.notice, reading.notices),
+            (legacy.problem, reading.problems),
+        ):
+            if text is not None:
+                found.append(f"{spelling}={value!r} ({origin}): {text}")
+        if legacy.name is None:
+            return None
+        return _Setting(legacy.name, legacy.value, spelling, origin, value)
+    if problem := _key_problem(spelling, value, origin):
+        reading.problems.append(problem)
+        return None
+    name = _leaf_name(spelling)
+    meant = _default(name) if value is None and name in NULL_IS_DEFAULT else value
+    return _Setting(name, meant, spelling, origin, value)
+
+
+def _default(name: str) -> Any:
+    return SECTIONS[SECTION_OF[name]].model_fields[name].default
 
 
 def _leaf_name(spelling: str) -> str:

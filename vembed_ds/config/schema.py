@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from vembed_ds.config.compat import ENCODER_FAMILIES
+
 COLUMN_ROLES = (
     "query",
     "query_image",
@@ -140,8 +142,9 @@ class ModelConfig(Section):
         default=None,
         description="Hub name, folder, `package:NAME/folder` or `{config: ...}` of one shared encoder.",
     )
-    encoder_mode: Literal["auto", "composed"] = Field(
-        default="auto", description="`composed` builds one encoder of two towers."
+    encoder_mode: Literal["auto", "composed", *ENCODER_FAMILIES] = Field(  # type: ignore[valid-type]
+        default="auto",
+        description="`composed` builds one encoder of two towers; vembed-factory's families mean auto, and must not contradict the model's own config.",
     )
     text_model_name: ModelReference | None = Field(
         default=None, description="Text tower of a composed encoder."
@@ -396,6 +399,26 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     run: RunConfig = RunConfig()
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key, in whatever section it is; other spellings are known too.
+
+        Raises:
+            KeyError: There is no such key.
+        """
+        name = ALIASES.get(key, key)
+        return getattr(getattr(self, SECTION_OF[name]), name)
+
+    def __contains__(self, key: str) -> bool:
+        return ALIASES.get(key, key) in SECTION_OF
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As :meth:`__getitem__`, or ``default`` when there is no such key."""
+        return self[key] if key in self else default
+
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value, as a plain dictionary that may be changed."""
+        return {key: self[key] for key in SECTION_OF}
 
 
 SECTIONS: dict[str, type[Section]] = {

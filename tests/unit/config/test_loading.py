@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
+from vembed_ds.config.compat import ENCODER_FAMILIES
 from vembed_ds.config.loading import dump_config, load_config, parse_config
 from vembed_ds.config.schema import Config
 from vembed_ds.errors import ConfigError
@@ -216,13 +217,17 @@ def test_a_broken_list_in_an_override(base):
             "expected QUERY2POSITIVE with the letters t (text), i (image), m (text and image), "
             "x (what the record holds), for example t2i",
         ),
-        ("encoder_mode", "siglip", "expected auto or composed"),
+        (
+            "encoder_mode",
+            "resnet",
+            "expected " + " or ".join(["auto", "composed", *ENCODER_FAMILIES]),
+        ),
         ("pooling_method", "avg", "expected cls or mean or last_token or pooler or none or null"),
         ("projection_layers", True, "expected 1 or 2 or null"),
         ("projection_layers", 1.0, "expected 1 or 2 or null"),
         ("projection_layers", 3, "expected 1 or 2 or null"),
         ("run_name", 7, "expected non-empty text or null; put it in quotes"),
-        ("image_root", None, "expected text"),
+        ("image_root", 3, "expected text; put it in quotes"),
         ("eval_recall_k", [1, 0], "expected a non-empty list of a whole number > 0"),
         ("eval_recall_k", [], "expected a non-empty list of a whole number > 0"),
         ("data_path", [], "expected non-empty text or a non-empty list of non-empty text or null"),
