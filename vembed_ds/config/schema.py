@@ -414,7 +414,10 @@ class Config(Section):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As :meth:`__getitem__`, or ``default`` when there is no such key."""
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, as a plain dictionary that may be changed."""
