@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,6 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers.utils import cached_file
@@ -25,14 +21,18 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import ImageSource, Item
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length
-from vembed_ds.models.builder import ModelSpec, build_encoder
+from vembed_ds.models.builder import build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TwoTowerEncoder
-from vembed_ds.models.lora import base_of, merge_adapter_folder
+from vembed_ds.models.saved_folder import (
+    SETTINGS_FILE,
+    processor_sources,
+    read_settings,
+    saved_spec,
+)
 from vembed_ds.references import resolve_model_reference
 from vembed_ds.similarity import Embeddings, concatenated
 
-SETTINGS_FILE = "vembed_config.json"
 Array = np.ndarray[Any, Any]
 Role = Literal["query", "document"]
 
@@ -69,8 +69,8 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         source = _locate(str(folder))
-        self.settings: dict[str, Any] = _read_settings(Path(source))
-        self.model = _load_model(source, self.settings)
+        self.settings: dict[str, Any] = read_settings(Path(source))
+        self.model = EmbeddingModel(build_encoder(saved_spec(source, self.settings)))
         self.processor: ItemProcessor = _load_processor(source, self.model, self.settings)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
@@ -261,76 +261,12 @@ def _locate(reference: str) -> str:
         raise ConfigError(f"{reference}: no such folder or hub model: {error}") from error
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
-    if settings.get("format_version") != 1:
-        raise ConfigError(
-            f"{path}: format_version={settings.get('format_version')}: this version reads 1 "
-            "(another program's folder: remove the file to load it as a plain model)"
-        )
-    return settings
-
-
-def _load_model(source: str, settings: dict[str, Any]) -> EmbeddingModel:
-    names = {"": source}
-    if settings.get("encoder_mode") == "composed":
-        names = {s: str(Path(source) / f"{s}_encoder") for s in settings["streams"]}
-    bases = {key: base_of(Path(name)) for key, name in names.items()}
-    spec = ModelSpec(
-        sources={key: BackboneSource(name=bases[key] or name) for key, name in names.items()},
-        pooling=settings.get("pooling", {}),
-        projection_dim=settings.get("projection_dim"),
-        projection_layers=settings.get("projection_layers"),
-        topk_tokens=settings.get("topk_tokens"),
-    )
-    model = EmbeddingModel(build_encoder(spec))
-    for key in (key for key, base in bases.items() if base is not None):
-        _merge_adapter(model, key, Path(names[key]))
-    for name in settings.get("projections", {}):
-        _load_projection(_projection(model, name), Path(source) / f"{name}.safetensors")
-    return model
-
-
-def _merge_adapter(model: EmbeddingModel, key: str, folder: Path) -> None:
-    encoder = model.encoder
-    holder = (
-        encoder
-        if isinstance(encoder, TwoTowerEncoder)
-        else encoder.tower(key or encoder.streams[0])
-    )
-    holder.backbone = merge_adapter_folder(holder.backbone, folder)
-
-
-def _projection(model: EmbeddingModel, name: str) -> nn.Module:
-    encoder = model.encoder
-    if isinstance(encoder, TwoTowerEncoder):
-        projection = encoder.projection
-    else:
-        stream = encoder.parts[0] if name == "projection_head" else name.split("_")[0]
-        projection = encoder.tower(stream).projection
-    assert projection is not None
-    return projection
-
-
-def _load_projection(projection: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(f"{path}: missing, but {SETTINGS_FILE} names it; convert again")
-    try:
-        projection.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{path}: does not fit {SETTINGS_FILE}: {error}") from error
-
-
 def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]) -> ItemProcessor:
-    folders = dict.fromkeys(model.parts, source)
-    if settings.get("encoder_mode") == "composed":
-        folders = {stream: str(Path(source) / f"{stream}_encoder") for stream in model.parts}
+    folders = {
+        part: folder
+        for part, folder in processor_sources(source, settings).items()
+        if part in model.parts
+    }
     limit = _text_limit(model)
     processor = build_item_processor(
         folders.get("text"),
@@ -338,7 +274,7 @@ def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]
         max_length=settings.get("max_seq_length") or stated_length(BackboneSource(name=source)),
         fallback_length=limit,
     )
-    if settings:
+    if "pad_to_max_length" in settings:
         processor.pad_to_max_length = settings["pad_to_max_length"]
     if limit is not None and processor.max_length is not None:
         processor.max_length = min(processor.max_length, limit)

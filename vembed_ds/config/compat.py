@@ -141,6 +141,15 @@ def needless_model_name(values: Mapping[str, Any]) -> str | None:
     return "not used: the encoder is composed of text_model_name and image_model_name"
 
 
+def forced_pooling(values: Mapping[str, Any]) -> str | None:
+    """The pooling that the loss asks for, whatever ``pooling_method`` says; ``None``: it asks not.
+
+    Args:
+        values: Value of each key that was given.
+    """
+    return "none" if values.get("loss_type") == "colbert" else None
+
+
 ENCODER_FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("clip", "siglip"), "two_tower"),
     **dict.fromkeys(("vit", "dino", "dinov2", "dinov3", "mae"), "image"),

@@ -10,7 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vembed_ds.config.compat import NULL_IS_DEFAULT, needless_model_name, translate
+from vembed_ds.config.compat import (
+    NULL_IS_DEFAULT,
+    forced_pooling,
+    needless_model_name,
+    translate,
+)
 from vembed_ds.config.describe import describe_field
 from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, Section
 from vembed_ds.config.validation import cross_field_problems
@@ -126,7 +131,17 @@ def _read(values: Mapping[Any, Any], *, origin: str, overrides: Sequence[str]) -
     if notice := needless_model_name(given_values):
         dropped = reading.settings.pop("model_name")
         reading.notices.append(f"{dropped} ({dropped.origin}): {notice}")
+    if pooling := forced_pooling(given_values):
+        _force("pooling_method", pooling, because=reading.settings["loss_type"], reading=reading)
     return reading
+
+
+def _force(name: str, value: Any, *, because: _Setting, reading: _Reading) -> None:
+    """Set a key that another one decides, and say so where the user wrote something else."""
+    stated = reading.settings.get(name)
+    if stated is not None and stated.value not in (None, value):
+        reading.notices.append(f"{stated} ({stated.origin}): {because} needs {name}={value!r}")
+    reading.settings[name] = _Setting(name, value, name, because.origin, value)
 
 
 def _read_overrides(tokens: Sequence[str], problems: list[str]) -> Iterator[dict[str, Any]]:

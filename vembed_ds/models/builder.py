@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +22,8 @@ from vembed_ds.models.backbones import (
 )
 from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
-from vembed_ds.models.lora import LoraSpec, add_adapters
+from vembed_ds.models.lora import LoraSpec, add_adapters, merge_adapter_folder
+from vembed_ds.models.projections import load_projections
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
@@ -35,9 +37,13 @@ class ModelSpec:
         sources: ``{"": source}`` for one backbone, ``{"text": ..., "image": ...}`` for a
             composed encoder.
         pooling: Pooling method of a source; a source that is not named gets its family's.
+        prefer_pooler: Whether a backbone's own pooled output wins over ``pooling``, as it did in
+            vembed-factory.
         projection_dim: Embedding width behind a projection; ``None``: no projection (composed:
             ``COMPOSED_PROJECTION_DIM``).
         projection_layers: 1 or 2; ``None``: 1, or 2 for a composed encoder.
+        projection_files: Stored weights of the projections, by name; see ``projections.py``.
+        adapters: Folders of peft adapters that are merged into a source's weights.
         topk_tokens: Patches kept of an image's token embeddings; ``None``: all.
         layers: Hidden layers that are embedded beside the last (2-D Matryoshka).
         attn_implementation: Passed to transformers.
@@ -46,8 +52,11 @@ class ModelSpec:
 
     sources: Mapping[str, BackboneSource]
     pooling: Mapping[str, str] = field(default_factory=dict)
+    prefer_pooler: bool = False
     projection_dim: int | None = None
     projection_layers: int | None = None
+    projection_files: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     topk_tokens: int | None = None
     layers: tuple[int, ...] = ()
     attn_implementation: str | None = None
@@ -63,8 +72,15 @@ def build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
     """The encoder in float32 on the host, everything trainable.
 
     Raises:
-        ConfigError: A backbone cannot be loaded, or does not fit its place.
+        ConfigError: A backbone cannot be loaded, or does not fit its place; or a stored
+            projection.
     """
+    encoder = _build_encoder(spec)
+    load_projections(encoder, spec.projection_files)
+    return encoder
+
+
+def _build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
     if spec.composed:
         return TowersEncoder({stream: _composed_tower(spec, stream) for stream in spec.sources})
     backbone = _load(spec, "")
@@ -136,6 +152,8 @@ def _load(spec: ModelSpec, key: str) -> nn.Module:
         attn_implementation=spec.attn_implementation,
         trust_remote_code=spec.trust_remote_code,
     )
+    if key in spec.adapters:
+        backbone = merge_adapter_folder(backbone, spec.adapters[key])
     lift_scalars(backbone)
     demote_empty(backbone)
     return backbone
@@ -167,6 +185,8 @@ def _tower(
         or stated_pooling(spec.sources[key])
         or default_pooling(backbone, probe)
     )
+    if spec.prefer_pooler and probe.has_pooler and pooling != "none":
+        pooling = "pooler"
     width = probe.pooled_width(pooling)
     pooler = getattr(backbone, "pooler", None)
     if isinstance(pooler, nn.Module) and pooling != "pooler":

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vembed_ds.config.compat import ENCODER_FAMILIES, family_problem
 from vembed_ds.config.schema import Config, ModelConfig, ScratchModel
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
@@ -25,6 +28,12 @@ from vembed_ds.models.backbones import (
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.lora import LoraSpec
+from vembed_ds.models.saved_folder import (
+    SETTINGS_FILE,
+    processor_sources,
+    read_settings,
+    saved_spec,
+)
 from vembed_ds.references import resolve_model_reference
 
 
@@ -38,13 +47,49 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         sources = {"text": config.text_model_name, "image": config.image_model_name}
     # The one pooling_method of a composed encoder is its text tower's, as in vembed-factory.
     pooled = "" if "" in sources else "text"
-    return ModelSpec(
+    spec = ModelSpec(
         sources={key: _source(reference) for key, reference in sources.items()},
         pooling={pooled: config.pooling_method} if config.pooling_method else {},
         projection_dim=config.projection_dim,
         projection_layers=config.projection_layers,
         topk_tokens=config.topk_tokens or None,
         attn_implementation=config.attn_implementation,
+    )
+    folder, settings = _saved(config)
+    return _continued(spec, folder, settings) if settings else spec
+
+
+def _saved(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The folder that ``model_name`` names, and what its ``vembed_config.json`` says."""
+    if not isinstance(config.model_name, str):
+        return "", {}
+    folder = resolve_model_reference(config.model_name)
+    return folder, read_settings(Path(folder))
+
+
+def _continued(spec: ModelSpec, folder: str, settings: Mapping[str, Any]) -> ModelSpec:
+    """The trained model of a folder, with pooling and heads, where the configuration is silent.
+
+    Raises:
+        ConfigError: The configuration asks for another projection than the trained one.
+    """
+    saved = saved_spec(folder, settings)
+    wanted, trained = spec.projection_dim, saved.projection_dim
+    if saved.projection_files and wanted not in (None, trained):
+        raise ConfigError(
+            f"projection_dim={wanted}: {folder} has a trained projection to {trained}; remove "
+            f"projection_dim, or remove the projection and {SETTINGS_FILE} from a copy of the folder"
+        )
+    if not saved.projection_files:
+        saved = replace(saved, projection_dim=wanted, projection_layers=spec.projection_layers)
+    if spec.pooling:
+        pooled = "text" if saved.composed else ""
+        pooling = {**saved.pooling, pooled: spec.pooling[""]}
+        saved = replace(saved, pooling=pooling, prefer_pooler=False)
+    return replace(
+        saved,
+        topk_tokens=spec.topk_tokens or saved.topk_tokens,
+        attn_implementation=spec.attn_implementation,
     )
 
 
@@ -129,6 +174,7 @@ def setup_processor(
     Raises:
         ConfigError: The model has no tower for a role, or its processor cannot be loaded.
     """
+    _check_family(config.model.encoder_mode, spec)
     sources = _stream_sources(spec)
     for reader, part in ((r, part) for r in needed for part in sorted(r.parts - set(sources))):
         role, column = reader.columns_of(part)[0]
@@ -161,6 +207,23 @@ def setup_processor(
         processor.max_length = _within_positions(config, processor, limit)
         _check_vocabulary(processor, text_model, vocabulary_size(skeleton))
     return processor
+
+
+def _check_family(encoder_mode: str, spec: ModelSpec) -> None:
+    """vembed-factory's families name a kind of model; what the model is, its config says."""
+    if spec.composed or encoder_mode not in ENCODER_FAMILIES:
+        return
+    skeleton: Any = load_skeleton(spec.sources[""], trust_remote_code=spec.trust_remote_code)
+    # A vision-language model has no text tower of its own beside its images.
+    sees = hasattr(skeleton, "get_image_features")
+    is_vlm = sees and not hasattr(skeleton, "get_text_features")
+    problem = family_problem(
+        encoder_mode,
+        model_type=skeleton.config.model_type,
+        kind="vlm" if is_vlm else kind_of(skeleton),
+    )
+    if problem:
+        raise ConfigError(problem)
 
 
 def _within_positions(config: Config, processor: ItemProcessor, limit: int | None) -> int | None:
@@ -201,6 +264,9 @@ def _stream_sources(spec: ModelSpec) -> dict[str, str]:
 
 def _processor_source(config: Config, key: str) -> str | Mapping[str, Any]:
     """Where the processor of a model reference comes from: beside its weights, or as stated."""
+    folder, settings = _saved(config.model)
+    if key and settings:
+        return processor_sources(folder, settings)[key]
     name = f"{key}_model_name" if key else "model_name"
     reference = getattr(config.model, name)
     if not isinstance(reference, ScratchModel):
