@@ -137,13 +137,22 @@ def setup_model(
             f"precision={model.precision}: the model has batch normalisation, whose statistics "
             "stay float32 beside 16-bit weights; use precision: fp32"
         )
-    if zero_stage == 3 and (key := _layer_drop(built)):
+    refuse_layer_drop(built, zero_stage=zero_stage)
+    return built
+
+
+def refuse_layer_drop(model: EmbeddingModel, *, zero_stage: int) -> None:
+    """Under ZeRO-3 every rank must run every layer.
+
+    Raises:
+        ConfigError: The model leaves out layers at random, and the stage is 3.
+    """
+    if zero_stage == 3 and (key := _layer_drop(model)):
         raise ConfigError(
             f"{key}: the model leaves out layers at random, others on every rank, and ZeRO-3 would "
             "wait for ever for the ranks that leave them out; use ZeRO stage 0 to 2, or a copy of "
             "the model whose config.json says 0"
         )
-    return built
 
 
 def _init_logit_scale(config: Config) -> float | None:

@@ -1,0 +1,115 @@
+"""A checkpoint that is a plain Hugging Face folder and can be gone on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vembed_ds.checkpointing.export import describe_model, export_model
+from vembed_ds.checkpointing.frozen import link_frozen_weights
+from vembed_ds.checkpointing.store import load_checkpoint as _load
+from vembed_ds.checkpointing.store import save_checkpoint as _save
+from vembed_ds.config.schema import Config
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.distributed import comm
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import CheckpointError
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.training.config import as_config
+from vembed_ds.training.run import export_settings
+
+STATE_FOLDER = "training_state"
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: EmbeddingModel,
+    engine: TrainEngine,
+    processor: Any = None,
+    config: Config | Mapping[str, Any] | None = None,
+) -> Path:
+    """Write model, processor and settings as :class:`Encoder` reads them, and the engine's state.
+
+    Collective: every rank calls it. The folder appears whole or not at all; in it,
+    ``training_state/`` holds the ranks' shards, for :func:`load_checkpoint`.
+
+    Args:
+        path: New or empty folder, which all ranks share.
+        model: The model inside the engine.
+        engine: From :func:`prepare_engine`.
+        processor: Tokenizer, image processor, both in one of Hugging Face's, or an
+            :class:`ItemProcessor`; ``None``: none is written.
+        config: Whose settings stand in ``vembed_config.json``; ``None``: the model's own only.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The folder holds something.
+    """
+    path = Path(path)
+    comm.run_together(lambda: _require_empty(path), doing=f"writing {path}")
+    found = None if config is None else as_config(config)
+    items = _item_processor(processor)
+
+    def describe(place: Path) -> None:
+        settings = {} if found is None else export_settings(found)
+        describe_model(place, model=model, processor=items, settings=settings)
+        if found is not None:
+            link_frozen_weights(Path(found.run.output_dir), place)
+
+    state = path.with_name(f".{path.name}.{STATE_FOLDER}")
+    step = int(engine.engine.global_steps)
+    saved = _save(engine.engine, output_dir=state, step=step, state={}, describe=describe)
+    comm.run_together(lambda: _finish(saved, state, path), doing=f"writing {path}")
+    return path
+
+
+def load_checkpoint(path: str | Path, engine: TrainEngine) -> int:
+    """Put weights, optimizer, schedule and random state back. Collective.
+
+    Args:
+        path: What :func:`save_checkpoint` wrote, on as many ranks and with the same ZeRO stage.
+        engine: Made as the one that was saved.
+
+    Returns:
+        Optimizer steps that it had done.
+
+    Raises:
+        CheckpointError: There is no such state, or it is damaged.
+    """
+    folder = Path(path) / STATE_FOLDER
+    pointer = folder / "latest"
+    if not pointer.is_file():
+        raise CheckpointError(
+            f"{pointer}: missing; give a folder that save_checkpoint wrote, whole"
+        )
+    _load(engine.engine, folder / pointer.read_text().strip())
+    return int(engine.engine.global_steps)
+
+
+def _require_empty(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path}: exists and is not an empty folder; give a new one")
+
+
+def _finish(saved: Path, state: Path, path: Path) -> None:
+    if comm.is_main():
+        export_model(saved, path)
+        state.replace(path / STATE_FOLDER)
+
+
+def _item_processor(processor: Any) -> ItemProcessor:
+    if isinstance(processor, ItemProcessor):
+        return processor
+    tokenizer = getattr(processor, "tokenizer", None)
+    image_processor = getattr(processor, "image_processor", None)
+    if processor is not None and tokenizer is None and image_processor is None:
+        is_tokenizer = hasattr(processor, "get_vocab")
+        tokenizer, image_processor = (processor, None) if is_tokenizer else (None, processor)
+    return ItemProcessor(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        max_length=None if tokenizer is None else int(tokenizer.model_max_length),
+    )

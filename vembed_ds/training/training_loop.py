@@ -1,0 +1,200 @@
+"""vembed-factory's low-level trainer, on an engine: the same step, over batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from vembed_ds.config.schema import Config
+from vembed_ds.data.collators import Batch
+from vembed_ds.distributed import comm
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import ConfigError
+from vembed_ds.losses import LossFunction
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.steps.gradient_cache import StepResult
+from vembed_ds.tracking.trackers import Tracker, build_tracker
+from vembed_ds.training.checkpoint import save_checkpoint
+from vembed_ds.training.config import as_config
+from vembed_ds.training.data_utils import TensorBatch
+from vembed_ds.training.evaluator import Evaluator
+from vembed_ds.training.tensor_batches import ItemizedBatch, TensorItems, itemize
+from vembed_ds.training.trainer import Intervals
+from vembed_ds.training.trainer import Trainer as StepTrainer
+
+__all__ = ["Trainer"]
+
+
+class Trainer(StepTrainer):
+    """Trains on batches of padded tensors, and lets a subclass change the step.
+
+    Every batch goes through the step of ``vembed_ds.train``, with or without gradient cache, so
+    the update is that of one process on the batches of all ranks.
+
+    Args:
+        model: The model inside the engine.
+        optimizer: That the engine was made with; the engine's own steps.
+        dataloader: This rank's batches of one epoch, with the keys of
+            :mod:`vembed_ds.training.data_utils`; as many, of one size, on every rank.
+        criterion: From :func:`build_loss`.
+        engine: From :func:`prepare_engine`.
+        config: A configuration, or a plain mapping; its ``processor``, if any, is saved.
+        scheduler: That the engine was made with.
+        teacher_model: Only ``None``; distillation is not in this version.
+        distillation_loss_fn: Only ``None``.
+        evaluator: Computes the loss on ``val_dataloader``; ``None``: one is made.
+        val_dataloader: Validation batches; ``None``: no evaluation.
+
+    Raises:
+        ConfigError: Distillation is asked for, or a schedule that the engine does not have.
+    """
+
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        *,
+        optimizer: Optimizer,
+        dataloader: Any,
+        criterion: LossFunction,
+        engine: TrainEngine,
+        config: Config | Mapping[str, Any],
+        scheduler: LRScheduler | None = None,
+        teacher_model: Any = None,
+        distillation_loss_fn: Any = None,
+        evaluator: Evaluator | None = None,
+        val_dataloader: Iterable[TensorBatch] | None = None,
+    ) -> None:
+        if teacher_model is not None or distillation_loss_fn is not None:
+            raise ConfigError(
+                "teacher_model, distillation_loss_fn: distillation is not in this version; "
+                "leave both out"
+            )
+        if scheduler is not None and engine.engine.lr_scheduler is None:
+            raise ConfigError(
+                "scheduler: the engine has none and would keep the rate; give it to prepare_engine"
+            )
+        self.config, self.dataloader, self.optimizer = as_config(config), dataloader, optimizer
+        self.retrieval_mode = self.config.data.retrieval_mode
+        self.evaluator = evaluator
+        training = self.config.training
+        items = TensorItems()
+        intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
+        super().__init__(
+            engine=engine,
+            model=model,
+            loader=_items_of(dataloader, self._itemized, num_steps=intervals.num_steps),
+            processor=items,
+            loss_function=criterion,
+            chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
+            intervals=intervals,
+            tracker=comm.run_together(
+                lambda: _tracker(self.config), doing=f"output_dir={self.config.run.output_dir!r}"
+            ),
+            save=lambda step: save_checkpoint(
+                Path(self.config.run.output_dir) / f"checkpoint-step-{step}",
+                model,
+                engine,
+                processor=config.get("processor"),
+                config=self.config,
+            ),
+            evaluate=None if val_dataloader is None else lambda: self._val_loss(val_dataloader),
+            pin_memory=self.config.data.pin_memory,
+        )
+        self._items = items
+        self._result: StepResult | None = None
+
+    def compute_gradient(self, batch: Batch) -> StepResult:
+        """The step's gradient, by the method that a subclass may have replaced."""
+        assert isinstance(batch, ItemizedBatch)
+        self._result = None
+        cached = self.config.training.use_gradient_cache
+        step = self._step_with_gradient_cache if cached else self._step_standard
+        loss = torch.as_tensor(step(batch.tensors), device=self.engine.device)
+        learned: dict[str, Tensor] = {} if self._result is None else self._result.learned
+        return StepResult(loss, learned)
+
+    def _step_standard(self, batch: TensorBatch) -> Tensor:
+        """Leave the gradient of a batch in the engine, which steps afterwards. Collective.
+
+        A replacement calls this one, or runs ``engine.backward`` inside ``engine.reduce_once()``.
+
+        Args:
+            batch: As the loader gave it.
+
+        Returns:
+            This rank's loss, scalar, detached.
+        """
+        return self._run_step(batch)
+
+    def _step_with_gradient_cache(self, batch: TensorBatch) -> Tensor:
+        """As :meth:`_step_standard`, in chunks of ``gradient_cache_chunk_size``. Collective."""
+        return self._run_step(batch)
+
+    def _run_step(self, tensors: TensorBatch) -> Tensor:
+        batch = self._itemized(tensors)
+        self._items.remember(batch)
+        self._result = super().compute_gradient(batch)
+        return self._result.loss
+
+    def _itemized(self, tensors: TensorBatch) -> ItemizedBatch:
+        return itemize(tensors, retrieval_mode=self.retrieval_mode, streams=self.model.streams)
+
+    def _val_loss(self, batches: Iterable[TensorBatch]) -> dict[str, float]:
+        if self.evaluator is None:
+            self.evaluator = Evaluator(
+                self.model,
+                criterion=self.loss_function,
+                engine=self.engine,
+                retrieval_mode=self.retrieval_mode,
+                chunk_size=self.chunk_size,
+            )
+        return {"loss": self.evaluator.evaluate(batches, global_step=self.step)}
+
+
+def _intervals(config: Config, *, steps_per_epoch: int) -> Intervals:
+    """As in vembed-factory, every epoch is evaluated and saved, unless other steps are given."""
+    if not steps_per_epoch:
+        raise ConfigError("dataloader: has no batch; give training data")
+    run = config.run
+    return Intervals(
+        num_steps=config.training.max_steps or config.training.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        logging_steps=run.logging_steps,
+        eval_steps=run.eval_steps or steps_per_epoch,
+        save_steps=run.save_steps or steps_per_epoch,
+        eval_on_start=run.eval_on_start,
+    )
+
+
+def _items_of(
+    dataloader: Any, itemized: Callable[[TensorBatch], ItemizedBatch], *, num_steps: int
+) -> Iterator[ItemizedBatch]:
+    """The batches of all epochs; a sampler that shuffles by epoch is told which one it is."""
+    step = epoch = 0
+    while step < num_steps:
+        sampler: Any = getattr(dataloader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        for tensors in dataloader:
+            if step == num_steps:
+                return
+            yield itemized(tensors)
+            step += 1
+        epoch += 1
+
+
+def _tracker(config: Config) -> Tracker | None:
+    if not comm.is_main():
+        return None
+    return build_tracker(
+        config.run.report_to,
+        folder=config.run.output_dir,
+        run_name=config.run.run_name,
+        config=config.model_dump(mode="json"),
+    )
