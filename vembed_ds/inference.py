@@ -273,12 +273,22 @@ def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]
         folders.get("image"),
         max_length=settings.get("max_seq_length") or stated_length(BackboneSource(name=source)),
         fallback_length=limit,
+        model_config=_config(model),
     )
     if "pad_to_max_length" in settings:
         processor.pad_to_max_length = settings["pad_to_max_length"]
     if limit is not None and processor.max_length is not None:
         processor.max_length = min(processor.max_length, limit)
     return processor
+
+
+def _config(model: EmbeddingModel) -> Any:
+    """Config of the one backbone; ``None`` for a composed encoder."""
+    encoder = model.encoder
+    if isinstance(encoder, TwoTowerEncoder):
+        return encoder.backbone.config
+    towers = [encoder.tower(name) for name in encoder.towers]
+    return towers[0].backbone.config if len(towers) == 1 else None
 
 
 def _text_limit(model: EmbeddingModel) -> int | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from transformers import AutoModel, get_scheduler
 from tests.distributed import seed_cases as cases
 from tests.distributed.conftest import ROOT
 from tests.worlds import World
-from vembed_ds import Encoder
 
 CASE = "tests.distributed.seed_cases:"
 WORLD = 2

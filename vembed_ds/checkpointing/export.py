@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
 from vembed_ds.checkpointing.adapters import (
     describe_adapter,
@@ -52,6 +52,7 @@ from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
+from vembed_ds.models.families import build_from_config
 from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.models.scalars import is_lifted
 
@@ -135,7 +136,7 @@ def _towers(model: EmbeddingModel) -> dict[str, TowerEncoder]:
     encoder = model.encoder
     if isinstance(encoder, TwoTowerEncoder):
         return {}
-    return {stream: encoder.tower(stream) for stream in encoder.parts}
+    return {name: encoder.tower(name) for name in encoder.towers}
 
 
 def _backbones(model: EmbeddingModel) -> dict[str, nn.Module]:
@@ -340,7 +341,7 @@ def _write_backbone(folder: Path, tensors: dict[str, Tensor], *, origin: Path) -
         raise CheckpointError(f"{origin / 'config.json'}: missing; the checkpoint is incomplete")
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        model = build_from_config(config, dtype=torch.float32)
     _check_names(set(tensors), set(model.state_dict()), origin=f"{origin}: {type(model).__name__}")
     try:
         model.load_state_dict(tensors, assign=True)

@@ -13,7 +13,12 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from vembed_ds.data.augment import ImageAugmentation
-from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.processors import IMAGE_INPUTS, EncodedItem, ItemProcessor
+from vembed_ds.data.vision_language import (
+    FAMILIES,
+    PROCESSOR_FILES,
+    build_vision_language_processor,
+)
 from vembed_ds.errors import ConfigError, one_line
 
 NO_LIMIT = 10**6  # tokenizers without a length limit state 1e30
@@ -37,6 +42,7 @@ def build_item_processor(
     augmentation: ImageAugmentation | None = None,
     text_model_type: str | None = None,
     fallback_length: int | None = None,
+    model_config: Any = None,
     trust_remote_code: bool = False,
 ) -> ItemProcessor:
     """Loads what turns texts and images into model inputs.
@@ -50,6 +56,7 @@ def build_item_processor(
         text_model_type: ``model_type`` of the text model, where ``text_source`` holds only a
             tokenizer.
         fallback_length: Longest token sequence where the tokenizer states none.
+        model_config: Config of the Hugging Face model; needed of a vision-language model.
         trust_remote_code: Allow code from the hub to run.
 
     Returns:
@@ -66,6 +73,10 @@ def build_item_processor(
         processor.max_length = max_length or _own_limit(
             processor, source=text_source, fallback=fallback_length
         )
+    if getattr(model_config, "model_type", None) in FAMILIES:
+        return _vision_language(
+            processor, text_source, image_source, model_config, trust_remote_code=trust_remote_code
+        )
     if image_source is not None:
         processor.image_processor = _load_image_processor(
             image_source, trust_remote_code=trust_remote_code
@@ -73,6 +84,41 @@ def build_item_processor(
         _check_image_outputs(processor, source=str(image_source))
     if text_source is None and image_source is None:
         raise ConfigError("neither a tokenizer nor an image processor is named; name a model")
+    return processor
+
+
+def _vision_language(
+    texts: ItemProcessor,
+    text_source: str | None,
+    image_source: str | Mapping[str, Any] | None,
+    model_config: Any,
+    *,
+    trust_remote_code: bool,
+) -> ItemProcessor:
+    """The processor of one backbone for both, whichever of them the data has."""
+    if text_source is None or image_source is None:
+        raise ConfigError(
+            f"model_type {model_config.model_type}: needs a tokenizer and an image processor, even "
+            "for images alone; name a folder that has both"
+        )
+    if texts.tokenizer.chat_template is None:
+        texts.tokenizer.chat_template = _json_file(text_source, "chat_template.json").get(
+            "chat_template"
+        )
+    processor = build_vision_language_processor(
+        texts.tokenizer,
+        _load_image_processor(image_source, trust_remote_code=trust_remote_code),
+        config=model_config,
+        files={
+            name: json.dumps(content)
+            for name in PROCESSOR_FILES
+            if (content := _json_file(text_source, name))
+        },
+        source=text_source,
+    )
+    processor.max_length, processor.augmentation = texts.max_length, texts.augmentation
+    for stream in ("text", "image"):
+        processor.filler(stream)
     return processor
 
 
@@ -191,12 +237,13 @@ def _check_settings(processor: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _check_image_outputs(processor: ItemProcessor, *, source: str) -> None:
-    """Refuses processors whose outputs are not one ``[C, H, W]`` array per image."""
+    """Refuses processors whose outputs are not the same arrays for every image."""
     names = list(processor.image_processor.model_input_names)
     blank: EncodedItem = processor.filler("image")
     shape = blank.inputs["pixel_values"].shape
-    if names != ["pixel_values"] or len(shape) != 3:
+    if not ((names == ["pixel_values"] and len(shape) == 3) or set(names) == IMAGE_INPUTS):
         raise ConfigError(
             f"{source}: {type(processor.image_processor).__name__} gives {', '.join(names)} with "
-            f"pixel_values of shape {shape}; only one [C, H, W] array per image is supported"
+            f"pixel_values of shape {shape}; only one [C, H, W] array per image, or NaFlex patches "
+            "of SigLIP2, are supported for this model"
         )

@@ -158,7 +158,8 @@ class ItemProcessor:
         output = self.image_processor(
             np.asarray(image), input_data_format="channels_last", return_tensors="np"
         )
-        return {"pixel_values": output["pixel_values"][0].astype(np.float32, copy=False)}
+        rows = {name: np.asarray(output[name][0]) for name in IMAGE_INPUTS if name in output}
+        return rows | {"pixel_values": rows["pixel_values"].astype(np.float32, copy=False)}
 
     def _augmented(self, image: Image.Image, *, origin: str, seed: int) -> Image.Image:
         assert self.augmentation is not None

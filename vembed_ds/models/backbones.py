@@ -10,14 +10,22 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.models.families import (
+    build_from_config,
+    family_of,
+    load_pretrained,
+    refusal,
+    text_config,
+    trainable_config,
+)
 from vembed_ds.models.probe import Probe, probe_image, probe_text
 from vembed_ds.references import resolve_model_reference
 
-BackboneKind = Literal["text", "image", "two_tower"]
+BackboneKind = Literal["text", "image", "two_tower", "vision_language"]
 
 _STATED_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -25,9 +33,6 @@ _STATED_POOLING = {
     "pooling_mode_lasttoken": "last_token",
 }
 _SENTENCE_TRANSFORMERS = ("Transformer", "Pooling", "Normalize")
-_REFUSED = {
-    "vit_mae": "it masks patches at random, in evaluation too; load its encoder with model_type vit"
-}
 # DINOv3 draws one distortion of its coordinates per forward call, for all images of the chunk.
 _NOISE_PER_CALL = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 
@@ -69,11 +74,17 @@ def load_backbone(
     try:
         if source.name is not None:
             folder = resolve_model_reference(source.name)
-            model = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **options)
+            model, missing = load_pretrained(folder, config, dtype=torch.float32, **options)
         else:
-            model = AutoModel.from_config(config, dtype=torch.float32, **options)
+            model, missing = build_from_config(config, dtype=torch.float32, **options), []
     except Exception as error:  # transformers raises anything for a wrong config
         raise _not_loadable(source, error) from error
+    if missing:
+        raise ConfigError(
+            f"model {source.describe()}: its files lack {len(missing)} of the weights of "
+            f"{type(model).__name__} (first: {missing[0]}), which would be random; "
+            "give the files that belong to its config.json"
+        )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # no generation here; the cache would only cost memory
     return model  # type: ignore[no-any-return]
@@ -88,7 +99,9 @@ def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Modu
     config = _load_config(source, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            return AutoModel.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+            return build_from_config(  # type: ignore[no-any-return]
+                config, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
         raise _not_loadable(source, error) from error
 
@@ -99,8 +112,7 @@ def position_limit(skeleton: nn.Module) -> int | None:
     Args:
         skeleton: From :func:`load_skeleton`.
     """
-    config: Any = skeleton.config
-    config = getattr(config, "text_config", None) or config
+    config = text_config(skeleton.config)
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:  # XLNet says -1
         return None
@@ -115,8 +127,7 @@ def position_limit(skeleton: nn.Module) -> int | None:
 
 def vocabulary_size(skeleton: nn.Module) -> int | None:
     """Number of tokens that the model has embeddings for; ``None``: it does not say."""
-    config: Any = skeleton.config
-    config = getattr(config, "text_config", None) or config
+    config = text_config(skeleton.config)
     size = getattr(config, "vocab_size", None)
     return size if isinstance(size, int) else None
 
@@ -190,7 +201,9 @@ def _repository_file(source: BackboneSource, name: str) -> Path | None:
 
 
 def kind_of(backbone: nn.Module) -> BackboneKind:
-    """Whether the backbone embeds texts, images, or both with a tower for each."""
+    """Whether the backbone embeds texts, images, or both: with a tower for each, or with one."""
+    if family_of(backbone.config) is not None:
+        return "vision_language"
     if hasattr(backbone, "get_text_features") and hasattr(backbone, "get_image_features"):
         return "two_tower"
     return "image" if backbone.main_input_name == "pixel_values" else "text"
@@ -250,13 +263,9 @@ def _load_config(source: BackboneSource, *, trust_remote_code: bool) -> Any:
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:
         raise _not_loadable(source, error) from error
-    if refusal := _REFUSED.get(config.model_type):
-        raise ConfigError(f"model {source.describe()}: {refusal}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"model {source.describe()}: an encoder-decoder has no single embedding; "
-            "use an encoder or a causal language model"
-        )
+    if reason := refusal(config):
+        raise ConfigError(f"model {source.describe()}: {reason}")
+    config = trainable_config(config)
     for name in _NOISE_PER_CALL:
         if getattr(config, name, None) is not None:
             setattr(config, name, None)

@@ -25,6 +25,7 @@ from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncode
 from vembed_ds.models.lora import LoraSpec, add_adapters, merge_adapter_folder
 from vembed_ds.models.projections import load_projections
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
+from vembed_ds.models.vision_language import VisionLanguageEncoder, build_vision_language
 
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
 
@@ -87,6 +88,8 @@ def _build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
     kind = kind_of(backbone)
     if kind == "two_tower":
         return _two_tower(spec, backbone)
+    if kind == "vision_language":
+        return _vision_language(spec, backbone)
     tower = _tower(
         spec,
         "",
@@ -132,7 +135,8 @@ def build_model(
         _freeze(model, stream)
     for stream in model.parts:
         if used is not None and stream not in used:
-            _freeze(model, stream)  # its gradient is zero for ever: decay alone would move it
+            # Its gradient is zero for ever: decay alone would move it.
+            _keep_fixed(model, model.encoder.idle_modules(stream))
     if isinstance(encoder, TwoTowerEncoder):
         _settle_own_scalars(model, encoder)
     if lora is not None:
@@ -219,6 +223,19 @@ def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
     return TwoTowerEncoder(backbone, projection=projection)
 
 
+def _vision_language(spec: ModelSpec, backbone: nn.Module) -> VisionLanguageEncoder:
+    if spec.topk_tokens is not None or spec.layers:
+        key = "topk_tokens" if spec.topk_tokens is not None else "mrl_layers"
+        raise ConfigError(f"{key}: not offered for {type(backbone).__name__}; leave it out")
+    refuse_more_modules(spec.sources[""])
+    return build_vision_language(
+        backbone,
+        pooling=spec.pooling.get("") or stated_pooling(spec.sources[""]),
+        projection_dim=spec.projection_dim,
+        num_layers=spec.projection_layers or 1,
+    )
+
+
 def _check_parts(backbone: nn.Module, source: BackboneSource) -> None:
     """Every weight must belong to a tower we know: else it is trained or frozen wrongly."""
     known = {name for names in TwoTowerEncoder.PARTS.values() for name in names}
@@ -239,7 +256,11 @@ def _freeze(model: EmbeddingModel, stream: str) -> None:
             f"freeze_{stream}_encoder=true: the model has no {stream} tower; "
             f"it embeds {' and '.join(model.parts)}"
         )
-    for module in model.encoder.backbone_modules(stream):
+    _keep_fixed(model, model.encoder.backbone_modules(stream))
+
+
+def _keep_fixed(model: EmbeddingModel, modules: list[nn.Module]) -> None:
+    for module in modules:
         module.requires_grad_(False)
         model.keep_in_eval(module)  # fixed features: no dropout in what is not trained
 

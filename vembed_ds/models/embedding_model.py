@@ -76,7 +76,7 @@ class EmbeddingModel(nn.Module):
         if isinstance(encoder, TwoTowerEncoder):
             found = [encoder.backbone]
         else:
-            found = [encoder.tower(stream).backbone for stream in encoder.parts]
+            found = [encoder.tower(name).backbone for name in encoder.towers]
         return [module for module in found if any(p.requires_grad for p in module.parameters())]
 
     def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

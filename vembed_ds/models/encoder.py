@@ -61,7 +61,7 @@ class TowerEncoder(nn.Module):
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Pooled backbone output ``[n, H]`` of padded inputs ``[n, ...]``."""
-        outputs = self.backbone(**_in_dtype_of(self, inputs))
+        outputs = self.backbone(**in_dtype_of(self, inputs))
         return pool(outputs, inputs.get("attention_mask"), method=self.pooling)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Rows:
@@ -78,10 +78,10 @@ class TowerEncoder(nn.Module):
         if self.gives_tokens:
             return self._tokens(inputs)
         if "features" in inputs:
-            return (self._projected(_in_dtype_of(self, inputs)["features"]),)
+            return (self._projected(in_dtype_of(self, inputs)["features"]),)
         if not self.layers:
             return (self._projected(self.features(inputs)),)
-        outputs = self.backbone(**_in_dtype_of(self, inputs), output_hidden_states=True)
+        outputs = self.backbone(**in_dtype_of(self, inputs), output_hidden_states=True)
         mask = inputs.get("attention_mask")
         states = [outputs.hidden_states[layer] for layer in self.layers]
         pooled = [pool(_States(state), mask, method=self.pooling) for state in states]
@@ -89,7 +89,7 @@ class TowerEncoder(nn.Module):
         return (torch.cat([self._projected(rows) for rows in pooled], dim=-1),)
 
     def _tokens(self, inputs: Mapping[str, Tensor]) -> Rows:
-        outputs = self.backbone(**_in_dtype_of(self, inputs))
+        outputs = self.backbone(**in_dtype_of(self, inputs))
         tokens, mask = token_states(outputs, inputs.get("attention_mask"))
         if self.topk_tokens is not None and "pixel_values" in inputs:
             tokens, mask = best_patches(tokens, mask, number=self.topk_tokens)
@@ -137,6 +137,10 @@ class TowersEncoder(nn.Module):
         """The modules of the backbone that embeds this stream."""
         return [self.tower(stream).backbone]
 
+    def idle_modules(self, stream: str) -> list[nn.Module]:
+        """The modules of the backbone that nothing passes through without this stream."""
+        return self.backbone_modules(stream)
+
     def trainable(self, stream: str) -> bool:
         """Whether any parameter that this stream's embeddings depend on is trained."""
         if stream == JOINT:
@@ -182,6 +186,10 @@ class TwoTowerEncoder(nn.Module):
         found = [getattr(self.backbone, name, None) for name in self.PARTS[stream]]
         return [module for module in found if isinstance(module, nn.Module)]
 
+    def idle_modules(self, stream: str) -> list[nn.Module]:
+        """The modules of the backbone that nothing passes through without this stream."""
+        return self.backbone_modules(stream)
+
     def trainable(self, stream: str) -> bool:
         """Whether any parameter that this stream's embeddings depend on is trained."""
         if stream == JOINT:
@@ -199,7 +207,7 @@ class TwoTowerEncoder(nn.Module):
     def _embed(self, part: str, inputs: Mapping[str, Tensor]) -> Rows:
         backbone: Any = self.backbone
         encode = backbone.get_text_features if part == "text" else backbone.get_image_features
-        outputs = encode(**_in_dtype_of(self, inputs))
+        outputs = encode(**in_dtype_of(self, inputs))
         embeddings: Tensor = getattr(outputs, "pooler_output", outputs)
         return (self.projection(embeddings) if self.projection is not None else embeddings,)
 
@@ -240,7 +248,7 @@ def build_projection(width: int, projection_dim: int, *, num_layers: int) -> nn.
     )
 
 
-def _in_dtype_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_dtype_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Floating inputs (pixels, features) in the dtype of the module's parameters."""
     dtype = next(module.parameters()).dtype
     return {

@@ -211,6 +211,7 @@ def setup_processor(
         augmentation=_augmentation(config),
         text_model_type=_text_model_type(spec),
         fallback_length=limit,
+        model_config=None if skeleton is None else skeleton.config,
     )
     if skeleton is not None:
         processor.max_length = _within_positions(config, processor, limit)
@@ -268,7 +269,7 @@ def _stream_sources(spec: ModelSpec) -> dict[str, str]:
     if spec.composed:
         return {stream: stream for stream in spec.sources}
     kind = kind_of(load_skeleton(spec.sources[""], trust_remote_code=spec.trust_remote_code))
-    return {"text": "", "image": ""} if kind == "two_tower" else {kind: ""}
+    return {kind: ""} if kind in ("text", "image") else {"text": "", "image": ""}
 
 
 def _processor_source(config: Config, key: str) -> str | Mapping[str, Any]:

@@ -185,7 +185,26 @@ def test_misspelt_setting_names_the_nearest(image_settings: dict[str, Any]) -> N
         build_item_processor(None, image_settings | {"image_maen": [0, 0, 0]}, max_length=None)
 
 
-@pytest.mark.parametrize("kind", ["Siglip2ImageProcessor", "Qwen2VLImageProcessor"])
-def test_processors_with_more_outputs_are_refused(kind: str) -> None:
+def test_processors_with_more_outputs_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"gives pixel_values, .*only one \[C, H, W\] array"):
-        build_item_processor(None, {"image_processor_type": kind}, max_length=None)
+        build_item_processor(
+            None, {"image_processor_type": "Qwen2VLImageProcessor"}, max_length=None
+        )
+
+
+def test_naflex_images_have_a_mask_and_a_shape(noise: Noise) -> None:
+    settings = {
+        "image_processor_type": "Siglip2ImageProcessor",
+        "patch_size": 8,
+        "max_num_patches": 12,
+    }
+    processor = build_item_processor(None, settings, max_length=None)
+    items = [
+        processor.encode(Item(image=image), origin="", augment_seed=None)
+        for image in (noise(), Image.new("RGB", (64, 16)))
+    ]
+    joined = processor.pad("image", items)
+    assert joined["pixel_values"].shape == (2, 12, 3 * 8 * 8)
+    patches = joined["spatial_shapes"].prod(dim=1)
+    assert joined["pixel_attention_mask"].sum(dim=1).tolist() == patches.tolist()
+    assert joined["spatial_shapes"][1, 0] < joined["spatial_shapes"][1, 1]

@@ -226,7 +226,10 @@ def test_no_family_is_pooled_where_it_sees_nothing(settings: dict[str, Any], poo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "vit_mae"}, "masks patches at random"),
+        (
+            {"model_type": "llava"},
+            "model_type llava is a vision-language model that is not offered",
+        ),
         ({"model_type": "t5"}, "an encoder-decoder has no single embedding"),
         ({"model_type": "flava"}, "FlavaModel is not built like CLIP"),
     ],
