@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 CORPUS = [
@@ -33,6 +41,28 @@ CHAT_TEMPLATE = (
 )
 
 
+def word_tokenizer(*, max_length: int = 16) -> PreTrainedTokenizerFast:
+    """Words between a class token and a separator, as BERT's; the separator ends CLIP's texts."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(
+        CORPUS,
+        trainers.WordLevelTrainer(vocab_size=60, special_tokens=special, show_progress=False),
+    )
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=max_length,
+    )
+
+
 def qwen_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> Qwen2Tokenizer:
     """About 300 tokens; the special ones of Qwen-VL behind them."""
     bpe = Tokenizer(models.BPE())
@@ -55,7 +85,7 @@ def qwen_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> Qwen2Tokeniz
     return tokenizer
 
 
-def gemma_tokenizer() -> PreTrainedTokenizerFast:
+def gemma_tokenizer(*, max_length: int = 512) -> PreTrainedTokenizerFast:
     """BPE over the whole string with a visible space, as Gemma's; with an image token."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<image>"]
     bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
@@ -71,6 +101,6 @@ def gemma_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         bos_token="<bos>",
         unk_token="<unk>",
-        model_max_length=512,
+        model_max_length=max_length,
         extra_special_tokens={"image_token": "<image>"},
     )

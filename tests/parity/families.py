@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from torch import Tensor
+from transformers import AutoConfig, ViTMAEModel
 
-from tests.tokenizers import gemma_tokenizer, qwen_tokenizer
+from tests.tokenizers import gemma_tokenizer, qwen_tokenizer, word_tokenizer
 
 SIZES = {
     "hidden_size": 16,
@@ -45,22 +49,76 @@ QWEN_PIXELS = {
 }
 
 
+Inputs = dict[str, np.ndarray]
+Embed = Callable[[Any, str, Inputs], Tensor]
+
+
+def batched(inputs: Inputs, *, but: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """An item's arrays as a batch of one."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    return {name: value if name in but else value[None] for name, value in tensors.items()}
+
+
+def first_state(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    return model(**batched(inputs)).last_hidden_state[0, 0]
+
+
+def last_state(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    # Qwen-VL takes the patches of all images in one row.
+    return model(**batched(inputs, but=("pixel_values", "image_grid_thw"))).last_hidden_state[0, -1]
+
+
+def mean_state(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    return model(**batched(inputs)).last_hidden_state[0].mean(dim=0)
+
+
+def own_pooler(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    return model(**batched(inputs)).pooler_output[0].flatten()
+
+
+def two_towers(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    encode = model.get_text_features if stream == "text" else model.get_image_features
+    return encode(**batched(inputs)).pooler_output[0]
+
+
+def every_token(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    return model(**batched(inputs, but=("image_grid_thw",))).embeddings[0]
+
+
+def unmasked(model: Any, stream: str, inputs: Inputs) -> Tensor:
+    """ViT-MAE with all its patches, in another order; its export is a ViT."""
+    pixels = batched(inputs)["pixel_values"]
+    if model.config.model_type == "vit":
+        return model(pixels).last_hidden_state[0, 0]
+    noise = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    return model(pixels, noise=noise).last_hidden_state[0, 0]
+
+
 @dataclass(frozen=True)
 class TestFamily:
     """What the tests of a family need.
 
     Attributes:
         settings: Its config, with ``model_type``.
-        image_settings: Of its image processor, with ``image_processor_type``; none without.
+        embed: From the model and the unpadded inputs of one item to ``[D]`` or ``[L, D]``.
+        streams: What it embeds; ``both`` besides, if an item may be a text and an image.
+        image_processor: Class of its image processor; ``None`` without images.
+        image_settings: Of that processor.
         tokenizer: Makes its tokenizer; ``None`` without texts.
+        model_class: In transformers.
+        files: Further files of its folder.
     """
 
     __test__ = False
 
     settings: dict[str, Any]
-    image_settings: dict[str, Any] = field(default_factory=dict)
+    embed: Embed
+    streams: tuple[str, ...]
     image_processor: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[], Any] | None = None
+    model_class: str = "AutoModel"
+    files: dict[str, Any] = field(default_factory=dict)
 
     def save_processor(self, folder: Path) -> None:
         """Tokenizer and image processor files."""
@@ -70,10 +128,178 @@ class TestFamily:
         if self.image_processor is not None:
             kind = getattr(transformers, self.image_processor)
             kind(**self.image_settings).save_pretrained(folder)
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content))
+
+    def save(self, folder: Path) -> None:
+        """A random model and its processor."""
+        torch.manual_seed(0)
+        settings = dict(self.settings)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        kind = getattr(transformers, self.model_class)
+        model = kind.from_config(config) if self.model_class == "AutoModel" else kind(config)
+        random_model(model).save_pretrained(folder)
+        self.save_processor(folder)
+
+    def load(self, folder: Path) -> Any:
+        """The plain model; ViT-MAE's positions are trained, as in its authors' fine-tuning."""
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type == "vit_mae":
+            model = ViTMAEModel.from_pretrained(folder, mask_ratio=0.0)
+            model.embeddings.position_embeddings.requires_grad_(True)
+            return model
+        kind = "AutoModel" if config.model_type == "vit" else self.model_class
+        return getattr(transformers, kind).from_pretrained(folder)
+
+
+def random_model(model: Any) -> Any:
+    """Livelier weights than the default 0.02, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+TEXT, IMAGE, PAIR, BOTH = ("text",), ("image",), ("text", "image"), ("text", "image", "both")
+QWEN_READER = ("Qwen2VLImageProcessorPil", QWEN_PIXELS, qwen_tokenizer)
+CROPPED = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+SHORT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16, "pad_token_id": 0}
+STAGES = {"hidden_sizes": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "image_size": 32}
+
+
+def short_gemma_tokenizer() -> Any:
+    return gemma_tokenizer(max_length=16)
+
+
+def siglip(vocab_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "siglip",
+        "text_config": {**SHORT, "vocab_size": vocab_size, "projection_size": 16},
+        "vision_config": {**SIZES, **PIXELS},
+    }
 
 
 FAMILIES = {
-    "qwen2_vl": TestFamily(QWEN2_VL, QWEN_PIXELS, "Qwen2VLImageProcessorPil", qwen_tokenizer),
+    "clip": TestFamily(
+        {
+            "model_type": "clip",
+            "projection_dim": 12,
+            "text_config": {**SHORT, "eos_token_id": 3, "bos_token_id": 2},
+            "vision_config": {**SIZES, **PIXELS},
+        },
+        two_towers,
+        PAIR,
+        "CLIPImageProcessorPil",
+        CROPPED,
+        word_tokenizer,
+    ),
+    "siglip": TestFamily(
+        siglip(64), two_towers, PAIR, "SiglipImageProcessorPil", SQUARE, word_tokenizer
+    ),
+    # SigLIP2 of fixed size: SigLIP's classes, Gemma's tokenizer.
+    "siglip2_fixed": TestFamily(
+        siglip(200), two_towers, PAIR, "SiglipImageProcessorPil", SQUARE, short_gemma_tokenizer
+    ),
+    "siglip2": TestFamily(
+        {
+            "model_type": "siglip2",
+            "text_config": {**SHORT, "vocab_size": 200, "projection_size": 16},
+            "vision_config": {**SIZES, "patch_size": 8, "num_patches": 16},
+        },
+        two_towers,
+        PAIR,
+        "Siglip2ImageProcessorPil",
+        {"patch_size": 8, "max_num_patches": 12},
+        short_gemma_tokenizer,
+    ),
+    "dinov2": TestFamily(
+        {"model_type": "dinov2", **SIZES, **PIXELS, "mlp_ratio": 2},
+        first_state,
+        IMAGE,
+        "BitImageProcessorPil",
+        CROPPED,
+    ),
+    "dinov3_vit": TestFamily(
+        {"model_type": "dinov3_vit", **SIZES, **PIXELS, "num_register_tokens": 2},
+        first_state,
+        IMAGE,
+        "ViTImageProcessorPil",
+        SQUARE,
+    ),
+    "dinov3_convnext": TestFamily(
+        {"model_type": "dinov3_convnext", **STAGES},
+        own_pooler,
+        IMAGE,
+        "ViTImageProcessorPil",
+        {"size": {"height": 32, "width": 32}},
+    ),
+    "convnext": TestFamily(  # the image tower of the composed encoder
+        {"model_type": "convnext", **STAGES},
+        own_pooler,
+        IMAGE,
+        "ViTImageProcessorPil",
+        {"size": {"height": 32, "width": 32}},
+    ),
+    "vit": TestFamily(
+        {"model_type": "vit", **SIZES, **PIXELS}, first_state, IMAGE, "ViTImageProcessorPil", SQUARE
+    ),
+    "vit_mae": TestFamily(
+        {
+            "model_type": "vit_mae",
+            **SIZES,
+            **PIXELS,
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 24,
+        },
+        unmasked,
+        IMAGE,
+        "ViTImageProcessorPil",
+        SQUARE,
+        model_class="ViTMAEForPreTraining",
+    ),
+    "bert": TestFamily(
+        {"model_type": "bert", **SHORT}, first_state, TEXT, tokenizer=word_tokenizer
+    ),
+    # E5 is a BERT whose folder states another pooling.
+    "e5": TestFamily(
+        {"model_type": "bert", **SHORT},
+        mean_state,
+        TEXT,
+        tokenizer=word_tokenizer,
+        files={"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}},
+    ),
+    "modernbert": TestFamily(
+        {
+            "model_type": "modernbert",
+            **SHORT,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+        },
+        first_state,
+        TEXT,
+        tokenizer=word_tokenizer,
+    ),
+    "qwen3": TestFamily(
+        {
+            "model_type": "qwen3",
+            **SIZES,
+            **WORDS,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        },
+        last_state,
+        TEXT,
+        tokenizer=qwen_tokenizer,
+    ),
+    "qwen2_vl": TestFamily(QWEN2_VL, last_state, BOTH, *QWEN_READER),
     "qwen2_5_vl": TestFamily(
         {
             **QWEN2_VL,
@@ -87,9 +313,9 @@ FAMILIES = {
                 "fullatt_block_indexes": [1],
             },
         },
-        QWEN_PIXELS,
-        "Qwen2VLImageProcessorPil",
-        qwen_tokenizer,
+        last_state,
+        BOTH,
+        *QWEN_READER,
     ),
     "qwen3_vl": TestFamily(
         {
@@ -109,15 +335,16 @@ FAMILIES = {
                 "deepstack_visual_indexes": [0],
             },
         },
-        QWEN_PIXELS,
-        "Qwen2VLImageProcessorPil",
-        qwen_tokenizer,
+        last_state,
+        BOTH,
+        *QWEN_READER,
     ),
     "colqwen2": TestFamily(
         {"model_type": "colqwen2", "vlm_config": QWEN2_VL, "embedding_dim": 12},
-        QWEN_PIXELS,
-        "Qwen2VLImageProcessorPil",
-        qwen_tokenizer,
+        every_token,
+        PAIR,
+        *QWEN_READER,
+        model_class="ColQwen2ForRetrieval",
     ),
     "colpali": TestFamily(
         {
@@ -146,17 +373,11 @@ FAMILIES = {
                 "projection_dim": 16,
             },
         },
-        SQUARE,
+        every_token,
+        PAIR,
         "SiglipImageProcessorPil",
+        SQUARE,
         gemma_tokenizer,
+        model_class="ColPaliForRetrieval",
     ),
 }
-
-
-def random_model(model: Any) -> Any:
-    """Livelier weights than the default 0.02, in place."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-    return model

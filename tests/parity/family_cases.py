@@ -1,0 +1,158 @@
+"""What a rank does with a family: three cached steps, then a checkpoint with its description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tests.parity.cases import make_engine, whole_parameters
+from tests.parity.family_reference import RANK_SHARE, TEMPERATURE
+from vembed_ds import Encoder
+from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.data.batches import StepPlan, count_streams, plan_step
+from vembed_ds.data.collators import Batch
+from vembed_ds.data.processor_loading import build_item_processor
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.distributed import comm
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.losses import build_loss
+from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.builder import ModelSpec, build_model
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.reach import mark_unreached
+from vembed_ds.similarity import Embeddings, similarity
+from vembed_ds.steps.gradient_cache import compute_gradient, embed_plan
+from vembed_ds.training.loss_inputs import loss_inputs
+
+STREAMS = ("text", "image")
+
+
+def load_processor(folder: Path, *, composed: bool) -> ItemProcessor:
+    """The processor that the project finds in a folder."""
+    if not composed:
+        return Encoder(folder, device="cpu").processor
+    parts = [str(folder / f"{stream}_encoder") for stream in STREAMS]
+    return build_item_processor(*parts, max_length=16)
+
+
+def load_model(folder: Path, *, composed: bool, heads: Mapping[str, Any]) -> EmbeddingModel:
+    """The project's model on the weights that the reference has."""
+    if not composed:
+        return build_model(ModelSpec({"": BackboneSource(name=str(folder))}))
+    sources = {s: BackboneSource(name=str(folder / f"{s}_encoder")) for s in STREAMS}
+    model = build_model(ModelSpec(sources, projection_dim=12))
+    for stream, state in heads.items():
+        model.encoder.tower(stream).projection.load_state_dict(state)
+    return model
+
+
+def train(
+    *, folder: str, composed: bool, ds_config: dict[str, Any], chunk_size: int, out: str | None
+) -> dict[str, Any]:
+    """Losses, norms and whole parameters; with ``out`` also a checkpoint and embeddings."""
+    saved = torch.load(Path(folder) / "items.pt", weights_only=False)
+    torch.manual_seed(1)
+    model = load_model(Path(folder), composed=composed, heads=saved["heads"])
+    processor = load_processor(Path(folder), composed=composed)
+    fillers = {part: processor.filler(part) for part in model.parts}
+    mark_unreached(model, {part: processor.pad(part, [item]) for part, item in fillers.items()})
+    engine = make_engine(model, ds_config=ds_config)
+    model.train()
+    losses, norms = [], []
+    for step in saved["steps"]:
+        losses.append(_step(engine, model, processor, _share(step), fillers, chunk_size))
+        norms.append(float(engine.step()))
+    found = {_name(name, composed=composed): p for name, p in whole_parameters(engine).items()}
+    result: dict[str, Any] = {"losses": losses, "norms": norms, "after": found}
+    if out is not None:
+        result["embeddings"] = _save(engine, model, processor, saved["probe"], Path(out))
+    engine.engine.destroy()
+    return result
+
+
+def _share(step: Mapping[str, list[Any]]) -> dict[str, list[EncodedItem]]:
+    start = comm.rank() * RANK_SHARE
+    return {
+        role: [EncodedItem(*item) for item in items[start : start + RANK_SHARE]]
+        for role, items in step.items()
+    }
+
+
+def _plan(
+    model: EmbeddingModel,
+    roles: Mapping[str, list[EncodedItem]],
+    fillers: Mapping[str, EncodedItem],
+    chunk_size: int | None,
+) -> StepPlan:
+    agreed = comm.all_max(count_streams(roles, model.streams))
+    counts = dict(zip(model.streams, agreed, strict=True))
+    return plan_step(roles, chunk_size=chunk_size, counts=counts, fillers=fillers)
+
+
+def _step(
+    engine: TrainEngine,
+    model: EmbeddingModel,
+    processor: ItemProcessor,
+    roles: dict[str, list[EncodedItem]],
+    fillers: Mapping[str, EncodedItem],
+    chunk_size: int,
+) -> float:
+    info_nce = build_loss("infonce", temperature=TEMPERATURE, bidirectional=True)
+    batch = Batch(indices=[], roles=roles)
+
+    def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
+        if rows["query"].mask is not None:
+            return _loss_of_pairs(rows["query"], rows["positive"])
+        return info_nce(loss_inputs(batch, rows, learned))
+
+    result = compute_gradient(
+        engine,
+        _plan(model, roles, fillers, chunk_size),
+        loss_function=loss,
+        pad=processor.pad,
+        trainable=model.trainable,
+    )
+    return float(comm.mean_over_ranks(result.loss))
+
+
+def _loss_of_pairs(query: Embeddings, positive: Embeddings) -> Tensor:
+    scores = similarity(query.normalized(), positive.normalized()) / TEMPERATURE
+    index = torch.arange(len(scores))
+    wrong = scores[index, (index + 1) % len(scores)]
+    return functional.softplus(wrong - scores[index, index]).mean()
+
+
+def _save(
+    engine: TrainEngine,
+    model: EmbeddingModel,
+    processor: ItemProcessor,
+    probe: list[Any],
+    out: Path,
+) -> list[Any]:
+    """Write a checkpoint; the trained model's unit embeddings of the probe items."""
+    engine.engine.save_checkpoint(str(out), tag="checkpoint-step-3")
+    if comm.is_main():
+        describe_model(
+            out / "checkpoint-step-3" / "model", model=model, processor=processor, settings={}
+        )
+    model.eval()
+    roles = {"probe": [EncodedItem(*item) for item in probe]}
+    rows = embed_plan(engine, _plan(model, roles, {}, None), pad=processor.pad)[
+        "probe"
+    ].normalized()
+    if rows.mask is None:
+        return list(rows.values.cpu().numpy())
+    return [v[m].cpu().numpy() for v, m in zip(rows.values, rows.mask, strict=True)]
+
+
+def _name(name: str, *, composed: bool) -> str:
+    """Name of the same parameter in the reference; `whole_parameters` has changed it once."""
+    kind, stream, rest = name.split(".", 2)
+    if not composed:
+        return f"models.one.{rest}"
+    return f"models.{stream}_head.{rest}" if kind == "heads" else f"models.{stream}.{rest}"

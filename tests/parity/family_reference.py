@@ -1,0 +1,107 @@
+"""A family trained by one plain process, item by item: no padding, no chunk, no project code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.parity.families import FAMILIES
+
+COMPOSED = {"text": "bert", "image": "convnext"}
+TEMPERATURE = 0.1
+RANK_SHARE = 6
+
+
+class PlainFamily(nn.Module):
+    """The Hugging Face model of a folder, or two of them with heads."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__()
+        self.name = name
+        self.models = nn.ModuleDict()
+        if name == "composed":
+            for stream, family in COMPOSED.items():
+                self.models[stream] = FAMILIES[family].load(folder / f"{stream}_encoder")
+        else:
+            self.models["one"] = FAMILIES[name].load(folder)
+
+    def add_heads(self, heads: dict[str, dict[str, Tensor]]) -> None:
+        """Linear, GELU, Linear of each stream."""
+        for stream, state in heads.items():
+            shapes = [state[name].shape for name in ("0.weight", "2.weight")]
+            head = nn.Sequential(
+                nn.Linear(shapes[0][1], shapes[0][0]),
+                nn.GELU(),
+                nn.Linear(shapes[1][1], shapes[1][0], bias=False),
+            )
+            head.load_state_dict(state)
+            self.models[f"{stream}_head"] = head
+
+    def forward(self, item: tuple[str, dict[str, Any]]) -> Tensor:
+        """``[D]``, or ``[L, D]``; every vector of unit norm."""
+        stream, inputs = item
+        if self.name == "composed":
+            family = FAMILIES[COMPOSED[stream]]
+            row = family.embed(self.models[stream], stream, inputs)
+            row = self.models[f"{stream}_head"](row)
+        else:
+            row = FAMILIES[self.name].embed(self.models["one"], stream, inputs)
+        return functional.normalize(row, dim=-1)
+
+
+def train_plain(
+    name: str,
+    folder: Path,
+    steps: list[dict[str, list[Any]]],
+    *,
+    optimizer: dict[str, Any],
+    heads: dict[str, Any],
+) -> dict[str, Any]:
+    """Losses, gradient norms, and every trained parameter before and after."""
+    model = PlainFamily(name, folder)
+    model.add_heads(heads)
+    model.train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    stepper = torch.optim.SGD(trained.values(), lr=optimizer["lr"], momentum=optimizer["momentum"])
+    losses, norms = [], []
+    for roles in steps:
+        rows = {role: [model(item) for item in items] for role, items in roles.items()}
+        loss = plain_loss(rows["query"], rows["positive"])
+        model.zero_grad()
+        loss.backward()
+        for parameter in trained.values():  # what the batch does not touch has gradient zero
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in trained.values()])))
+        stepper.step()
+        losses.append(float(loss.detach()))
+    after = {name: p.detach().clone() for name, p in trained.items()}
+    return {"losses": losses, "norms": norms, "before": before, "after": after}
+
+
+def plain_loss(query: list[Tensor], positive: list[Tensor]) -> Tensor:
+    """InfoNCE in both directions over all rows; of token embeddings, a loss of pairs."""
+    if query[0].dim() == 2:
+        return _loss_of_pairs(query, positive)
+    logits = torch.stack(query) @ torch.stack(positive).T / TEMPERATURE
+    target = torch.arange(len(logits))
+    both = functional.cross_entropy(logits, target), functional.cross_entropy(logits.T, target)
+    return (both[0] + both[1]) / 2
+
+
+def _loss_of_pairs(query: list[Tensor], positive: list[Tensor]) -> Tensor:
+    """The positive, and the next one of the same rank's share as a negative."""
+    terms = []
+    for index, row in enumerate(query):
+        start = index // RANK_SHARE * RANK_SHARE
+        other = positive[start + (index - start + 1) % RANK_SHARE]
+        found, wrong = (
+            (row @ column.T).max(dim=1).values.mean() for column in (positive[index], other)
+        )
+        terms.append(functional.softplus((wrong - found) / TEMPERATURE))
+    return torch.stack(terms).mean()
