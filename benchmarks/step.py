@@ -131,7 +131,7 @@ def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     )
     groups = [{"params": list(wrapped.parameters())}]
     engine = initialize_engine(wrapped, ds_config=config, param_groups=groups)
-    loss_function = build_loss("infonce", temperature=0.05, bidirectional=False)
+    loss_function = build_loss("infonce", temperature=0.05, loss_bidirectional=False)
     items = [EncodedItem("text", {"input_ids": row.numpy()}) for row in ids]
     roles = {"query": items[:PAIRS], "positive": items[PAIRS:]}
     batch = Batch(indices=[], roles=roles)

@@ -31,7 +31,7 @@ from vembed_ds.models.saved_folder import (
     saved_spec,
 )
 from vembed_ds.references import resolve_model_reference
-from vembed_ds.similarity import Embeddings, concatenated
+from vembed_ds.similarity import Embeddings, concatenate
 
 Array = np.ndarray[Any, Any]
 Role = Literal["query", "document"]
@@ -195,7 +195,7 @@ class Encoder:
                 progress.update(len(places))
         if not parts:
             return self._nothing()
-        rows = concatenated(parts)
+        rows = concatenate(parts)
         places_of = np.argsort(np.array(order), kind="stable")
         return _arrays(rows.rows(torch.from_numpy(places_of)))
 

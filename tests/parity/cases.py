@@ -98,7 +98,7 @@ def train_step(
     temperature: float,
 ) -> float:
     """Gradient of one step, left in the engine; the loss of the global batch."""
-    loss_function = build_loss("infonce", temperature=temperature, bidirectional=bidirectional)
+    loss_function = build_loss("infonce", temperature=temperature, loss_bidirectional=bidirectional)
     roles = rank_roles(kind, step)
     batch = Batch(indices=[], roles=roles)
     counts = dict(
@@ -211,11 +211,11 @@ def self_test(
         model.encoder.tower("text").backbone.embeddings.register_forward_hook(
             lambda module, inputs, output: output + 0.01 * output.mean(dim=1, keepdim=True)
         )
-    loss_function = build_loss("infonce", temperature=0.1, bidirectional=True)
+    loss_function = build_loss("infonce", temperature=0.1, loss_bidirectional=True)
     if fault == "loss without gradient":
 
         def loss_function(inputs: LossInputs) -> Tensor:
-            return 0.0 * inputs.query.sum()
+            return 0.0 * inputs.query.values.sum()
 
     roles = {role: items[:3] for role, items in rank_roles(kind, 0).items()}
     batch = Batch(indices=[], roles=roles)

@@ -33,7 +33,24 @@ from vembed_ds.data.records import Item
 
 NAMES = [*(name for name in FAMILIES if name != "convnext"), "composed"]
 CHUNK_SIZE = 4  # of 6 or 12 items: uneven
-WORDS = "a red apple on wooden table dog runs in the rain and sun is bright picture".split()
+WORDS = [
+    "a",
+    "red",
+    "apple",
+    "on",
+    "wooden",
+    "table",
+    "dog",
+    "runs",
+    "in",
+    "the",
+    "rain",
+    "and",
+    "sun",
+    "is",
+    "bright",
+    "picture",
+]
 
 pytestmark = [pytest.mark.parity]
 

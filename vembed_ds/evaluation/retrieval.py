@@ -27,7 +27,7 @@ from vembed_ds.evaluation.metrics import (
     mean_reciprocal_rank,
     recall_at_k,
 )
-from vembed_ds.similarity import Embeddings, concatenated
+from vembed_ds.similarity import Embeddings, concatenate
 
 CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
 ITEMS_PER_WORKER = 128  # fewer are encoded before another process has started
@@ -177,7 +177,7 @@ def embed_distinct(
             prefetch_factor=prefetch_factor,
             timeout_seconds=timeout_seconds,
         )
-        rows = concatenated([_embed_batch(batch, role, embed=embed) for batch in loader])
+        rows = concatenate([_embed_batch(batch, role, embed=embed) for batch in loader])
         return _gathered_embeddings(rows, num_rows=len(records))
 
     with torch.no_grad():
@@ -250,7 +250,7 @@ def _gathered_embeddings(rows: Embeddings, *, num_rows: int) -> Embeddings:
     if rows.mask is None:
         return Embeddings(_gathered(rows.values, num_rows=num_rows))
     (length,) = comm.all_max([rows.mask.shape[1]])
-    rows = rows.padded(length)
+    rows = rows.padded(tokens=length)
     assert rows.mask is not None
     mask = _gathered(rows.mask.to(torch.uint8), num_rows=num_rows).bool()
     return Embeddings(_gathered(rows.values, num_rows=num_rows), mask)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from vembed_ds.data.collators import Batch
@@ -14,5 +15,29 @@ from vembed_ds.similarity import Embeddings
 def loss_inputs(
     batch: Batch, rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]
 ) -> LossInputs:
-    """This rank's share of the global batch."""
-    return LossInputs(rows["query"].values, rows["positive"].values, learned.get("logit_scale"))
+    """This rank's share of the global batch.
+
+    Args:
+        batch: The records.
+        rows: Embeddings of every role's items, in the order of ``batch``.
+        learned: What the loss learns, by name.
+    """
+    device = rows["query"].values.device
+
+    def numbers(values: Sequence[int] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.int64, device=device)
+
+    scores = batch.scores
+    return LossInputs(
+        query=rows["query"],
+        positive=rows["positive"],
+        negative=rows.get("negative"),
+        negative_counts=numbers(batch.negative_counts),
+        labels=numbers(batch.labels),
+        scores=None if scores is None else torch.tensor(scores, device=device),
+        query_keys=numbers(batch.keys.get("query")),
+        positive_keys=numbers(batch.keys.get("positive")),
+        negative_keys=numbers(batch.keys.get("negative")),
+        logit_scale=learned.get("logit_scale"),
+        logit_bias=learned.get("logit_bias"),
+    )

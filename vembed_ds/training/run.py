@@ -157,7 +157,7 @@ def build_trainer(
         loss_function=build_loss(
             config.loss.loss_type,
             temperature=config.loss.temperature,
-            bidirectional=config.loss.loss_bidirectional,
+            loss_bidirectional=config.loss.loss_bidirectional,
         ),
         chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
         intervals=intervals,

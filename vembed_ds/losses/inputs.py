@@ -1,0 +1,79 @@
+"""What a loss may look at: this rank's share of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vembed_ds.similarity import Embeddings
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Vectors of a frozen model that judges which columns are no negatives; constants.
+
+    Attributes:
+        query: ``[B, G]`` float32; any length, here and below.
+        positive: ``[B, G]``.
+        negative: ``[M, G]``; ``None`` when there are no explicit negatives on any rank.
+    """
+
+    query: Tensor
+    positive: Tensor
+    negative: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Everything a loss may look at, of this rank: B pairs (equal on all ranks), M negatives.
+
+    What is ``None`` on one rank is ``None`` on all. A rank may have M = 0 while others have more;
+    it then gives tensors of 0 rows, of the width that the others have.
+
+    Attributes:
+        query: B items, float32, not normalised.
+        positive: B items; item i answers query i.
+        negative: M explicit negatives, those of query 0 first; ``None``: the data has none.
+        negative_counts: ``[B]`` int64, how many of them are each query's; sums to M.
+        labels: ``[B]`` int64 class of each pair; equal classes are no negatives of each other.
+        scores: ``[B]`` float32, how similar query and positive shall be; higher is closer.
+        query_keys: ``[B]`` int64 hash of what each query holds; equal items have equal keys.
+        positive_keys: ``[B]`` int64, likewise.
+        negative_keys: ``[M]`` int64, likewise.
+        guide: A guide model's vectors of the same items.
+        logit_scale: ``[1]`` float32, the log of the inverse temperature, when it is learned.
+        logit_bias: ``[1]`` float32, added to scaled similarities by the sigmoid loss.
+    """
+
+    query: Embeddings
+    positive: Embeddings
+    negative: Embeddings | None = None
+    negative_counts: Tensor | None = None
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    query_keys: Tensor | None = None
+    positive_keys: Tensor | None = None
+    negative_keys: Tensor | None = None
+    guide: Guide | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+
+    def check(self) -> None:
+        """Refuse counts that do not fit, naming both.
+
+        Raises:
+            ValueError: Always a mistake of the caller.
+        """
+        if len(self.query) != len(self.positive):
+            raise ValueError(
+                f"{len(self.query)} queries and {len(self.positive)} positives; expected as many"
+            )
+        if self.negative is None:
+            return
+        if self.negative_counts is None:
+            raise ValueError("explicit negatives without negative_counts")
+        if (total := int(self.negative_counts.sum())) != len(self.negative):
+            raise ValueError(
+                f"{len(self.negative)} explicit negatives, but negative_counts sum to {total}"
+            )
