@@ -183,7 +183,7 @@ def setup_processor(
     Raises:
         ConfigError: The model has no tower for a role, or its processor cannot be loaded.
     """
-    _check_family(config.model.encoder_mode, spec)
+    check_family(config.model.encoder_mode, spec)
     sources = _stream_sources(spec)
     for reader, part in ((r, part) for r in needed for part in sorted(r.parts - set(sources))):
         role, column = reader.columns_of(part)[0]
@@ -219,7 +219,7 @@ def setup_processor(
     return processor
 
 
-def _check_family(encoder_mode: str, spec: ModelSpec) -> None:
+def check_family(encoder_mode: str, spec: ModelSpec) -> None:
     """vembed-factory's families name a kind of model; what the model is, its config says."""
     if spec.composed or encoder_mode not in ENCODER_FAMILIES:
         return

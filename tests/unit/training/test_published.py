@@ -1,0 +1,268 @@
+"""vembed-factory's training names in one process: batches, builders, what is refused."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+import vembed_ds.training as published
+from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.builder import ModelSpec
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.training.model_builder import _groups, _schedule
+from vembed_ds.training.model_setup import check_family
+from vembed_ds.training.tensor_batches import TensorItems, itemize
+
+IDS = torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+PIXELS = torch.arange(24.0).reshape(2, 3, 2, 2)
+TEXTS = {"input_ids": IDS, "attention_mask": MASK}
+POSITIVES = {"pos_input_ids": IDS + 10, "pos_attention_mask": MASK}
+STREAMS = ("text", "image", "joint")
+
+
+def test_every_name_is_there_and_importing_them_costs_nothing() -> None:
+    for name in published.__all__:
+        assert callable(getattr(published, name)), name
+    code = "import sys, vembed_ds.training; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'accelerator'"):
+        published.accelerator  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch", "query"),
+    [
+        ("t2i", TEXTS, {"input_ids", "attention_mask"}),
+        ("i2t", {**TEXTS, "query_pixel_values": PIXELS}, {"pixel_values"}),
+        (
+            "m2t",
+            {**TEXTS, "query_pixel_values": PIXELS},
+            {"input_ids", "attention_mask", "pixel_values"},
+        ),
+    ],
+)
+def test_the_query_is_what_the_mode_says(mode: str, batch: Any, query: set[str]) -> None:
+    """Beside an image query of CLIP a text is ignored, not embedded in its place (defect 26)."""
+    assert published.unpack_query_batch(batch, mode).keys() == query
+
+
+def test_an_image_query_of_a_vision_language_model_keeps_its_tokens() -> None:
+    batch = {
+        **TEXTS,
+        "query_input_ids": IDS + 1,
+        "query_attention_mask": MASK,
+        "query_pixel_values": torch.zeros(8, 5),
+        "query_image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+    }
+    inputs = published.unpack_query_batch(batch, "i2i")
+    assert inputs.keys() == {"input_ids", "attention_mask", "pixel_values", "image_grid_thw"}
+    assert torch.equal(inputs["input_ids"], IDS + 1)
+
+
+def test_positives_and_negatives() -> None:
+    batch = {**TEXTS, **POSITIVES, "pixel_values": PIXELS}
+    assert torch.equal(published.unpack_positive_batch(batch, "t2t")["input_ids"], IDS + 10)
+    assert published.unpack_positive_batch(batch, "t2i").keys() == {"pixel_values"}
+    assert published.unpack_negative_batch(batch) is None
+    texts = {"neg_input_ids": IDS, "neg_attention_mask": MASK}
+    negatives = published.unpack_negative_batch({**batch, **texts})
+    assert negatives is not None, "text negatives were dropped by vembed-factory (defect 4)"
+    assert torch.equal(negatives["input_ids"], IDS)
+
+
+def test_what_a_batch_lacks_is_named() -> None:
+    with pytest.raises(
+        DataError, match="retrieval_mode=i2t: the query needs query_pixel_values, but the batch has"
+    ):
+        published.unpack_query_batch(TEXTS, "i2t")
+
+
+def test_joined_batches_are_padded_and_keep_their_sizes() -> None:
+    longer = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]]), "attention_mask": torch.ones(1, 5)}
+    images = {"pixel_values": PIXELS, "image_grid_thw": torch.tensor([[1, 1, 1], [1, 1, 1]])}
+    joined, sizes = published.concat_batches([{**TEXTS, **images}, longer], pad_token_id=9)
+    assert sizes == [2, 1]
+    assert joined["input_ids"].tolist() == [[5, 6, 7, 0, 9], [5, 6, 0, 0, 9], [1, 2, 3, 4, 5]]
+    assert joined["attention_mask"].tolist()[0] == [1, 1, 1, 0, 0]
+    assert torch.equal(joined["pixel_values"], PIXELS)
+    assert joined["image_grid_thw"].shape == (2, 3)
+    with pytest.raises(DataError, match="the same text inputs"):
+        published.concat_batches([TEXTS, {"pixel_values": PIXELS}])
+
+
+def test_maybe_first() -> None:
+    rows = torch.ones(2, 3)
+
+    class Output:
+        pooler_output = None
+        last_hidden_state = torch.arange(12.0).reshape(2, 2, 3)
+
+    assert published.maybe_first(rows) is rows
+    assert published.maybe_first((rows, None)) is rows
+    assert torch.equal(published.maybe_first(Output()), Output.last_hidden_state[:, 0])
+    assert published.maybe_first({"text": rows, "logit_scale": rows[0]}) is rows
+    with pytest.raises(TypeError, match="those of several streams"):
+        published.maybe_first({"text": rows, "image": rows})
+
+
+def test_items_come_back_as_the_batch_they_were() -> None:
+    tensors = {
+        **TEXTS,
+        "pos_pixel_values": PIXELS,
+        "neg_input_ids": torch.cat([IDS, IDS]),
+        "neg_attention_mask": torch.cat([MASK, MASK]),
+        "neg_counts": torch.tensor([1, 3]),
+        "labels": torch.tensor([7, 7]),
+    }
+    batch = itemize(tensors, retrieval_mode="t2i", streams=STREAMS)
+    assert [item.stream for item in batch.roles["query"]] == ["text", "text"]
+    assert [item.stream for item in batch.roles["positive"]] == ["image", "image"]
+    assert [len(item.inputs["input_ids"]) for item in batch.roles["query"]] == [3, 2]
+    assert batch.negative_counts == [1, 3]
+    assert batch.labels == [7, 7]
+    assert batch.keys["negative"][0] == batch.keys["query"][0] == batch.keys["negative"][2]
+    assert batch.keys["query"][0] != batch.keys["query"][1]
+    padded = TensorItems().pad("text", batch.roles["query"])
+    assert torch.equal(padded["input_ids"], IDS[:, :3])
+    assert torch.equal(padded["attention_mask"], MASK[:, :3])
+    images = TensorItems().pad("image", batch.roles["positive"])
+    assert torch.equal(images["pixel_values"], PIXELS)
+    with pytest.raises(
+        DataError, match=r"4 negatives for 2 queries do not fit neg_counts=\[1, 1\]"
+    ):
+        itemize({**tensors, "neg_counts": [1, 1]}, retrieval_mode="t2i", streams=STREAMS)
+
+
+def test_flat_images_go_to_the_item_that_they_belong_to() -> None:
+    patches = torch.arange(30.0).reshape(10, 3)
+    tensors = {
+        **TEXTS,
+        "pos_input_ids": IDS,
+        "pos_attention_mask": MASK,
+        "pos_pixel_values": patches,
+        "pos_image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 3]]),
+    }
+    batch = itemize(tensors, retrieval_mode="t2i", streams=("text", "image"))
+    first, second = batch.roles["positive"]
+    assert (first.stream, len(first.inputs["pixel_values"])) == ("image", 4)
+    padded = TensorItems().pad("image", [second, first])
+    assert torch.equal(padded["pixel_values"], torch.cat([patches[4:], patches[:4]]))
+    assert padded["image_grid_thw"].tolist() == [[1, 2, 3], [1, 2, 2]]
+
+
+def test_trackers_have_names() -> None:
+    assert published.resolve_tracker(report_to=None) == (None, {"report_to": "none"})
+    assert published.resolve_tracker(report_to="wandb") == ("wandb", {"report_to": "wandb"})
+    assert published.resolve_tracker(report_to="swanlab")[0] == "tensorboard"  # defect 46
+    with pytest.raises(ConfigError, match="report_to='mlflow': expected one of"):
+        published.resolve_tracker(report_to="mlflow")
+
+
+def test_optimizer_and_schedule_from_a_plain_mapping() -> None:
+    config = {"model_name": "a/b", "lr": 0.1, "weight_decay": 0.3, "warmup_ratio": 0.2}
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimizer = published.build_optimizer(model, config)
+    decay, rest = optimizer.param_groups
+    assert [p.dim() for p in decay["params"]] == [2]
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)  # norms too: defect 37
+    schedule, warmup = published.build_scheduler(
+        optimizer, config, num_epochs=2, steps_per_epoch=25
+    )
+    assert warmup == 10
+    assert schedule.get_last_lr()[0] == 0.0
+    assert [group["lr"] for group in _groups(optimizer)] == [0.1, 0.1]
+    with pytest.raises(ConfigError, match="warmup_steps=50: the run has 50 steps"):
+        published.build_scheduler(
+            optimizer, config | {"warmup_steps": 50}, num_epochs=2, steps_per_epoch=25
+        )
+
+
+def test_what_deepspeed_cannot_take_over_is_refused() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    with pytest.raises(ConfigError, match="optimizer: SGD cannot be handed to DeepSpeed"):
+        _groups(optimizer)
+    with pytest.raises(ConfigError, match="scheduler: StepLR cannot be made anew"):
+        _schedule(StepLR(optimizer, 3))
+
+
+def test_student_and_teacher(clip_folder: Path) -> None:
+    config = {"model_name": str(clip_folder), "retrieval_mode": "t2i"}
+    model = published.build_model(config)
+    assert isinstance(model, EmbeddingModel)
+    assert all(model.trainable(part) for part in ("text", "image"))
+    assert not published.build_model(config | {"retrieval_mode": "t2t"}).trainable("image")
+    assert published.build_teacher_model(config) is None
+    teacher = published.build_teacher_model(config | {"teacher_model_name": str(clip_folder)})
+    assert teacher is not None
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(module.training for module in teacher.train().children())
+
+
+def test_a_trainer_does_not_skip_distillation_silently() -> None:
+    with pytest.raises(ConfigError, match="distillation is not in this version"):
+        published.Trainer(
+            nn.Linear(1, 1),
+            optimizer=None,
+            dataloader=[],
+            criterion=None,
+            engine=None,
+            config={},
+            teacher_model=nn.Linear(1, 1),
+        )
+
+
+def test_what_does_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(1, 1)
+    config = {"model_name": "a/b"}
+    with caplog.at_level(logging.INFO, logger="vembed_ds"):
+        assert published.enable_static_graph(model, config, None) is model
+        assert published.apply_lora(model, config) is model
+    assert "DeepSpeed reduces gradients, not DDP" in caplog.text
+    assert "use_lora is false" in caplog.text
+
+
+def test_the_command_line_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name: a/b\ndata_path: c/d\nuse_fsdp: true\n")
+    config = published.load_and_parse_config(
+        ["--config", str(path), "--config_override", "batch_size=7", "--gradient_checkpointing"]
+    )
+    assert config["batch_size"] == 7
+    assert published.get_distributed_config(config) == (True, False, False)
+    assert "there is no FSDP here" in caplog.text
+    same = published.load_and_parse_config(config=path, overrides=["batch_size=7"])
+    assert same["batch_size"] == 7
+    mine = published.get_distributed_config({"model_name": "a/b", "use_gradient_cache": True})
+    assert mine == (False, True, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "fits", "contradicts"),
+    [
+        ({"model_type": "bert"}, "e5", "siglip"),
+        ({"model_type": "dinov2"}, "vit", "bert"),
+        ({"model_type": "siglip"}, "clip", "qwen-vl"),
+        ({"model_type": "qwen2_vl"}, "qwen-vl", "qwen"),
+    ],
+)
+def test_a_named_family_may_not_contradict_the_models_config(
+    config: dict[str, Any], fits: str, contradicts: str
+) -> None:
+    spec = ModelSpec({"": BackboneSource(config=config)})
+    check_family(fits, spec)
+    check_family("auto", spec)
+    with pytest.raises(ConfigError) as caught:
+        check_family(contradicts, spec)
+    assert f"encoder_mode={contradicts}: names" in str(caught.value)
+    assert f"model_type={config['model_type']}" in str(caught.value)
