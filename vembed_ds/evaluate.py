@@ -35,9 +35,9 @@ from vembed_ds.evaluation.retrieval import (
     Judgments,
     check_recall_k,
     embed_distinct,
+    prefix_metrics,
     query_chunk,
     read_judgments,
-    retrieval_metrics,
 )
 from vembed_ds.inference import Encoder, embed_items
 from vembed_ds.similarity import Embeddings
@@ -145,7 +145,13 @@ def run(arguments: argparse.Namespace) -> str:
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
     )
-    metrics = retrieval_metrics(query_emb, corpus_emb, judgments, recall_k=config.run.eval_recall_k)
+    metrics = prefix_metrics(
+        query_emb,
+        corpus_emb,
+        judgments,
+        recall_k=config.run.eval_recall_k,
+        dims=encoder.settings.get("mrl_dims") or (),
+    )
     if before is not None and not before.keys() & metrics.keys():
         raise DataError(
             f"--before {arguments.before}: has {', '.join(before) or 'no metrics'}, none of "
@@ -280,7 +286,10 @@ def draw(
         _grid_row(dataset, judgments, query=query, documents=documents)
         for query, documents in zip(chosen.tolist(), found.tolist(), strict=True)
     ]
-    name = max((key for key in metrics if key.startswith("recall@")), key=lambda key: int(key[7:]))
+    name = max(
+        (key for key in metrics if key.removeprefix("recall@").isdigit()),
+        key=lambda key: int(key[7:]),
+    )
     retrieval_grid(
         path,
         rows=rows,

@@ -25,7 +25,11 @@ COLUMN_ROLES = (
 
 MODE_LETTERS = ("t", "i", "m", "x")
 
-ALIASES = {"model_name_or_path": "model_name", "learning_rate": "lr"}
+ALIASES = {
+    "hard_topk": "hard_mining_topk",
+    "model_name_or_path": "model_name",
+    "learning_rate": "lr",
+}
 """Other spellings of a key, as vembed-factory's files have them, to the key's name here."""
 
 
@@ -278,6 +282,10 @@ class DataConfig(Section):
     document_instruction: str = Field(
         default="", description="The same for positives and negatives."
     )
+    prompt: Text | None = Field(
+        default=None,
+        description="Instruction of a vision-language model where no other is given (vembed-factory).",
+    )
     max_negatives: PositiveInt | None = Field(
         default=None,
         description="Most explicit negatives of one record, drawn anew in every epoch; null: all.",
@@ -303,12 +311,100 @@ class DataConfig(Section):
 class LossConfig(Section):
     """The training objective."""
 
-    loss_type: Literal["infonce"] = Field(default="infonce", description="The loss.")
-    temperature: PositiveFloat = Field(default=0.05, description="Divides the similarities.")
-    learnable_temperature: bool = Field(default=False, description="Train the temperature.")
-    loss_bidirectional: bool = Field(
-        default=False, description="Also search the queries with the positives."
+    loss_type: Literal[
+        "infonce", "sigmoid", "triplet", "cosent", "colbert", "in_batch_hard", "hard_negative"
+    ] = Field(
+        default="infonce",
+        description="The loss; docs/losses.md has formulas and sources. hard_negative is another name of in_batch_hard.",
     )
+    temperature: PositiveFloat = Field(
+        default=0.05,
+        description="Divides the similarities, with infonce, colbert and in_batch_hard.",
+    )
+    learnable_temperature: bool = Field(
+        default=False,
+        description="Train the temperature, with the same losses; sigmoid always trains its scale.",
+    )
+    loss_bidirectional: bool = Field(
+        default=False,
+        description="Also search the queries with the positives: short for loss_directions [query_to_doc, doc_to_query], per_direction.",
+    )
+    loss_directions: Annotated[
+        tuple[Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"], ...],
+        Field(min_length=1),
+        BeforeValidator(_as_tuple),
+    ] = Field(
+        default=("query_to_doc",),
+        description="What is compared with what, with infonce and colbert; query_to_doc always.",
+    )
+    loss_partition: Literal["joint", "per_direction"] = Field(
+        default="joint",
+        description="One softmax over the columns of all directions, or the mean of one per direction.",
+    )
+    negatives_scope: Literal["shared", "own"] = Field(
+        default="shared",
+        description="Explicit negatives are seen by all queries, or by their own only, with infonce, colbert, in_batch_hard and sigmoid.",
+    )
+    label_mode: Literal["multi_positive", "mask", "ignore"] | None = Field(
+        default=None,
+        description="Other columns of the same label are positives, are left out, or count as negatives; null: positives with infonce and sigmoid, left out with the others.",
+    )
+    mask_duplicates: bool = Field(
+        default=False,
+        description="Leave out columns that hold the same as the row's own partner.",
+    )
+    guide_model_name: Text | None = Field(
+        default=None,
+        description="Hub name or folder of a frozen model that judges which columns are no negatives (GIST), with infonce and colbert.",
+    )
+    guide_margin: NonNegativeFloat = Field(
+        default=0.0,
+        description="Leave out columns that the guide finds closer than the row's own pair minus this.",
+    )
+    guide_margin_type: Literal["absolute", "relative"] = Field(
+        default="absolute",
+        description="The margin itself, or as a share of the similarity of the row's own pair.",
+    )
+    init_logit_scale: float = Field(
+        default=2.6592, description="Start of the trained scale of sigmoid; exp multiplies."
+    )
+    init_logit_bias: float = Field(
+        default=-10.0, description="Start of the trained bias of sigmoid."
+    )
+    triplet_margin: NonNegativeFloat = Field(default=0.5, description="Margin of triplet.")
+    cosent_scale: PositiveFloat = Field(
+        default=20.0, description="Multiplies the similarities of cosent."
+    )
+    maxsim_reduction: Literal["mean", "sum"] = Field(
+        default="mean", description="MaxSim of colbert: mean or sum over the query's tokens."
+    )
+    hard_mining_topk: PositiveInt = Field(
+        default=16, description="Negatives per query of in_batch_hard: the closest ones."
+    )
+    use_all_negatives: bool = Field(
+        default=False, description="in_batch_hard takes all negatives after all."
+    )
+    use_mrl: bool = Field(
+        default=False, description="Matryoshka: sum the loss over prefixes of the embeddings."
+    )
+    mrl_dims: Annotated[
+        tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = Field(
+        default=(768, 512, 256, 128),
+        description="Widths of the prefixes, used with use_mrl; none wider than the embeddings.",
+    )
+    mrl_weights: Annotated[
+        tuple[NonNegativeFloat, ...] | None, Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = Field(default=None, description="Weights, in the order of mrl_dims; null: 1 each.")
+    mrl_layers: Annotated[
+        tuple[PositiveInt, ...] | None, Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = Field(
+        default=None,
+        description="2-D Matryoshka: also sum over these layers of the backbone, counted from 1, the last one last; null: the last only.",
+    )
+    mrl_layer_weights: Annotated[
+        tuple[NonNegativeFloat, ...] | None, Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = Field(default=None, description="Weights, in the order of mrl_layers; null: 1 each.")
 
 
 class OptimizerConfig(Section):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from vembed_ds.config.schema import Config, DatasetEntry, ScratchModel
+from pydantic import ValidationError
+
+from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
+from vembed_ds.config.schema import Config, DatasetEntry, LossConfig, ScratchModel
 from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -175,6 +179,7 @@ def _datasets(config: Config) -> Iterator[str]:
         yield from _data_problems(f"{key}.val_data_path", entry.val_data_path or ())
         if entry.image_root and not Path(entry.image_root).is_dir():
             yield f"{key}.image_root={entry.image_root!r}: no such folder; check the path"
+        yield from (f"{key}.loss: {problem}" for problem in _own_loss(config, entry))
         if entry.loss and config.data.batching != "homogeneous":
             yield (
                 f"{key}.loss: a loss of its own needs batches of its own; set batching: "
@@ -183,6 +188,29 @@ def _datasets(config: Config) -> Iterator[str]:
     names = [dataset_name(entry, place) for place, entry in enumerate(entries)]
     if repeated := {name for name in names if names.count(name) > 1}:
         yield f"datasets: {min(repeated)!r} stands there twice; give each a name of its own"
+
+
+def _own_loss(config: Config, entry: DatasetEntry) -> Iterator[str]:
+    """Problems of a data set's own loss settings that the shared ones do not have."""
+    if not entry.loss:
+        return
+    try:
+        own = merged_loss(config.loss, entry.loss)
+    except ValidationError as error:
+        for found in error.errors(include_url=False):
+            yield f"{'.'.join(map(str, found['loc']))}={found['input']!r}: {found['msg']}"
+        return
+    yield from loss_problems(config.model_copy(update={"loss": own}))
+
+
+def merged_loss(shared: LossConfig, own: Mapping[str, Any]) -> LossConfig:
+    """A data set's loss settings over those of all.
+
+    Raises:
+        ValidationError: A key is unknown, or a value is wrong.
+    """
+    stated = shared.model_dump(include=shared.model_fields_set)
+    return LossConfig.model_validate(stated | dict(own))
 
 
 def dataset_name(entry: DatasetEntry, place: int) -> str:
@@ -252,12 +280,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("warmup_steps", "max_steps", "scheduler_type"), _warmup),
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("topk_tokens", "pooling_method"), _late_interaction),
+    (LOSS_KEYS, loss_problems),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
     (("loader_timeout_seconds", "timeout_minutes"), _loader_timeout),
     (("eval_steps", "val_data_path", "datasets"), _evaluation),
     (("eval_recall_k",), _recall),
     (("data_path", "datasets"), _training_data),
-    (("datasets", "batching"), _datasets),
+    (("datasets", "batching", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),
     (("val_data_path",), _validation_data),
     (("image_root",), _image_root),

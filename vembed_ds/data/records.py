@@ -117,6 +117,7 @@ class RecordReader:
         self.image_root = image_root
         self.instructions = dict(instructions or {})
         self.retrieval_mode = retrieval_mode
+        self.column_mapping = dict(column_mapping)
         self.letters = read_mode(retrieval_mode)
         chooser = _Columns(
             columns, column_mapping, place=f"{origin} (retrieval_mode={retrieval_mode})"

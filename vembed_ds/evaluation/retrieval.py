@@ -59,6 +59,7 @@ def evaluate_retrieval(
     num_workers: int,
     prefetch_factor: int = 2,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    dims: Sequence[int] = (),
     judgments: Judgments | None = None,
 ) -> dict[str, float]:
     """Recall@k and MRR of searching all distinct positives with all distinct queries.
@@ -75,10 +76,12 @@ def evaluate_retrieval(
         num_workers: Loader processes per rank, at most; few items are encoded in this process.
         prefetch_factor: Batches that the loader processes together prepare ahead.
         timeout_seconds: Longest wait for a loader process.
+        dims: Prefixes of the embeddings to measure beside the whole.
         judgments: From ``read_judgments`` of the same data, to read the records only once.
 
     Returns:
-        ``recall@{k}`` for every k, ``mrr``, ``num_queries`` and ``num_documents``.
+        ``recall@{k}`` for every k, ``mrr``, ``num_queries`` and ``num_documents``; the first two
+        also as ``..._d{dim}`` for every dim.
 
     Raises:
         DataError: When a record cannot be used, or a k is not below the number of documents.
@@ -97,7 +100,28 @@ def evaluate_retrieval(
         prefetch_factor=prefetch_factor,
         timeout_seconds=timeout_seconds,
     )
-    return retrieval_metrics(query_emb, corpus_emb, judgments, recall_k=recall_k)
+    return prefix_metrics(query_emb, corpus_emb, judgments, recall_k=recall_k, dims=dims)
+
+
+def prefix_metrics(
+    query_emb: Embeddings,
+    corpus_emb: Embeddings,
+    judgments: Judgments,
+    *,
+    recall_k: Sequence[int],
+    dims: Sequence[int] = (),
+) -> dict[str, float]:
+    """:func:`retrieval_metrics` of whole embeddings, and of their prefixes (Matryoshka).
+
+    Collective; arguments as there.
+    """
+    metrics = retrieval_metrics(query_emb, corpus_emb, judgments, recall_k=recall_k)
+    for dim in dims:
+        found = retrieval_metrics(
+            query_emb.prefix(dim), corpus_emb.prefix(dim), judgments, recall_k=recall_k
+        )
+        metrics |= {f"{k}_d{dim}": v for k, v in found.items() if not k.startswith("num_")}
+    return metrics
 
 
 def read_judgments(dataset: PairDataset) -> Judgments:

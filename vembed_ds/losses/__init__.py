@@ -22,6 +22,7 @@ from vembed_ds.similarity import Embeddings
 __all__ = [
     "DIRECTIONS",
     "LOSSES",
+    "MATRYOSHKA_OPTIONS",
     "Embeddings",
     "Guide",
     "LossFunction",
@@ -85,6 +86,11 @@ LOSSES: dict[str, LossSpec] = {
     "hard_negative": _HARD,
 }
 """``hard_negative`` is vembed-factory's other name of ``in_batch_hard``."""
+
+MATRYOSHKA_OPTIONS = frozenset(
+    ["use_mrl", "mrl_dims", "mrl_weights", "mrl_layers", "mrl_layer_weights"]
+)
+"""What :func:`build_loss` takes with every loss."""
 
 _SELECTION = frozenset(Selection.__dataclass_fields__)
 _OWN_NEGATIVES = ("triplet", "cosent")

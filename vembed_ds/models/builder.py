@@ -46,7 +46,8 @@ class ModelSpec:
         projection_files: Stored weights of the projections, by name; see ``projections.py``.
         adapters: Folders of peft adapters that are merged into a source's weights.
         topk_tokens: Patches kept of an image's token embeddings; ``None``: all.
-        layers: Hidden layers that are embedded beside the last (2-D Matryoshka).
+        layers: Layers that are embedded, counted from 1, the last one last (2-D Matryoshka); none:
+            the last.
         attn_implementation: Passed to transformers.
         trust_remote_code: Whether code in the model's repository may run.
     """
@@ -204,11 +205,33 @@ def _tower(
         pooling=pooling,
         projection=projection,
         topk_tokens=spec.topk_tokens,
-        layers=spec.layers,
+        layers=_inner_layers(spec, backbone, pooling=pooling),
     )
 
 
+def _inner_layers(spec: ModelSpec, backbone: nn.Module, *, pooling: str) -> tuple[int, ...]:
+    """The layers below the last that are embedded too.
+
+    Raises:
+        ConfigError: The last one named is not the backbone's, or it has no layers to embed.
+    """
+    if not spec.layers:
+        return ()
+    number = getattr(backbone.config, "num_hidden_layers", None)
+    if spec.layers[-1] != number or pooling in ("none", "pooler"):
+        raise ConfigError(
+            f"mrl_layers={list(spec.layers)}: {type(backbone).__name__} has {number} layers, of which "
+            "the last must stand last, and is pooled by cls, mean or last_token; correct mrl_layers"
+        )
+    return spec.layers[:-1]
+
+
 def _two_tower(spec: ModelSpec, backbone: nn.Module) -> TwoTowerEncoder:
+    if spec.layers:
+        raise ConfigError(
+            f"mrl_layers={list(spec.layers)}: {type(backbone).__name__} pools by itself, so inner "
+            "layers have no embedding; remove mrl_layers"
+        )
     if spec.pooling.get(""):
         raise ConfigError(
             f"pooling_method={spec.pooling['']}: {type(backbone).__name__} pools by itself; "

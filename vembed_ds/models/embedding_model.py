@@ -47,6 +47,14 @@ class EmbeddingModel(nn.Module):
         """Kinds of items, text and image, that the model has a tower for."""
         return self.encoder.parts
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that the embeddings hold side by side in training; the last stands last."""
+        encoder = self.encoder
+        if isinstance(encoder, TwoTowerEncoder):
+            return 1
+        return 1 + len(encoder.tower(encoder.parts[0]).layers)
+
     def keep_in_eval(self, module: nn.Module) -> None:
         """Never switch ``module`` to training: no dropout, stored statistics."""
         self._kept_in_eval.append(module)

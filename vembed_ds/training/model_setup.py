@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +34,16 @@ from vembed_ds.models.saved_folder import (
     saved_spec,
 )
 from vembed_ds.references import resolve_model_reference
+from vembed_ds.training.loss_setup import learned_scalars
 
 
-def model_spec(config: ModelConfig) -> ModelSpec:
-    """The shape of the model, as configured."""
+def model_spec(config: ModelConfig, *, layers: tuple[int, ...] = ()) -> ModelSpec:
+    """The shape of the model, as configured.
+
+    Args:
+        config: Of the model.
+        layers: Layers that are embedded, the last one last; none: the last.
+    """
     if config.model_name is not None:
         sources = {"": config.model_name}
     else:
@@ -46,10 +51,13 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         assert config.image_model_name is not None
         sources = {"text": config.text_model_name, "image": config.image_model_name}
     # The one pooling_method of a composed encoder is its text tower's, as in vembed-factory.
-    pooled = "" if "" in sources else "text"
+    pooled = ["" if "" in sources else "text"]
+    if config.pooling_method == "none":
+        pooled = list(sources)  # tokens of both towers, or of none
     spec = ModelSpec(
         sources={key: _source(reference) for key, reference in sources.items()},
-        pooling={pooled: config.pooling_method} if config.pooling_method else {},
+        pooling=dict.fromkeys(pooled, config.pooling_method) if config.pooling_method else {},
+        layers=layers,
         projection_dim=config.projection_dim,
         projection_layers=config.projection_layers,
         topk_tokens=config.topk_tokens or None,
@@ -89,6 +97,7 @@ def _continued(spec: ModelSpec, folder: str, settings: Mapping[str, Any]) -> Mod
     return replace(
         saved,
         topk_tokens=spec.topk_tokens or saved.topk_tokens,
+        layers=spec.layers,
         attn_implementation=spec.attn_implementation,
     )
 
@@ -123,12 +132,14 @@ def setup_model(
         ConfigError: The model cannot be built, or not trained exactly so.
     """
     model = config.model
+    scale, bias = learned_scalars(config.loss)
     built = build_model(
         spec,
         freeze={"text": model.freeze_text_encoder, "image": model.freeze_image_encoder},
         used=used,
         freeze_batch_norm=model.freeze_batch_norm,
-        init_logit_scale=_init_logit_scale(config),
+        init_logit_scale=scale,
+        init_logit_bias=bias,
         lora=lora_spec(model),
     )
     if model.precision != "fp32" and any(isinstance(m, _BatchNorm) for m in built.modules()):
@@ -153,10 +164,6 @@ def refuse_layer_drop(model: EmbeddingModel, *, zero_stage: int) -> None:
             "wait for ever for the ranks that leave them out; use ZeRO stage 0 to 2, or a copy of "
             "the model whose config.json says 0"
         )
-
-
-def _init_logit_scale(config: Config) -> float | None:
-    return -math.log(config.loss.temperature) if config.loss.learnable_temperature else None
 
 
 def _layer_drop(model: EmbeddingModel) -> str | None:

@@ -26,12 +26,18 @@ from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
-from vembed_ds.losses import build_loss
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.tracking.trackers import Tracker, build_tracker
-from vembed_ds.training.data_setup import RunData, setup_data
+from vembed_ds.training.data_setup import RunData, dataset_entries, setup_data
 from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
+from vembed_ds.training.loss_setup import (
+    build_losses,
+    check_data,
+    evaluated_dims,
+    export_loss,
+    loss_configs,
+)
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
 from vembed_ds.training.resuming import choose_checkpoint, run_identity
@@ -70,8 +76,11 @@ def train(
         VembedError: On every rank.
     """
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
-    spec = model_spec(config.model)
+    entries = dataset_entries(config.data)
+    losses = loss_configs(config.loss, entries)
+    spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
     data = setup_data(config, spec)
+    check_data(losses, data.train)
     if config.data.num_workers:
         prepare_server(data.train)  # imports beside what follows here
     intervals = plan_run(config, per_epoch=data.order.steps_per_epoch)
@@ -154,11 +163,7 @@ def build_trainer(
             timeout_seconds=loader_timeout(config),
         ),
         processor=data.processor,
-        loss_function=build_loss(
-            config.loss.loss_type,
-            temperature=config.loss.temperature,
-            loss_bidirectional=config.loss.loss_bidirectional,
-        ),
+        loss_functions=build_losses(loss_configs(config.loss, dataset_entries(config.data))),
         chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
         intervals=intervals,
         tracker=tracker,
@@ -208,6 +213,7 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
             num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor,
             timeout_seconds=loader_timeout(config),
+            dims=evaluated_dims(config.loss),
             judgments=found.judgments,
         )
         prefix = f"{name}/" if name else ""
@@ -285,7 +291,6 @@ def export_settings(config: Config) -> dict[str, Any]:
         "image_root": config.data.image_root,
         "query_instruction": config.data.query_instruction,
         "document_instruction": config.data.document_instruction,
-        "loss_type": config.loss.loss_type,
-        "temperature": config.loss.temperature,
+        **export_loss(config.loss),
         "precision": config.model.precision,
     }

@@ -67,7 +67,7 @@ class Trainer:
         model: The model inside the engine.
         loader: Batches of this rank from ``step`` on.
         processor: Pads chunks.
-        loss_function: From :func:`build_loss`.
+        loss_functions: From :func:`build_loss`, of every data set.
         chunk_size: Items of each stream per chunk; ``None``: the standard step.
         intervals: When to log, evaluate, save and stop.
         tracker: Gets the metrics; ``None`` on all ranks but 0.
@@ -84,7 +84,7 @@ class Trainer:
         model: EmbeddingModel,
         loader: Iterable[Batch],
         processor: ItemProcessor,
-        loss_function: LossFunction,
+        loss_functions: Sequence[LossFunction],
         chunk_size: int | None,
         intervals: Intervals,
         tracker: Tracker | None,
@@ -94,7 +94,8 @@ class Trainer:
         pin_memory: bool = False,
     ) -> None:
         self.engine, self.model, self.processor = engine, model, processor
-        self.loader, self.chunk_size, self.loss_function = loader, chunk_size, loss_function
+        self.loader, self.chunk_size = loader, chunk_size
+        self.loss_functions = list(loss_functions)
         self.intervals, self.tracker = intervals, tracker
         self._save, self._evaluate = save, evaluate
         self.step = step
@@ -180,7 +181,7 @@ class Trainer:
         """The loss as a function of the embeddings of one batch; collective when called."""
 
         def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
-            return self.loss_function(loss_inputs(batch, rows, learned))
+            return self.loss_functions[batch.member](loss_inputs(batch, rows, learned))
 
         return loss
 
@@ -201,7 +202,8 @@ class Trainer:
         batch = Batch(indices=[], roles={"items": list(items)})
         counts = self.agree_on_counts(batch)
         plan = plan_step(batch.roles, chunk_size=None, counts=counts, fillers=self.fillers(counts))
-        return embed_plan(self.engine, plan, pad=self.pad)["items"]
+        rows = embed_plan(self.engine, plan, pad=self.pad)["items"]
+        return rows.dims(rows.width - rows.width // self.model.num_layers, rows.width)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate, log and return the metrics; the model is in training mode afterwards."""

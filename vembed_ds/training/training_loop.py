@@ -90,7 +90,7 @@ class Trainer(StepTrainer):
             model=model,
             loader=_items_of(dataloader, self._itemized, num_steps=intervals.num_steps),
             processor=items,
-            loss_function=criterion,
+            loss_functions=[criterion],
             chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
             intervals=intervals,
             tracker=comm.run_together(
@@ -149,7 +149,7 @@ class Trainer(StepTrainer):
         if self.evaluator is None:
             self.evaluator = Evaluator(
                 self.model,
-                criterion=self.loss_function,
+                criterion=self.loss_functions[0],
                 engine=self.engine,
                 retrieval_mode=self.retrieval_mode,
                 chunk_size=self.chunk_size,

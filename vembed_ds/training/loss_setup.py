@@ -1,0 +1,94 @@
+"""From the configuration to the losses, and what does not go together with them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vembed_ds.config.schema import DatasetEntry, LossConfig
+from vembed_ds.config.validation import merged_loss
+from vembed_ds.data.mixture import Mixture
+from vembed_ds.errors import ConfigError
+from vembed_ds.losses import LOSSES, MATRYOSHKA_OPTIONS, LossFunction, build_loss, ignored_data
+
+logger = logging.getLogger(__name__)
+
+
+def loss_configs(loss: LossConfig, entries: Mapping[str, DatasetEntry]) -> list[LossConfig]:
+    """The loss settings of every data set, its own over those of all.
+
+    Raises:
+        ConfigError: They do not learn the same things, or need what is not offered.
+    """
+    found = [merged_loss(loss, entry.loss) for entry in entries.values()]
+    if len({learned_scalars(own) for own in found}) > 1:
+        raise ConfigError(
+            "datasets: their losses do not learn the same scale and bias from the same start "
+            "(learnable_temperature, temperature, init_logit_scale, init_logit_bias, or "
+            "loss_type=sigmoid beside another); the model has one of each"
+        )
+    if len({own.mrl_layers for own in found}) > 1:
+        raise ConfigError("datasets: mrl_layers differ; the model embeds one set of layers")
+    for own in found:
+        if own.guide_model_name is not None:
+            raise ConfigError(
+                f"guide_model_name={own.guide_model_name!r}: the vectors of a guide model are not "
+                "computed by this version; remove it, or filter the data beforehand"
+            )
+    return found
+
+
+def build_losses(losses: Iterable[LossConfig]) -> list[LossFunction]:
+    """The loss of every data set."""
+    return [build_loss(own.loss_type, **_options(own)) for own in losses]
+
+
+def _options(loss: LossConfig) -> dict[str, Any]:
+    names = LOSSES[loss.loss_type].options | MATRYOSHKA_OPTIONS
+    return {name: value for name, value in loss if name in names}
+
+
+def learned_scalars(loss: LossConfig) -> tuple[float | None, float | None]:
+    """Start of the learned log scale, and of the learned bias; ``None``: not learned."""
+    if loss.loss_type == "sigmoid":
+        return loss.init_logit_scale, loss.init_logit_bias
+    return (-math.log(loss.temperature) if loss.learnable_temperature else None), None
+
+
+def check_data(losses: Iterable[LossConfig], data: Mixture) -> None:
+    """Refuse data that a loss would not look at, unless it stands there by chance.
+
+    Raises:
+        ConfigError: Explicit negatives, or labels or scores that ``column_mapping`` names.
+    """
+    for loss, member in zip(losses, data.members, strict=True):
+        reader = member.reader
+        given = {
+            "negatives": reader.has_negatives,
+            "labels": reader.label_column is not None,
+            "scores": reader.score_column is not None,
+        }
+        for name in ignored_data(loss.loss_type, [name for name, has in given.items() if has]):
+            if name == "negatives" or name.removesuffix("s") in reader.column_mapping:
+                raise ConfigError(
+                    f"loss_type={loss.loss_type}: does not look at the {name} of {reader.origin}; "
+                    "remove that column, or choose another loss"
+                )
+            logger.warning("%s: its %s are not used by %s", reader.origin, name, loss.loss_type)
+
+
+def evaluated_dims(loss: LossConfig) -> tuple[int, ...]:
+    """Prefixes of the embeddings that are evaluated beside the whole."""
+    return loss.mrl_dims if loss.use_mrl else ()
+
+
+def export_loss(loss: LossConfig) -> dict[str, Any]:
+    """What a converted model says of its loss."""
+    return {
+        "loss_type": loss.loss_type,
+        "temperature": loss.temperature,
+        "use_mrl": loss.use_mrl,
+        "mrl_dims": list(evaluated_dims(loss)),
+    }
