@@ -21,7 +21,7 @@ LOCK = threading.Lock()
 
 
 def say(value: int) -> Sample:
-    return Sample(value, {})
+    return Sample(value, {}, {})
 
 
 class Probe(Dataset[Sample | VembedError]):

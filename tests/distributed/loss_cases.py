@@ -20,7 +20,7 @@ def info_nce(
     mine = slice(comm.rank() * share, (comm.rank() + 1) * share)
     leaves = [x[mine].clone().requires_grad_() for x in (query, positive)]
     scale = None if log_scale is None else torch.tensor([log_scale], requires_grad=True)
-    loss = build_loss("infonce", temperature=0.1, bidirectional=bidirectional)(
+    loss = build_loss("infonce", temperature=0.1, loss_bidirectional=bidirectional)(
         LossInputs(*leaves, scale)
     )
     loss.backward()

@@ -96,7 +96,7 @@ def train(*, config: str, ds_config: str, custom: bool = False) -> dict[str, Any
         model, config, ds_config=ds_config, optimizer=optimizer, scheduler=scheduler
     )
     model = enable_static_graph(model, config, engine)
-    criterion = build_loss("infonce", temperature=config["temperature"], bidirectional=False)
+    criterion = build_loss("infonce", temperature=config["temperature"], loss_bidirectional=False)
     log_with, _ = resolve_tracker(report_to=config["report_to"])
     evaluator = Evaluator(
         model, criterion=criterion, engine=engine, retrieval_mode="t2i", log_with=log_with
@@ -168,7 +168,7 @@ def uneven(*, config: str, ds_config: str) -> str | None:
     engine = prepare_engine(
         model, values, ds_config=ds_config, optimizer=build_optimizer(model, values)
     )
-    criterion = build_loss("infonce", temperature=0.05, bidirectional=False)
+    criterion = build_loss("infonce", temperature=0.05, loss_bidirectional=False)
     evaluator = Evaluator(model, criterion=criterion, engine=engine)
     try:
         evaluator.evaluate(Loader(steps=2 - comm.rank()))

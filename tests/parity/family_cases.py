@@ -102,7 +102,7 @@ def _step(
     fillers: Mapping[str, EncodedItem],
     chunk_size: int,
 ) -> float:
-    info_nce = build_loss("infonce", temperature=TEMPERATURE, bidirectional=True)
+    info_nce = build_loss("infonce", temperature=TEMPERATURE, loss_bidirectional=True)
     batch = Batch(indices=[], roles=roles)
 
     def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
