@@ -19,6 +19,9 @@ from tests.worlds import World
 CASE = "tests.distributed.seed_cases:"
 WORLD = 2
 LR, DECAY = 1e-3, 0.1
+# Attention ignores the bias of its keys: its gradient is rounding, which Adam with a small epsilon
+# would blow up to a whole step.
+EPSILON = 1e-3
 
 
 def ds_file(stage: int) -> str:
@@ -52,6 +55,7 @@ def config(make_config: Callable[..., str], quiet_clip: Path) -> Callable[..., s
             "use_gradient_cache": False,
             "lr": LR,
             "weight_decay": DECAY,
+            "adam_epsilon": EPSILON,
             "warmup_steps": 1,
             "batch_size": cases.PAIRS,
         }
@@ -73,6 +77,7 @@ def plain_update(folder: Path, *, sign: float = 1.0) -> tuple[dict[str, Tensor],
             {"params": others, "weight_decay": 0.0},
         ],
         lr=LR,
+        eps=EPSILON,
     )
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=1, num_training_steps=cases.STEPS
@@ -85,7 +90,7 @@ def plain_update(folder: Path, *, sign: float = 1.0) -> tuple[dict[str, Tensor],
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {f"encoder.backbone.{n}": p.detach() for n, p in trained.items()}, losses
 
 
@@ -118,8 +123,7 @@ def test_the_snippets_update_equals_plain_pytorch(
     results = world(WORLD).run(CASE + "train", config=config(**changes), ds_config=ds_file(stage))
     expected, losses = plain_update(quiet_clip)
     for result in results:
-        # Adam divides by the root of the squared gradient, so that rounding grows: see test_adamw.
-        assert relative_error(result["before"], result["after"], expected) < 1e-4
+        assert relative_error(result["before"], result["after"], expected) < 1e-5
         assert result["distributed"] == (False, cached, False)
         assert result["warmup_steps"] == 1
         assert result["teacher"] is None
@@ -143,7 +147,7 @@ def test_the_validation_loss_is_that_of_all_ranks(
     assert first["first_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     evaluated = {m["step"]: m["eval/loss"] for m in first["metrics"] if "eval/loss" in m}
     assert evaluated[0] == pytest.approx(first["first_loss"], rel=1e-6)
-    assert evaluated[cases.STEPS] < evaluated[0] or evaluated[cases.STEPS] > evaluated[0]
+    assert evaluated[cases.STEPS] != evaluated[0]  # the weights have moved
 
 
 def test_an_overridden_step_is_the_one_that_trains(
@@ -153,7 +157,7 @@ def test_an_overridden_step_is_the_one_that_trains(
     expected, _ = plain_update(quiet_clip, sign=-1.0)
     for result in results:
         assert result["calls"] == cases.STEPS
-        assert relative_error(result["before"], result["after"], expected) < 1e-4
+        assert relative_error(result["before"], result["after"], expected) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [2, 3])
