@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +24,15 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.lora import add_adapters
 from vembed_ds.training.config import as_config
 from vembed_ds.training.engine_setup import fill_ds_config
-from vembed_ds.training.model_setup import model_spec, refuse_layer_drop, setup_model
+from vembed_ds.training.model_setup import (
+    lora_spec,
+    model_spec,
+    refuse_layer_drop,
+    setup_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +51,8 @@ def build_model(config: Config | Mapping[str, Any]) -> EmbeddingModel:
     found = as_config(config)
     seed_everything(found.training.seed)
     mode = found.data.retrieval_mode
-    plain = found
-    if found.get("use_lora"):
-        model_section = found.model.model_copy(update={"use_lora": False})
-        plain = found.model_copy(update={"model": model_section})
+    without_adapters = found.model.model_copy(update={"use_lora": False})
+    plain = found.model_copy(update={"model": without_adapters})
     # The ZeRO stage is not known yet; `prepare_engine` looks at what depends on it.
     model = setup_model(
         plain, model_spec(found.model), used=_LETTERS[mode[0]] | _LETTERS[mode[-1]], zero_stage=0
@@ -93,10 +95,10 @@ def apply_lora(
         The model.
 
     Raises:
-        ConfigError: There is an engine already, or this version has no LoRA.
+        ConfigError: There is an engine already, or the model has nothing to adapt.
     """
     found = as_config(config)
-    if not found.get("use_lora"):
+    if not found.model.use_lora:
         logger.info("use_lora is false: the backbones are trained whole")
         return model
     if engine is not None:
@@ -104,11 +106,9 @@ def apply_lora(
             "apply_lora: the engine was made before the adapters and would not train them; apply "
             "them first, then call prepare_engine"
         )
-    if importlib.util.find_spec("vembed_ds.models.lora") is None:
-        raise ConfigError("use_lora=true: LoRA is not in this version; remove it")
-    lora: Any = importlib.import_module("vembed_ds.models.lora")
-    setup: Any = importlib.import_module("vembed_ds.training.model_setup")
-    lora.add_adapters(model.trained_backbones(), setup.lora_spec(found.model))
+    adapters = lora_spec(found.model)
+    assert adapters is not None
+    add_adapters(model.trained_backbones(), adapters)
     return model
 
 

@@ -209,6 +209,19 @@ def test_student_and_teacher(clip_folder: Path) -> None:
     assert not any(module.training for module in teacher.train().children())
 
 
+def test_adapters_come_before_the_engine(clip_folder: Path) -> None:
+    config = {"model_name": str(clip_folder), "use_lora": True, "lora_r": 2}
+    model = published.build_model(config)
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert names == []
+    with pytest.raises(ConfigError, match="the engine was made before the adapters"):
+        published.apply_lora(model, config, object())
+    assert published.apply_lora(model, config) is model
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
 def test_a_trainer_does_not_skip_distillation_silently() -> None:
     with pytest.raises(ConfigError, match="distillation is not in this version"):
         published.Trainer(
