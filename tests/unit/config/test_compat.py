@@ -309,7 +309,6 @@ def test_a_composed_encoder_may_come_with_the_model_name_it_does_not_use(tmp_pat
     assert parse_config(values).model.model_name is None
 
 
-@pytest.mark.xfail(strict=True, reason="with losses")
 def test_colbert_needs_token_embeddings_whatever_the_pooling_says(tmp_path: Path) -> None:
     values = {**BASE, "loss_type": "colbert", "topk_tokens": 8}
     assert notices_of(values, tmp_path) == []
