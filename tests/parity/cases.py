@@ -100,7 +100,7 @@ def train_step(
     """Gradient of one step, left in the engine; the loss of the global batch."""
     loss_function = build_loss("infonce", temperature=temperature, loss_bidirectional=bidirectional)
     roles = rank_roles(kind, step)
-    batch = Batch(indices=[], roles=roles)
+    batch = Batch(indices=[], roles=roles, negative_counts=negative_counts(kind, step))
     counts = dict(
         zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True)
     )
@@ -118,11 +118,26 @@ def train_step(
 
 def rank_roles(kind: str, step: int) -> dict[str, list[EncodedItem]]:
     """This rank's contiguous share of the global batch."""
-    per_rank = data.GLOBAL_BATCH // comm.world_size()
-    records = data.make_batch(kind, step)[comm.rank() * per_rank :][:per_rank]
-    return {
+    records = _rank_records(kind, step)
+    roles = {
         role: [EncodedItem(*record[role]) for record in records] for role in ("query", "positive")
     }
+    if kind in data.TEXTS:
+        negatives = [item for record in records for item in record["negatives"]]
+        roles["negative"] = [EncodedItem(*item) for item in negatives]
+    return roles
+
+
+def negative_counts(kind: str, step: int) -> list[int] | None:
+    """How many negatives each of this rank's records has."""
+    if kind not in data.TEXTS:
+        return None
+    return [len(record["negatives"]) for record in _rank_records(kind, step)]
+
+
+def _rank_records(kind: str, step: int) -> list[dict[str, Any]]:
+    per_rank = data.GLOBAL_BATCH // comm.world_size()
+    return data.make_batch(kind, step)[comm.rank() * per_rank :][:per_rank]
 
 
 def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel:
@@ -130,8 +145,9 @@ def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel
     if kind in ("clip", "fused clip"):
         spec = ModelSpec({"": BackboneSource(name=str(folder / "clip"))})
         return build_model(spec, init_logit_scale=-math.log(temperature))
-    if kind == "shared":
-        spec = ModelSpec({"": BackboneSource(name=str(folder / "text"))}, pooling={"": "mean"})
+    if kind in ("shared", *data.TEXTS):
+        pooling = "none" if kind == "tokens" else "mean"
+        spec = ModelSpec({"": BackboneSource(name=str(folder / "text"))}, pooling={"": pooling})
         return build_model(spec)
     sources = {s: BackboneSource(name=str(folder / s)) for s in ("text", "image")}
     spec = ModelSpec(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 GLOBAL_BATCH = 12
+TEXTS = ("negatives", "tokens")  # texts with ragged explicit negatives
 FUSED = ("fused clip", "fused towers")  # items of every kind in both roles
 VOCAB, EOS = 50, 49
 Item = tuple[str, dict[str, np.ndarray]]
@@ -86,6 +87,8 @@ def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
     num_images = GLOBAL_BATCH
     if kind == "shared" or (kind == "skip" and step == 1):
         num_images = 0
+    if kind in TEXTS:
+        return [_record_with_negatives(generator, index, step) for index in range(GLOBAL_BATCH)]
     if kind in FUSED:
         return [
             {role: _any(generator) for role in ("query", "positive")} for _ in range(num_images)
@@ -122,6 +125,13 @@ def pad(stream: str, items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         ids[row, :length] = torch.from_numpy(item["input_ids"])
         mask[row, :length] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _record_with_negatives(generator: np.random.Generator, index: int, step: int) -> Any:
+    """0 to 3 negatives; of two ranks one has none at all in the second step."""
+    number = 0 if step == 1 and index >= GLOBAL_BATCH // 2 else int(generator.integers(4))
+    texts = [_text(generator) for _ in range(2 + number)]
+    return {"query": texts[0], "positive": texts[1], "negatives": texts[2:]}
 
 
 def _any(generator: np.random.Generator) -> Item:

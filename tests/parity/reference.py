@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel
 
-from tests.parity.data import make_batch, pad
+from tests.parity.data import TEXTS, make_batch, pad
 
 PROJECTION = 12
 
@@ -29,7 +29,7 @@ class PlainModel(nn.Module):
         if kind in ("clip", "fused clip"):
             self.parts["clip"] = AutoModel.from_pretrained(folder / "clip")
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-        elif kind == "shared":
+        elif kind in ("shared", *TEXTS):
             self.parts["text"] = AutoModel.from_pretrained(folder / "text")
         else:
             heads = torch.load(folder / "heads.pt")
@@ -54,7 +54,7 @@ class PlainModel(nn.Module):
             encode = clip.get_text_features if stream == "text" else clip.get_image_features
             return encode(**inputs).pooler_output
         hidden = self.parts[stream](**inputs).last_hidden_state
-        if self.kind == "shared":
+        if self.kind in ("shared", *TEXTS):
             mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1)
         return self.heads[stream](hidden[:, 0])
@@ -102,18 +102,22 @@ def train_plain(
     losses, norms = [], []
     for step in range(steps):
         records = make_batch(kind, step)
-        roles = _embed(model, records, dropout_plan, rng)
-        query, positive = (
-            functional.normalize(roles[r].float(), dim=-1) for r in ("query", "positive")
-        )
         scale = (
             model.logit_scale.float().exp() if model.logit_scale is not None else 1 / temperature
         )
-        logits = query @ positive.T * scale
-        target = torch.arange(len(logits))
+        num_pairs = len(records)
+        if kind in TEXTS:
+            logits = _with_negatives(model, records, scale)
+        else:
+            roles = _embed(model, records, dropout_plan, rng)
+            query, positive = (
+                functional.normalize(roles[r].float(), dim=-1) for r in ("query", "positive")
+            )
+            logits = query @ positive.T * scale
+        target = torch.arange(num_pairs)
         loss = functional.cross_entropy(logits, target)
         if bidirectional:
-            loss = (loss + functional.cross_entropy(logits.T, target)) / 2
+            loss = (loss + functional.cross_entropy(logits[:, :num_pairs].T, target)) / 2
         model.zero_grad()
         loss.backward()
         for parameter in trained.values():  # what the batch does not touch has gradient zero
@@ -133,6 +137,28 @@ def train_plain(
         losses.append(float(loss.detach()))
     after = {name: p.detach().clone() for name, p in masters.items()}
     return {"losses": losses, "norms": norms, "before": before, "after": after}
+
+
+def _with_negatives(model: PlainModel, records: list[dict[str, Any]], scale: float) -> Tensor:
+    """Logits of the queries against the positives, then all negatives."""
+    queries = [record["query"] for record in records]
+    documents = [record["positive"] for record in records]
+    documents += [negative for record in records for negative in record["negatives"]]
+    if model.kind == "negatives":
+        rows, columns = (
+            functional.normalize(model("text", pad("text", [i for _, i in items])), dim=-1)
+            for items in (queries, documents)
+        )
+        return rows @ columns.T * scale
+    rows, columns = ([_tokens(model, item) for item in items] for items in (queries, documents))
+    scores = [[(q @ d.T).amax(dim=1).mean() for d in columns] for q in rows]
+    return torch.stack([torch.stack(row) for row in scores]) * scale
+
+
+def _tokens(model: PlainModel, item: Any) -> Tensor:
+    """Unit vectors of one text's tokens, embedded by itself."""
+    hidden = model.parts["text"](**pad("text", [item[1]])).last_hidden_state[0]
+    return functional.normalize(hidden, dim=-1)
 
 
 def _groups(masters: dict[str, Tensor], *, decay_matrices_only: bool) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ where they run the same code:
 * "mixed" (one rank has only images to embed beside its queries, the other only texts, so that
   each runs chunks of filler) is run without dropout: fillers draw random numbers of their own.
 * "fused": texts, images and items that are both, at random in both roles.
+* "negatives" and "tokens": ragged explicit negatives, in one step on one rank only; InfoNCE over
+  vectors, ColBERT over token embeddings.
 * "One chunk" is the standard step: `compute_gradient` with a single chunk whose graph is kept.
 """
 
@@ -28,7 +30,7 @@ import pytest
 import torch
 
 from tests.parity.conftest import ds_config, update_error
-from tests.parity.data import FUSED, GLOBAL_BATCH
+from tests.parity.data import FUSED, GLOBAL_BATCH, TEXTS
 from tests.worlds import World
 
 KINDS = ["shared", "composed", "clip", "frozen", "skip"]
@@ -55,7 +57,7 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", [*KINDS, "mixed", *FUSED])
+@pytest.mark.parametrize("kind", [*KINDS, "mixed", *FUSED, *TEXTS])
 def test_plain(
     world: Callable[[int], World],
     folders: dict[float, Path],

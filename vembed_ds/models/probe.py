@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed_ds.errors import ConfigError, one_line
-from vembed_ds.models.pooling import pool
+from vembed_ds.models.pooling import pool, token_states
 
 # Two texts that differ in their last token only.
 _IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
@@ -56,6 +56,8 @@ class Probe:
             ConfigError: The backbone has no output that can be pooled so.
         """
         try:
+            if pooling == "none":
+                return int(token_states(self.outputs, self.attention_mask)[0].shape[-1])
             return int(pool(self.outputs, self.attention_mask, method=pooling).shape[1])
         except (ValueError, AttributeError, RuntimeError, IndexError) as error:
             raise ConfigError(f"{self.backbone}: cannot be pooled: {one_line(error)}") from error
