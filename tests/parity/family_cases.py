@@ -25,7 +25,7 @@ from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.reach import mark_unreached
-from vembed_ds.similarity import Embeddings, similarity
+from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import compute_gradient, embed_plan
 from vembed_ds.training.loss_inputs import loss_inputs
 
@@ -121,10 +121,22 @@ def _step(
 
 
 def _loss_of_pairs(query: Embeddings, positive: Embeddings) -> Tensor:
-    scores = similarity(query.normalized(), positive.normalized()) / TEMPERATURE
+    scores = _maxsim(_unit(query), _unit(positive)) / TEMPERATURE
     index = torch.arange(len(scores))
     wrong = scores[index, (index + 1) % len(scores)]
     return functional.softplus(wrong - scores[index, index]).mean()
+
+
+def _maxsim(query: Embeddings, positive: Embeddings) -> Tensor:
+    """Mean over a query's tokens of the best of the positive's; padding of neither counts."""
+    pairs = torch.einsum("qld,pmd->qplm", query.values, positive.values)
+    best = pairs.masked_fill(~positive.mask[None, :, None], -torch.inf).amax(dim=-1)
+    real = query.mask[:, None].float()
+    return (best * real).sum(dim=-1) / real.sum(dim=-1)
+
+
+def _unit(rows: Embeddings) -> Embeddings:
+    return Embeddings(functional.normalize(rows.values, dim=-1), rows.mask)
 
 
 def _save(
@@ -142,9 +154,8 @@ def _save(
         )
     model.eval()
     roles = {"probe": [EncodedItem(*item) for item in probe]}
-    rows = embed_plan(engine, _plan(model, roles, {}, None), pad=processor.pad)[
-        "probe"
-    ].normalized()
+    plan = _plan(model, roles, {}, None)
+    rows = _unit(embed_plan(engine, plan, pad=processor.pad)["probe"])
     if rows.mask is None:
         return list(rows.values.cpu().numpy())
     return [v[m].cpu().numpy() for v, m in zip(rows.values, rows.mask, strict=True)]
