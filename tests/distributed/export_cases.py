@@ -27,6 +27,7 @@ from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.lora import LoraSpec, add_adapters
 from vembed_ds.references import resolve_model_reference
 
 MAX_LENGTH = 12
@@ -133,12 +134,23 @@ def make_processor(model: EmbeddingModel, kind: str) -> ItemProcessor:
 
 
 def train_and_save(
-    *, folder: str, kind: str, ds_config: dict[str, Any], out: str, steps: int = 2
+    *,
+    folder: str,
+    kind: str,
+    ds_config: dict[str, Any],
+    out: str,
+    steps: int = 2,
+    lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, save a checkpoint, and return the trained model's own embeddings and weights."""
+    """Train, save a checkpoint, and return the trained model's own embeddings and weights.
+
+    ``lora`` are the arguments of `LoraSpec`; ``None``: the model is trained whole.
+    """
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
     model = make_model(Path(folder), kind)
+    if lora is not None:
+        add_adapters(model.trained_backbones(), LoraSpec(**lora))
     processor = make_processor(model, kind)
     groups = build_param_groups(model, weight_decay=0.01)
     engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)

@@ -117,9 +117,8 @@ def export_model(checkpoint: Path, out: Path, *, adapter: bool = False) -> None:
             f"{checkpoint}: was trained without use_lora, so it has no adapter; leave out --adapter"
         )
     components = _split(load_consolidated(checkpoint), parameters, origin=checkpoint)
-    if adapter and LOGIT_SCALE in parameters:  # in no adapter's files, whatever it belongs to
-        value = components[parameters[LOGIT_SCALE]["component"]].pop(LOGIT_SCALE)
-        components[_SETTINGS] = {LOGIT_SCALE: value}
+    if adapter:
+        _scalars_to_settings(components, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
@@ -130,6 +129,15 @@ def export_model(checkpoint: Path, out: Path, *, adapter: bool = False) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _scalars_to_settings(
+    components: dict[str, dict[str, Tensor]], parameters: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """What the loss learned has no place among an adapter's weights, even if the backbone has one."""
+    for name in {LOGIT_SCALE, LOGIT_BIAS} & parameters.keys():
+        value = components[parameters[name]["component"]].pop(name)
+        components.setdefault(_SETTINGS, {})[name] = value
 
 
 def _towers(model: EmbeddingModel) -> dict[str, TowerEncoder]:
