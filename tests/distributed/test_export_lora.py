@@ -100,6 +100,8 @@ def test_merged(
         np.testing.assert_allclose(by_hand, trained["after"][stream], rtol=0, atol=TOLERANCE)
 
 
+# peft's own reading of the files asks transformers 5.23 by a name that is going away.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_adapter_files(
