@@ -24,6 +24,7 @@ from vembed_ds.errors import CheckpointError
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.lora import LoraSpec, add_adapters
 
 Save = Callable[..., Path]
 
@@ -226,3 +227,31 @@ def test_command_fails_in_one_line(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert "no DeepSpeed checkpoint" in lines[0]
     assert "Traceback" not in result.stderr
+
+
+def test_command_refuses_an_adapter_that_was_not_trained(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert.main([str(checkpoint), str(tmp_path / "out"), "--adapter"]) == 2
+    assert (
+        "was trained without use_lora, so it has no adapter; leave out" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_not_whole(backbones: Path, save: Save, tmp_path: Path) -> None:
+    model = cases.make_model(backbones, "shared")
+    add_adapters(model.trained_backbones(), LoraSpec(r=2, alpha=4.0, target_modules=["query"]))
+    folder = save(model, "shared")
+    change(folder / "model" / "adapter_config.json", lambda config: config.update(use_dora=True))
+    with pytest.raises(CheckpointError, match=r"layer.0.attention.self.query: its adapter is not"):
+        export_model(folder, tmp_path / "out")
+
+
+def test_damaged_adapter_settings(backbones: Path, save: Save, tmp_path: Path) -> None:
+    model = cases.make_model(backbones, "shared")
+    add_adapters(model.trained_backbones(), LoraSpec(r=2, alpha=4.0))
+    folder = save(model, "shared")
+    (folder / "model" / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: damaged: Expecting"):
+        export_model(folder, tmp_path / "out")

@@ -207,3 +207,67 @@ def test_several_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "datasets[1].loss: a loss of its own needs batches of its own; set batching: "
         "homogeneous, or remove it"
     ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_lora": True, "use_dora": True, "lora_alpha": 16, "lora_target_modules": ["q_proj"]},
+        {"use_lora": True, "lora_target_modules": "all-linear", "lora_modules_to_save": ["pooler"]},
+        {"use_lora": True, "gradient_checkpointing": True},
+        {"use_lora": True, "activation_checkpointing": "deepspeed"},
+        {"lora_r": 8, "lora_target_modules": ["query"]},  # as in vembed-factory's files
+        {"load_in_4bit": False},
+    ],
+)
+def test_good_adapters(values):
+    assert problems_of(**values) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"use_dora": True}, "use_dora=True: has no effect without use_lora; set use_lora: true"),
+        ({"use_rslora": True}, "use_rslora=True: has no effect without use_lora; set use_l"),
+        (
+            {"lora_modules_to_save": ["pooler"]},
+            "lora_modules_to_save=['pooler']: has no effect without use_lora; set use_lora: true",
+        ),
+        (
+            {
+                "use_lora": True,
+                "gradient_checkpointing": True,
+                "activation_checkpointing": "deepspeed",
+            },
+            "activation_checkpointing=deepspeed: with use_lora no input of the first layer needs "
+            "a gradient, and this mechanism would give its adapters none; use huggingface",
+        ),
+    ],
+)
+def test_adapter_keys_that_do_nothing_or_harm(values, problem):
+    (found,) = problems_of(**values)
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"load_in_4bit": True},
+            "load_in_4bit=True",
+        ),
+        ({"lora_r": 0}, "lora_r=0"),
+        ({"lora_alpha": 0}, "lora_alpha=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"lora_target_modules": []}, "lora_target_modules"),
+        ({"lora_target_modules": "all_linear"}, "lora_target_modules"),
+    ],
+)
+def test_adapter_values_out_of_range(values, words):
+    (found,) = problems_of(use_lora=True, **values)
+    assert words in found
+
+
+def test_4_bit_says_what_to_do_instead():
+    (found,) = problems_of(use_lora=True, load_in_4bit=True)
+    assert "was not compared with the reference; remove it" in found
