@@ -123,6 +123,18 @@ def test_a_resumed_run_continues_its_losses(
     assert list(expected) == [1, 2, 3, 4]
 
 
+def test_a_resumed_run_with_frozen_weights(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    """ZeRO-3 once forgot, after loading, that CLIP asks its embeddings for their size."""
+    config = make_config(freeze_text_encoder=True, save_steps=2)
+    run(world(2), config, 3)
+    expected = losses_of(tmp_path / "out")
+    (tmp_path / "out" / "latest").write_text("checkpoint-step-2")
+    run(world(2), config, 3, resume="auto")
+    assert losses_of(tmp_path / "out") == expected
+
+
 def test_resume_needs_a_checkpoint(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -163,6 +163,11 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: DeepSpeed found nothing to load; the folder is incomplete"
         )
+    if engine.zero_optimization_partition_weights():
+        # Loading leaves small parameters gathered, as no fresh engine has them. DeepSpeed learns at
+        # a module's first forward pass what it reads of its children (CLIP's number of positions),
+        # and only of what is not gathered then; later such a read met a prefetch and got no data.
+        engine.optimizer.checkpoint_event_prologue()
     _restore_random_state(torch.load(_random_file(folder), weights_only=True))
 
 
