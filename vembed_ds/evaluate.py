@@ -58,6 +58,7 @@ STORED_KEYS = (
 )
 EVALUATION_KEYS = (
     *STORED_KEYS,
+    "allow_images_outside_root",
     "eval_recall_k",
     "eval_batch_size",
     "num_workers",
@@ -204,6 +205,7 @@ def open_pairs(paths: Sequence[str], *, config: Config, encoder: Encoder) -> Pai
         retrieval_mode=config.data.retrieval_mode,
         column_mapping=config.data.column_mapping,
         image_root=config.data.image_root,
+        allow_images_outside_root=config.data.allow_images_outside_root,
         origin=", ".join(paths),
         instructions={
             "query": config.data.query_instruction,

@@ -157,7 +157,13 @@ def test_an_unreadable_image_ends_every_rank(
         f"(OSError: {cause.value}); replace the file or remove the record"
     )
     # Rank 0's worker meets it while training; rank 1 must not wait in a collective.
-    config = make_config(data_path=str(path), val_data_path=None, max_steps=3, num_workers=1)
+    config = make_config(
+        data_path=str(path),
+        val_data_path=None,
+        max_steps=3,
+        num_workers=1,
+        allow_images_outside_root=True,
+    )
     # Two fork servers import transformers first, which takes 10 s where two ranks have two cores.
     fails(config, *one_fails(error, rank=0), seconds=60)
 

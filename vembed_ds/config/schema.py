@@ -214,6 +214,10 @@ class ModelConfig(Section):
     activation_checkpointing: Literal["huggingface", "deepspeed"] = Field(
         default="huggingface", description="Mechanism used when gradient_checkpointing is true."
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that a model's repository brings, with your rights; only for models that need it, from people you trust.",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Number format of weights and activations."
     )
@@ -227,6 +231,7 @@ class DatasetEntry(Section):
     val_data_path: DataPaths | None = None
     weight: PositiveFloat = 1.0
     image_root: str | None = None
+    allow_images_outside_root: bool | None = None
     column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] | None = None
     retrieval_mode: Annotated[str, AfterValidator(_known_mode)] | None = None
     query_instruction: str | None = None
@@ -243,14 +248,14 @@ class DataConfig(Section):
 
     data_path: DataPaths | None = Field(
         default=None,
-        description="Training pairs: file (.jsonl .csv .tsv .parquet), data set folder or hub name, or a list.",
+        description="Training pairs: file (.jsonl .csv .tsv .parquet, WebDataset .tar; patterns such as a-{000..127}.tar), data set folder or hub name, or a list.",
     )
     val_data_path: DataPaths | None = Field(
         default=None, description="Validation pairs, in the same forms; null: no evaluation."
     )
     datasets: DatasetEntries = Field(
         default=(),
-        description="Instead of data_path, several data sets: a list of mappings with data_path and, where they differ, name, val_data_path, weight (passes per epoch), image_root, column_mapping, retrieval_mode, query_instruction, document_instruction, max_negatives, loss (keys of the section loss; needs batching: homogeneous).",
+        description="Instead of data_path, several data sets: a list of mappings with data_path and, where they differ, name, val_data_path, weight (passes per epoch), image_root, allow_images_outside_root, column_mapping, retrieval_mode, query_instruction, document_instruction, max_negatives, loss (keys of the section loss; needs batching: homogeneous).",
     )
     batching: Literal["mixed", "homogeneous"] = Field(
         default="mixed",
@@ -267,7 +272,14 @@ class DataConfig(Section):
     max_bad_records: NonNegativeInt = Field(
         default=100, description="Most records of a data set that may be skipped."
     )
-    image_root: str = Field(default="", description="Folder that relative image paths start from.")
+    image_root: str = Field(
+        default="",
+        description="Folder that relative image paths start from, and that no image path may leave; empty: the working folder, and any path.",
+    )
+    allow_images_outside_root: bool = Field(
+        default=False,
+        description="Image paths may leave image_root: absolute, by `..` or by links.",
+    )
     column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] = Field(
         default={}, description=f"Column of each role ({', '.join(COLUMN_ROLES)})."
     )

@@ -14,7 +14,8 @@ from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
 from vembed_ds.config.schema import Config, DatasetEntry, LossConfig, ScratchModel
 from vembed_ds.references import reference_problem
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
+PATTERN = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 MODEL_KEYS = ("model_name", "text_model_name", "image_model_name")
@@ -240,10 +241,13 @@ def _data_problems(key: str, paths: str | tuple[str, ...]) -> Iterator[str]:
 
 
 def _data_problem(path: Path, text: str) -> str | None:
-    if path.suffix.lower() in DATA_SUFFIXES and not path.is_file():
+    if PATTERN.search(text) and not path.exists():
+        return None  # what it means is counted out when the data is read
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    if suffix in DATA_SUFFIXES and not path.exists():
         return "no such file; check the path"
     if path.is_file():
-        if path.suffix.lower() not in DATA_SUFFIXES:
+        if suffix not in DATA_SUFFIXES:
             return f"unknown file type; expected one of {', '.join(DATA_SUFFIXES)}"
         return None if path.stat().st_size else "the file is empty; give a file with records"
     if path.is_dir() or HUB_NAME.fullmatch(text):

@@ -15,6 +15,9 @@ import yaml
 
 from vembed_ds.errors import ConfigError
 
+MAX_CHARACTERS = 10**6
+MAX_VALUES = 10**5
+
 _INT = r"[-+]?[0-9]+"
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _SCALARS = {
@@ -66,16 +69,56 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         What the document holds; None when it is empty.
 
     Raises:
-        ConfigError: On a syntax error or a key given twice, naming the line.
+        ConfigError: On a syntax error, a tag that would make a Python object, or a key given
+            twice, naming the line; on a text that is too long, too deep or multiplies itself.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(
+            f"{origin}: {len(text)} characters are no configuration (at most {MAX_CHARACTERS}); "
+            "is it another file?"
+        )
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _parse(text, origin=origin)
+    except RecursionError as error:
+        raise ConfigError(f"{origin}: nested too deep; flatten it") from error
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = error.problem or error.context
         raise ConfigError(f"{origin}{line}: not readable as YAML: {problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not readable as YAML: {error}") from error
+
+
+def _parse(text: str, *, origin: str) -> Any:
+    loader: Any = _Loader(text)  # PyYAML leaves these methods untyped
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > MAX_VALUES:
+            raise ConfigError(
+                f"{origin}: its aliases (*name) stand for more than {MAX_VALUES} values, or for "
+                "themselves; write the values out"
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values that a node stands for when every alias is written out; infinite in a circle.
+
+    Nine lists of nine aliases each take nine lines and stand for 387 million values.
+    """
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 def read_yaml_mapping(path: Path) -> dict[Any, Any]:

@@ -7,14 +7,17 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vembed_ds.data.image_paths import file_problem
 from vembed_ds.data.records import ImageSource, Item, Record
 from vembed_ds.errors import DataError
+
+# Others are never tried: some run programs (EPS) or are rarely looked at by anyone.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 # What Pillow's decoders raise on damaged files, found by cutting and flipping bytes.
 DECODER_ERRORS = (
@@ -55,7 +58,7 @@ def open_image(source: ImageSource, *, origin: str) -> Image.Image:
     place = f"{origin}: image {source}" if isinstance(source, str) else f"{origin}: image"
     if isinstance(source, Image.Image):
         return _decoded(source, place=place)
-    if isinstance(source, str) and (problem := _file_problem(source)):
+    if isinstance(source, str) and (problem := file_problem(source)):
         raise DataError(f"{place} {problem}")
     if not source:
         raise DataError(f"{place} has no bytes; replace it or remove the record")
@@ -73,7 +76,7 @@ def first_missing_image(records: Iterable[Record]) -> DataError | None:
     """
     for record in records:
         for role, item in _items(record):
-            if isinstance(item.image, str) and (problem := _file_problem(item.image)):
+            if isinstance(item.image, str) and (problem := file_problem(item.image)):
                 return DataError(f"record {record.index}, {role}: image {item.image} {problem}")
     return None
 
@@ -85,18 +88,6 @@ def _items(record: Record) -> Iterator[tuple[str, Item]]:
         yield f"negative {place}", item
 
 
-def _file_problem(path: str) -> str | None:
-    """Why the file cannot be an image, by its directory entry alone."""
-    file = Path(path)
-    if not file.exists():
-        return "does not exist; correct the path or image_root"
-    if not file.is_file():
-        return "is not a file; give the path of one image"
-    if file.stat().st_size == 0:
-        return "is an empty file; replace it or remove the record"
-    return None
-
-
 def _decoded(source: str | bytes | Image.Image, *, place: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
@@ -104,8 +95,14 @@ def _decoded(source: str | bytes | Image.Image, *, place: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 return _to_rgb(ImageOps.exif_transpose(source))
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            file = BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{place} cannot be read: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or "
+            "a damaged one; replace the file or remove the record"
+        ) from error
     except DECODER_ERRORS as error:
         raise DataError(
             f"{place} cannot be read ({type(error).__name__}: {error}); "

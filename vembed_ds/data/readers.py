@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import glob
+import itertools
+import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +16,20 @@ import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from vembed_ds.data.file_checks import data_suffix, file_problem, first_json_problem, open_plain
 from vembed_ds.errors import DataError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 # Split names that each configuration key accepts, in order of preference.
 SPLITS = {"data_path": ("train",), "val_data_path": ("validation", "test")}
@@ -27,6 +40,8 @@ LOADING_ERRORS = (
     OSError,
     ValueError,
     TypeError,
+    ImportError,
+    tarfile.TarError,
 )
 
 
@@ -37,8 +52,9 @@ def load_table(paths: Sequence[str], *, key: str) -> datasets.Dataset:
     ``datasets``) and memory-mapped. Images stay encoded.
 
     Args:
-        paths: Files (.jsonl, .json, .csv, .tsv, .parquet), folders (of ``save_to_disk`` or
-            of data files) or hub names; several are concatenated in this order.
+        paths: Files (.jsonl, .json, .csv, .tsv, also .gz; .parquet; .tar of WebDataset), patterns
+            of files (``a-*.parquet``, ``a-{0000..0003}.tar``), folders (of ``save_to_disk`` or of
+            data files) or hub names; several are concatenated in this order.
         key: ``data_path`` or ``val_data_path``; chooses the split and names errors.
 
     Returns:
@@ -51,7 +67,7 @@ def load_table(paths: Sequence[str], *, key: str) -> datasets.Dataset:
     if not paths:
         raise DataError(f"{key} names no data; give at least one file, folder or hub name")
     with _quiet_datasets():
-        tables = [_undecoded(_load_one(path, key=key)) for path in paths]
+        tables = [_undecoded(_flat(_load_one(path, key=key))) for path in paths]
         for path, table in zip(paths, tables, strict=True):
             if not table.num_rows:
                 raise DataError(f"{key}={path}: holds no records; give data or remove it")
@@ -61,37 +77,78 @@ def load_table(paths: Sequence[str], *, key: str) -> datasets.Dataset:
 def _load_one(path: str, *, key: str) -> datasets.Dataset:
     place = f"{key}={path}"
     file = Path(path).expanduser()
-    builder = BUILDERS.get(file.suffix.lower())
     if file.is_dir():
         return _load_folder(file, place=place, key=key)
+    if not file.exists() and (pattern := _expanded(str(file))):
+        return _load_pattern(pattern, place=place, key=key)
+    builder = BUILDERS.get(data_suffix(file))
     if builder is None and not file.exists():
         return _load_hub(path, place=place, key=key)
     if builder is None:
-        raise DataError(f"{place}: suffix {file.suffix!r} is not one of {', '.join(BUILDERS)}")
+        raise DataError(
+            f"{place}: suffix {data_suffix(file)!r} is not one of {', '.join(BUILDERS)}"
+        )
     if not file.exists():
         raise DataError(f"{place}: file does not exist; correct {key}")
+    if not file.is_file():
+        raise DataError(f"{place}: is no regular file; give a file, a folder or a hub name")
     if not file.stat().st_size:
         raise DataError(f"{place}: holds no records (the file is empty); give data or remove it")
     return _load_file(file, builder=builder, place=place)
 
 
+def _expanded(pattern: str) -> list[str]:
+    """The names that a pattern means, ranges in braces counted out; empty for a plain name."""
+    pieces = RANGE.split(pattern)  # text, from, to, text, from, to, ..., text
+    ranges = [
+        [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        for first, last in zip(pieces[1::3], pieces[2::3], strict=True)
+    ]
+    texts = pieces[0::3]
+    names = [
+        texts[0] + "".join(itertools.chain(*zip(numbers, texts[1:], strict=True)))
+        for numbers in itertools.product(*ranges)
+    ]
+    if not glob.has_magic(pattern):
+        return names if ranges else []
+    return sorted(itertools.chain(*map(glob.glob, names))) or [pattern]
+
+
+def _load_pattern(names: Sequence[str], *, place: str, key: str) -> datasets.Dataset:
+    for name in names:
+        if not Path(name).is_file():
+            raise DataError(f"{place}: {name}: file does not exist; correct {key}")
+    tables = [_load_one(name, key=key) for name in names]
+    return _concatenated(tables, paths=names, key=key)
+
+
 def _load_file(file: Path, *, builder: str, place: str) -> datasets.Dataset:
     options = _csv_options(file, place=place) if builder == "csv" else {}
     try:
-        table = datasets.load_dataset(builder, data_files=[str(file)], split="train", **options)
-        if file.suffix.lower() == ".tsv":
+        prepared = datasets.load_dataset_builder(builder, data_files=[str(file)], **options)
+        if not Path(prepared.cache_dir).exists() and (problem := file_problem(file)):
+            raise DataError(f"{place}: {problem}")
+        prepared.download_and_prepare()
+        table = prepared.as_dataset(split="train")
+        if data_suffix(file) == ".tsv":
             _check_lines(file, num_rows=table.num_rows, place=place)
         return table
     except LOADING_ERRORS as error:
         if _holds_no_rows(file, builder=builder, error=error):
             raise DataError(f"{place}: holds no records; give data or remove it") from error
-        cause = _first_json_problem(file) if builder == "json" else None
+        cause = first_json_problem(file) if builder == "json" else None
         raise DataError(f"{place}: {cause or _cause(error)}; correct the file") from error
+
+
+def _flat(table: datasets.Dataset) -> datasets.Dataset:
+    """The fields of a WebDataset's ``json`` files as columns: ``json.caption``."""
+    is_webdataset = "__key__" in table.column_names
+    return table.flatten() if is_webdataset and "json" in table.column_names else table
 
 
 def _check_lines(file: Path, *, num_rows: int, place: str) -> None:
     """A cell that starts with a quote mark swallows the lines up to the next one."""
-    with file.open("rb") as stream:
+    with open_plain(file) as stream:
         num_lines = sum(1 for line in stream if line.strip()) - 1  # without the header
     if num_rows != num_lines:
         raise DataError(
@@ -112,6 +169,9 @@ def _holds_no_rows(file: Path, *, builder: str, error: Exception) -> bool:
 
 
 def _load_folder(folder: Path, *, place: str, key: str) -> datasets.Dataset:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and (problem := file_problem(file)):
+            raise DataError(f"{place}: {file}: {problem}")
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     load = datasets.load_from_disk if saved else datasets.load_dataset
     try:
@@ -147,7 +207,7 @@ def _chosen_split(
 
 def _csv_options(file: Path, *, place: str) -> dict[str, Any]:
     """Reads every cell as text: ``NA`` and ``007`` are captions, not a gap and a number."""
-    options = {"sep": DELIMITERS[file.suffix.lower()], "keep_default_na": False}
+    options = {"sep": DELIMITERS[data_suffix(file)], "keep_default_na": False}
     try:  # as rows without header: else a longer first row would make pandas shift the columns
         header = list(pd.read_csv(file, header=None, nrows=2, dtype=str, **options).iloc[0])
     except ValueError as error:  # ParserError, EmptyDataError, UnicodeDecodeError
@@ -159,23 +219,6 @@ def _csv_options(file: Path, *, place: str) -> dict[str, Any]:
     return options | {
         "features": datasets.Features({name: datasets.Value("string") for name in header})
     }
-
-
-def _first_json_problem(file: Path) -> str | None:
-    """Finds the first line that is not a JSON object; None for one big JSON value."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            if number == 1 and file.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
-                return None
-            try:
-                value = json.loads(line)
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                return f"line {number} is not valid JSON ({error})"
-            if not isinstance(value, dict):
-                return f"line {number} is {type(value).__name__}, not a JSON object"
-    return None
 
 
 def _undecoded(table: datasets.Dataset) -> datasets.Dataset:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
+from vembed_ds.data.image_paths import resolve_image_path
 from vembed_ds.errors import ConfigError, DataError
 
 Part = Literal["text", "image"]
@@ -97,6 +97,7 @@ class RecordReader:
         image_root: Folder that relative image paths start from; empty for the working folder.
         origin: Name of the data in error messages, usually its path.
         instructions: Instruction of the ``query`` and the ``positive`` (and its negatives).
+        allow_images_outside_root: Whether image paths may leave ``image_root``.
 
     Raises:
         ConfigError: When the retrieval mode is not known.
@@ -112,9 +113,11 @@ class RecordReader:
         image_root: str,
         origin: str,
         instructions: Mapping[str, str] | None = None,
+        allow_images_outside_root: bool = False,
     ) -> None:
         self.origin = origin
         self.image_root = image_root
+        self.allow_images_outside_root = allow_images_outside_root
         self.instructions = dict(instructions or {})
         self.retrieval_mode = retrieval_mode
         self.column_mapping = dict(column_mapping)
@@ -166,8 +169,8 @@ class RecordReader:
             The record; relative image paths are joined with ``image_root``.
 
         Raises:
-            DataError: When a value is empty, blank or of the wrong type, or the mode needs what
-                the record lacks.
+            DataError: When a value is empty, blank or of the wrong type, the mode needs what the
+                record lacks, or an image path is a URL or leaves ``image_root``.
         """
         return Record(
             index,
@@ -214,7 +217,15 @@ class RecordReader:
     def _checked(self, part: Part, value: Any, *, place: str) -> Any:
         if part == TEXT:
             return _checked_text(value, place=place)
-        return _checked_image(value, image_root=self.image_root, place=place)
+        value = _checked_image(value, place=place)
+        if not isinstance(value, str):
+            return value
+        return resolve_image_path(
+            value,
+            image_root=self.image_root,
+            place=place,
+            allow_outside=self.allow_images_outside_root,
+        )
 
     def _negatives(self, row: Mapping[str, Any], index: int) -> tuple[Item, ...]:
         cells = {
@@ -374,11 +385,11 @@ def _checked_text(value: object, *, place: str) -> str:
     return value
 
 
-def _checked_image(value: object, *, image_root: str, place: str) -> ImageSource:
+def _checked_image(value: object, *, place: str) -> ImageSource:
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():
-        return str(Path(image_root) / value)
+        return value
     if isinstance(value, (bytes, Image.Image)) and value:
         return value
     if value is None or isinstance(value, (str, bytes)):

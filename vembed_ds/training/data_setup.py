@@ -109,6 +109,7 @@ def dataset_entries(config: DataConfig) -> dict[str, DatasetEntry]:
         name: getattr(config, name)
         for name in (
             "image_root",
+            "allow_images_outside_root",
             "column_mapping",
             "retrieval_mode",
             "query_instruction",
@@ -146,6 +147,7 @@ def open_source(entry: DatasetEntry, *, key: str) -> Source:
             "query": entry.query_instruction or "",
             "positive": entry.document_instruction or "",
         },
+        allow_images_outside_root=bool(entry.allow_images_outside_root),
     )
     return Source(table, reader, entry.max_negatives)
 

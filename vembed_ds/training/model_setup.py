@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from vembed_ds.models.saved_folder import (
 from vembed_ds.references import resolve_model_reference
 from vembed_ds.training.loss_setup import learned_scalars
 
+logger = logging.getLogger(__name__)
+
 
 def model_spec(config: ModelConfig, *, layers: tuple[int, ...] = ()) -> ModelSpec:
     """The shape of the model, as configured.
@@ -62,6 +65,7 @@ def model_spec(config: ModelConfig, *, layers: tuple[int, ...] = ()) -> ModelSpe
         projection_layers=config.projection_layers,
         topk_tokens=config.topk_tokens or None,
         attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
     folder, settings = _saved(config)
     return _continued(spec, folder, settings) if settings else spec
@@ -99,6 +103,7 @@ def _continued(spec: ModelSpec, folder: str, settings: Mapping[str, Any]) -> Mod
         topk_tokens=spec.topk_tokens or saved.topk_tokens,
         layers=spec.layers,
         attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
     )
 
 
@@ -190,6 +195,8 @@ def setup_processor(
     Raises:
         ConfigError: The model has no tower for a role, or its processor cannot be loaded.
     """
+    if spec.trust_remote_code:
+        _warn_of_remote_code(spec)
     check_family(config.model.encoder_mode, spec)
     sources = _stream_sources(spec)
     for reader, part in ((r, part) for r in needed for part in sorted(r.parts - set(sources))):
@@ -219,11 +226,20 @@ def setup_processor(
         text_model_type=_text_model_type(spec),
         fallback_length=limit,
         model_config=None if skeleton is None else skeleton.config,
+        trust_remote_code=spec.trust_remote_code,
     )
     if skeleton is not None:
         processor.max_length = _within_positions(config, processor, limit)
         _check_vocabulary(processor, text_model, vocabulary_size(skeleton))
     return processor
+
+
+def _warn_of_remote_code(spec: ModelSpec) -> None:
+    names = [source.name for source in spec.sources.values() if source.name is not None]
+    logger.warning(
+        "trust_remote_code=true: Python code in %s, where there is any, runs with your rights",
+        " and ".join(names) or "no repository",
+    )
 
 
 def check_family(encoder_mode: str, spec: ModelSpec) -> None:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 FREE = frozenset(
     [
         "activation_checkpointing",
+        "allow_images_outside_root",
         "attn_implementation",
         "cache_frozen_encoder",
         "data_path",
@@ -44,6 +45,7 @@ FREE = frozenset(
         "run_name",
         "save_steps",
         "timeout_minutes",
+        "trust_remote_code",
         "use_gradient_cache",
         "val_data_path",
     ]

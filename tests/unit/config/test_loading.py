@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -366,3 +367,45 @@ def test_a_dump_names_every_value_and_loads_with_zero_workers(base, tmp_path):
     assert "batch_size: 32" in text
     config = parse_config({**base, "num_workers": 0})
     assert parse_config_text(dump_config(config), tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lr: !!python/object/apply:os.system [id]", "lr: !!python/name:os.system", "lr: !mine 3"],
+)
+def test_tags_make_no_python_objects(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"a.yaml line 1: not readable as YAML: could not determine"
+    ):
+        load_config(path, [])
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, r"aliases \(\*name\) stand for more than 100000 values, or for themselves; write"),
+        ("a: &a [*a]", "or for themselves"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deep; flatten it"),
+        ("#" * 1_000_001, r"1000001 characters are no configuration \(at most 1000000\)"),
+    ],
+    ids=["laughs", "circle", "deep", "long"],
+)
+def test_yaml_that_would_fill_the_memory(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [])
+    assert time.monotonic() - started < 10
+
+
+def test_aliases_work(write):
+    config = load_config(write("run_name: &n mine\nquery_instruction: *n\n"))
+    assert config.run.run_name == config.data.query_instruction == "mine"

@@ -126,7 +126,7 @@ ONLY_TOWERS = (
         ),
         (
             {"data_path": "a/b/c"},
-            "data_path='a/b/c': no such folder; give a file (.jsonl, .json, .csv, .tsv, .parquet), "
+            "data_path='a/b/c': no such folder; give a file (.jsonl, .json, .csv, .tsv, .parquet, .tar), "
             "a folder or a hub name",
         ),
         ({"image_root": "pics"}, "image_root='pics': no such folder; check the path"),
@@ -154,7 +154,7 @@ def test_empty_and_unknown_data_files():
     Path("train.txt").write_text("x")
     assert problems_of(data_path=["empty.parquet", "train.txt"]) == [
         "data_path='empty.parquet': the file is empty; give a file with records",
-        "data_path='train.txt': unknown file type; expected one of .jsonl, .json, .csv, .tsv, .parquet",
+        "data_path='train.txt': unknown file type; expected one of .jsonl, .json, .csv, .tsv, .parquet, .tar",
     ]
 
 

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vembed_ds.data.image_paths import MAX_FILE_BYTES
 from vembed_ds.data.images import first_missing_image, open_image
 from vembed_ds.data.records import Item, Record
 from vembed_ds.errors import DataError
@@ -120,16 +126,16 @@ def test_empty_file_and_empty_bytes(tmp_path: Path) -> None:
 
 def test_text_file_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(DataError, match=r"a.png cannot be read \(UnidentifiedImageError"):
+    with pytest.raises(
+        DataError, match=r"a.png cannot be read: it is no PNG, JPEG, .* or PPM image, or"
+    ):
         opened(str(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"])
 def test_half_a_file_is_an_error(kind: str, noise: Noise) -> None:
     data = encoded(noise(width=64, height=64), kind)
-    with pytest.raises(
-        DataError, match=r"cannot be read .*; replace the file or remove the record"
-    ):
+    with pytest.raises(DataError, match=r"cannot be read.*; replace the file or remove the record"):
         opened(data[: len(data) // 2])
 
 
@@ -157,6 +163,140 @@ def test_damaged_bytes_give_an_rgb_image_or_a_data_error(kind: str, noise: Noise
             outcomes.add("error")
     assert "error" in outcomes
     assert outcomes <= {"RGB", "error"}
+
+
+def test_a_pipe_or_a_device_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer for ever
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(DataError, match=f"image {path} is not a file; give the path of one"):
+            opened(str(path))
+
+
+def test_a_huge_file_is_not_opened(tmp_path: Path) -> None:
+    with (tmp_path / "a.webp").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(DataError, match=r"a\.webp is larger than 1 GiB; replace it"):
+        opened(str(tmp_path / "a.webp"))
+
+
+@pytest.mark.parametrize(
+    "name", ["https://a.b/c.png", "file:///etc/passwd", "data:image/png;base64,"]
+)
+def test_a_url_is_never_fetched(name: str) -> None:
+    kind = name.partition(":")[0]
+    with pytest.raises(
+        DataError, match=f"is a {kind}: URL, and nothing is fetched .*; download it"
+    ):
+        opened(name + "x" * 5000)
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(DataError, match=r"cannot be looked at .*File name too long.*; correct the"):
+        opened("x" * 5000)
+
+
+def test_formats_that_run_programs_are_not_tried() -> None:
+    data = encoded(Image.new("RGB", (4, 4)), "EPS")  # Pillow would start Ghostscript
+    with pytest.raises(
+        DataError, match="it is no PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, JPEG2000 or"
+    ):
+        opened(data)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *, before: bytes = b"") -> bytes:
+    """A white one-bit PNG, written row by row; 50,000 pixels square take 40 KB."""
+    packer = zlib.compressobj(9)
+    row = b"\0" + b"\xff" * (-(-width // 8))
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def bomb_text() -> bytes:
+    return b"comment\0\0" + zlib.compress(b"x" * 300_000_000, 9)
+
+
+def many_frames() -> bytes:
+    frame = Image.new("P", (2000, 2000))
+    return encoded(
+        frame, "GIF", save_all=True, append_images=[frame, Image.new("P", (2000, 2000), 1)] * 40
+    )
+
+
+def wide_gif() -> bytes:
+    """A screen of 65,535 pixels square around one small frame."""
+    data = bytearray(encoded(Image.new("P", (4, 4)), "GIF"))
+    data[6:10] = b"\xff\xff\xff\xff"
+    return bytes(data)
+
+
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "png": (lambda: png(50_000, 50_000), "DecompressionBombError"),
+    "text": (lambda: png(8, 8, before=chunk(b"zTXt", bomb_text())), "MAX_TEXT_CHUNK"),
+    "profile": (lambda: png(8, 8, before=chunk(b"iCCP", bomb_text())), "MAX_TEXT_CHUNK"),
+    "screen": (wide_gif, "DecompressionBombError"),
+    "frames": (many_frames, ""),
+    "exif": (
+        lambda: encoded(Image.new("RGB", (8, 8)), "JPEG", exif=b"Exif\0\0" + b"II*\0" * 16_000),
+        "",
+    ),
+}
+
+MEASURE = """
+import resource, sys
+from vembed_ds.data.images import open_image
+from vembed_ds.errors import DataError
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    outcome = open_image(sys.argv[1], origin="a").mode
+except DataError as error:
+    outcome = str(error)
+print((peak() - before) // 1024, outcome)
+"""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_in_bounded_memory(tmp_path: Path, name: str) -> None:
+    """Measured in a process of its own; the pixels of the PNG alone would be 2.5 GB."""
+    make, message = BOMBS[name]
+    (tmp_path / "bomb").write_bytes(make())
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "bomb")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    megabytes, _, outcome = done.stdout.strip().partition(" ")
+    assert int(megabytes) < 100
+    assert (message in outcome and "cannot be read" in outcome) if message else outcome == "RGB"
+
+
+def test_the_largest_image_takes_bounded_memory(tmp_path: Path) -> None:
+    """Pillow's limit of 89 million pixels; transparency needs four copies of four bytes each."""
+    Image.new("RGBA", (9400, 9400)).save(tmp_path / "bomb", "PNG")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "bomb")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    megabytes, _, outcome = done.stdout.strip().partition(" ")
+    assert outcome == "RGB"
+    assert int(megabytes) < 1600
+
+
+def test_16_bit_colour_keeps_its_high_byte() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 0x12FF, 0x8000, 0xFFFF)))
+    data = b"\x89PNG\r\n\x1a\n" + header + pixel + chunk(b"IEND", b"")
+    assert opened(data).getpixel((0, 0)) == (0x12, 0x80, 0xFF)
 
 
 def test_first_missing_image_only_looks_at_files(tmp_path: Path) -> None:

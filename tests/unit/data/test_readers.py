@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from PIL import Image
 
 from vembed_ds.data.fingerprint import _update_bytes, fingerprint
 from vembed_ds.data.readers import load_table
+from vembed_ds.data.records import RecordReader
 from vembed_ds.errors import DataError
 
 ROWS = [{"query": "a/b", "positive": "x"}, {"query": "ü, c", "positive": "007"}]
@@ -177,7 +180,10 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
     ("bad", "message"),
     [
         (b'{"query": "c", "posi', r"line 3 is not valid JSON"),
-        (b'{"query": "\xff", "posi', r"line 3 is not valid JSON .*codec can't decode"),
+        (
+            b'{"query": "\xff", "posi',
+            r"line 3 is not UTF-8 .*codec can't decode.*; save the file as UTF-8",
+        ),
         (b'["a", "b"]', r"line 3 is list, not a JSON object"),
         (b"3", r"line 3 is int, not a JSON object"),
     ],
@@ -366,3 +372,249 @@ def test_a_tsv_text_that_swallows_lines_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tsv: 5 lines, but \d records: a text that starts"):
         load(write(tmp_path, "a.tsv", rows))
     assert load(write(tmp_path, "b.TSV", 'query\tpositive\r\n"""d"" e"\tf\r\n\r\n')).num_rows == 1
+
+
+GOOD = b'{"query": "a", "positive": "b"}\n'
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str) -> None:
+    assert load(write(tmp_path, name, b"\xef\xbb\xbf" + GOOD)).to_list() == [
+        {"query": "a", "positive": "b"}
+    ]
+
+
+def nested(depth: int) -> bytes:
+    return b'{"query": ' + b"[" * depth + b"]" * depth + b"}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1 is UTF-16; save the file as UTF-8"),
+        (
+            "a.jsonl",
+            GOOD + b"\0" * 9 + b"\n",
+            "line 2 holds a NUL byte, so that the file is damaged",
+        ),
+        ("a.csv", b"query,positive\na\0,b\n", "line 2 holds a NUL byte"),
+        ("a.csv", b"query,positive\n" + b"a,b\n" * 5 + b"\xe4,b\n", "line 7 is not UTF-8"),
+        ("a.jsonl", GOOD + nested(65), "line 2 is nested more than 64 levels deep; flatten it"),
+        # Arrow's parser ends the process without a word on these.
+        ("a.jsonl", GOOD + nested(200_000), "line 2 is nested more than 64 levels deep"),
+        ("a.jsonl", b'{"query": ' + b"[\n" * 200_000, "line 64 is nested more than 64"),
+        ("a.json", b"[" + nested(200_000) + b"]", "is nested more than 64 levels deep"),
+        (
+            "a.jsonl",
+            GOOD + b'{"query": "a", "query": "b"}\n',
+            "query.* was specified twice in row 1",
+        ),
+        ("a.jsonl", GOOD + b'{"query": "\\ud800"}\n', "surrogate pair in string is invalid"),
+        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], "cannot be read .*; replace the file"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 100_000), "grows to more than 200 times its size"),
+        (
+            "a.json.gz",
+            gzip.compress(b"[" + GOOD + b"]"),
+            "is one JSON array; save it as JSON lines",
+        ),
+    ],
+)
+def test_damaged_files_are_refused_by_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(
+        DataError, match=rf"data_path=.*{name}: {message}|{message}.*; correct the file"
+    ):
+        load(write(tmp_path, name, content))
+
+
+def test_brackets_in_texts_do_not_nest(tmp_path: Path) -> None:
+    text = "[{" * 200 + '\\" \\\\'
+    content = b'{"query": "' + text.encode() + b'", "positive": "b"}\n'
+    assert load(write(tmp_path, "a.jsonl", content)).num_rows == 1
+    assert load(write(tmp_path, "b.json", b"[" + content + b"]")).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [({"query": 3, "positive": "b"}, "int"), ({"query": {"a": 1}, "positive": "b"}, "dict")],
+)
+def test_mixed_types_in_a_column_are_refused_by_record(
+    tmp_path: Path, write_jsonl: WriteJsonl, row: dict[str, Any], kind: str
+) -> None:
+    table = load(write_jsonl([*ROWS, row]))
+    reader = RecordReader(
+        table.column_names, retrieval_mode="t2t", column_mapping={}, image_root="", origin="a.jsonl"
+    )
+    assert reader.read(table[0], 0).query.text == "a/b"
+    with pytest.raises(
+        DataError, match=f"a.jsonl, record 2, column 'query': .* is {kind}, not text"
+    ):
+        reader.read(table[2], 2)
+
+
+MEASURE = """
+import resource, sys
+import datasets
+from vembed_ds.data.readers import load_table
+from vembed_ds.errors import DataError
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    outcome = len(load_table([sys.argv[1]], key="data_path")[1]["query"])
+except DataError as error:
+    outcome = str(error)
+print((peak() - before) // 1024, outcome)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize(
+    ("size", "limit", "expected"),
+    [
+        (50_000_000, 600, "50000000"),
+        (2**26, 300, "line 3 is longer than 64 MiB; put images into files of their own"),
+    ],
+)
+def test_long_lines_take_bounded_memory(
+    tmp_path: Path, name: str, size: int, limit: int, expected: str
+) -> None:
+    line = b'{"query": "%b", "positive": "b"}\n' if name == "a.jsonl" else b"%b,b\n"
+    head = b"" if name == "a.jsonl" else b"query,positive\n"
+    lines = [line % b"a", line % (b"x" * size)]
+    if "longer" in expected:
+        lines.insert(0, line % b"a" if name == "a.jsonl" else b"")
+        lines.append((line % b"y") * 10)
+    file = write(tmp_path, name, head + b"".join(lines))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(file), str(tmp_path / "cache")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    megabytes, _, outcome = done.stdout.strip().partition(" ")
+    assert outcome.endswith(expected)
+    assert int(megabytes) < limit
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.tsv.GZ"])
+def test_compressed_files(tmp_path: Path, name: str) -> None:
+    texts = {
+        "jsonl": GOOD.decode(),
+        "csv": "query,positive\na,b\n",
+        "tsv": "query\tpositive\na\tb\n",
+    }
+    file = write(tmp_path, name, gzip.compress(texts[name.split(".")[1]].encode()))
+    assert load(file).to_list() == [{"query": "a", "positive": "b"}]
+
+
+def test_a_folder_is_checked_too(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", GOOD + nested(200_000))
+    with pytest.raises(DataError, match=r"a.jsonl: line 2 is nested more than 64"):
+        load(tmp_path)
+
+
+def test_a_pipe_is_no_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a.jsonl: is no regular file; give a file, a folder or"):
+        load(tmp_path / "a.jsonl")
+
+
+def shard(folder: Path, name: str, members: dict[str, bytes]) -> Path:
+    with tarfile.open(folder / name, "w") as archive:
+        for member, content in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            archive.addfile(info, BytesIO(content))
+    return folder / name
+
+
+def pairs_shard(folder: Path, name: str, keys: Sequence[str]) -> Path:
+    return shard(
+        folder,
+        name,
+        {
+            f"{key}.{kind}": content
+            for key in keys
+            for kind, content in (
+                ("png", png()),
+                ("txt", f"text {key}".encode()),
+                ("json", f'{{"caption": "caption {key}", "label": 3}}'.encode()),
+            )
+        },
+    )
+
+
+def test_webdataset_shards(tmp_path: Path) -> None:
+    for number in range(3):
+        pairs_shard(tmp_path, f"s-{number:04d}.tar", [f"k{number}0", f"k{number}1"])
+    texts = [f"text k{number}{place}" for number in range(3) for place in range(2)]
+    for pattern in ("s-{0000..0002}.tar", "s-*.tar", ""):
+        table = load(tmp_path / pattern)
+        assert table["txt"][:] == texts
+    reader = RecordReader(
+        table.column_names,
+        retrieval_mode="t2i",
+        column_mapping={"query": "json.caption", "positive_image": "png", "label": "json.label"},
+        image_root="",
+        origin="s.tar",
+    )
+    record = reader.read(table[3], 3)
+    assert record.query.text == "caption k11"
+    assert record.positive.image == png()
+    assert record.label == 3
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    pairs_shard(tmp_path, "s-0.tar", ["a"])
+    with pytest.raises(
+        DataError, match=r"data_path=.*s-\{0..1\}.tar: .*s-1.tar: file does not exist"
+    ):
+        load(tmp_path / "s-{0..1}.tar")
+    with pytest.raises(DataError, match=r"t-\*.tar: file does not exist; correct data_path"):
+        load(tmp_path / "t-*.tar")
+
+
+def test_nothing_of_an_archive_is_extracted(tmp_path: Path) -> None:
+    file = shard(tmp_path, "a.tar", {"../../evil.txt": b"a", "/abs.txt": b"b"})
+    with tarfile.open(file, "a") as archive:
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    before = {path for path in tmp_path.parent.rglob("*") if "cache" not in str(path)}
+    assert load(file)["txt"][:] == ["a", "b"]
+    assert {path for path in tmp_path.parent.rglob("*") if "cache" not in str(path)} == before
+
+
+def sparse(folder: Path) -> Path:
+    """An archive of 2 KB with a member of 8 TB, in GNU's sparse format."""
+    info = tarfile.TarInfo("k.txt")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"\x80" + (2**43).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (folder / "a.tar").write_bytes(bytes(header) + b"x" * 512 + b"\0" * 1024)
+    return folder / "a.tar"
+
+
+def test_archives_that_swell_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.tar: member 'k.txt' is sparse or larger than 1 GiB"):
+        load(sparse(tmp_path))
+    file = shard(tmp_path, "b.tar", {"k.txt.gz": gzip.compress(b"a")})
+    with pytest.raises(
+        DataError, match=r"b.tar: member 'k.txt.gz' is compressed; store it as it is"
+    ):
+        load(file)
+
+
+def test_broken_archives(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.tar: cannot be read \(.*\); replace the file"):
+        load(write(tmp_path, "a.tar", b"hello" * 1000))
+    with pytest.raises(
+        DataError, match=r"b.tar: .*don't share the same prefix.*; correct the file"
+    ):
+        load(shard(tmp_path, "b.tar", {"a.txt": b"a", "b.png": png()}))
