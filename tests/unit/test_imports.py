@@ -36,7 +36,12 @@ ALLOWED: dict[str, set[str]] = {
         "tracking",
     },
 }
-COMMANDS = {"train", "convert", "evaluate"}  # import everything, are imported by nothing
+COMMANDS = {
+    "train",
+    "convert",
+    "evaluate",
+    "validate",
+}  # import everything, are imported by nothing
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

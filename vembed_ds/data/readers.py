@@ -114,6 +114,16 @@ def _expanded(pattern: str) -> list[str]:
     return sorted(itertools.chain(*map(glob.glob, names))) or [pattern]
 
 
+def files_of(paths: Sequence[str]) -> list[Path]:
+    """The files that ``load_table`` reads, in its order; folders and hub names stay as they are."""
+    found: list[Path] = []
+    for path in paths:
+        file = Path(path).expanduser()
+        names = [] if file.exists() else _expanded(str(file))
+        found += map(Path, names or [str(file)])
+    return found
+
+
 def _load_pattern(names: Sequence[str], *, place: str, key: str) -> datasets.Dataset:
     for name in names:
         if not Path(name).is_file():

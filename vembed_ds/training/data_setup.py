@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -32,6 +32,7 @@ class Source:
 
     table: datasets.Dataset
     reader: RecordReader
+    paths: Sequence[str]
     max_negatives: int | None = None
 
 
@@ -98,7 +99,7 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
         train,
         order,
         fingerprint=digests[0] if len(digests) == 1 else "+".join(digests),
-        val=_setup_validation(config, entries, processor),
+        val=_setup_validation(config, processor),
         skipped=skipped,
     )
 
@@ -149,7 +150,7 @@ def open_source(entry: DatasetEntry, *, key: str) -> Source:
         },
         allow_images_outside_root=bool(entry.allow_images_outside_root),
     )
-    return Source(table, reader, entry.max_negatives)
+    return Source(table, reader, paths, entry.max_negatives)
 
 
 def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -> PairDataset:
@@ -163,15 +164,16 @@ def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -
     )
 
 
-def _setup_validation(
-    config: Config, entries: Mapping[str, DatasetEntry], processor: ItemProcessor
-) -> dict[str, Validation]:
+def validation_entries(config: DataConfig) -> dict[str, DatasetEntry]:
+    """The data sets that have validation pairs, by name; those of the run have no name."""
+    shared = config.model_copy(update={"datasets": (), "data_path": "."})
+    entries = {ONLY: dataset_entries(shared)[ONLY], **dataset_entries(config)}
+    return {name: entry for name, entry in entries.items() if entry.val_data_path is not None}
+
+
+def _setup_validation(config: Config, processor: ItemProcessor) -> dict[str, Validation]:
     found = {}
-    shared = config.data.model_copy(update={"datasets": (), "data_path": "."})
-    validated = {ONLY: dataset_entries(shared)[ONLY], **entries}
-    for name, entry in validated.items():
-        if entry.val_data_path is None:
-            continue
+    for name, entry in validation_entries(config.data).items():
         source = open_source(entry, key=_key(name, "val_data_path"))
         dataset = build_dataset(source, processor=processor, config=config)
         check_records(dataset)

@@ -1,0 +1,265 @@
+"""Command: look at every record of a run's data before training on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging as transformers_logging
+
+from vembed_ds.config.loading import load_config
+from vembed_ds.config.schema import Config
+from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.images import open_image
+from vembed_ds.data.inspection import (
+    Findings,
+    Lines,
+    Problem,
+    as_problem,
+    inspect,
+    shared_pairs,
+    summary,
+)
+from vembed_ds.data.readers import files_of
+from vembed_ds.data.records import Item
+from vembed_ds.errors import DataError, VembedError
+from vembed_ds.evaluation.report import GridRow, Picture, retrieval_grid, write_report
+from vembed_ds.training.data_setup import (
+    Source,
+    build_dataset,
+    dataset_entries,
+    open_source,
+    validation_entries,
+)
+from vembed_ds.training.model_setup import model_spec, setup_processor
+
+EXAMPLE = """\
+example:
+  python -m vembed_ds.validate --config my.yaml --thumbnails pairs.png --output report.json
+exit code: 0 all records can be used, 1 some cannot, 2 the configuration is wrong
+"""
+
+EXIT_PROBLEMS, EXIT_CONFIG = 1, 2
+LISTED = 20  # problems of a kind that are printed
+THUMBNAILS = 8
+
+
+@dataclass
+class Checked:
+    """One table and what was found in it."""
+
+    key: str
+    source: Source | None
+    found: Findings
+    figures: dict[str, Any]
+    lines: Lines
+    dataset: PairDataset | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 when records cannot be used, 2 after an error of configuration.
+    """
+    arguments = build_parser().parse_args(argv)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        checked = check(arguments)
+        if arguments.output:
+            write_report(arguments.output, {"data": [_report(table) for table in checked]})
+        if arguments.thumbnails:
+            _draw(arguments.thumbnails, checked)
+    except VembedError as error:
+        sys.stderr.write(f"error: {'; '.join(str(error).splitlines())}\n")
+        return EXIT_CONFIG
+    sys.stdout.write("\n".join(_text(checked)) + "\n")
+    return EXIT_PROBLEMS if any(table.found.counts for table in checked) else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vembed_ds.validate",
+        description="Read every training and validation record as training would, without loading "
+        "a model's weights, and say which cannot be used.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="YAML file of the run")
+    add("--config_override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--limit", type=_positive, metavar="N", help="N records of each table, evenly spread")
+    add("--images", choices=["decode", "exists"], default="decode", help="what is done with images")
+    add("--thumbnails", metavar="PNG", help="draw some pairs, evenly spread")
+    add("--output", metavar="JSON", help="write figures and problems to this file")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def check(arguments: argparse.Namespace) -> list[Checked]:
+    """Open and read all tables of a configuration.
+
+    Raises:
+        ConfigError: The configuration is wrong, or the model's processor does not load.
+    """
+    config = load_config(arguments.config, arguments.config_override)
+    checked = [_opened(key, entry) for key, entry in _tables(config)]
+    readers = [table.source.reader for table in checked if table.source is not None]
+    if not readers:
+        return checked
+    processor = setup_processor(config, model_spec(config.model), needed=readers)
+    for table in checked:
+        if table.source is None:
+            continue
+        table.dataset = build_dataset(table.source, processor=processor, config=config)
+        number = len(table.dataset)
+        step = max(1.0, number / (arguments.limit or number))
+        table.found = inspect(
+            table.dataset,
+            rows=[int(row) for row in np.arange(0, number, step)],
+            images=arguments.images,
+            num_threads=config.data.num_workers,
+        )
+        table.figures = {"of": number, **summary(table.found, processor=processor)}
+        table.lines = Lines(files_of(table.source.paths), num_records=number)
+    _count_leaks(checked)
+    return checked
+
+
+def _tables(config: Config) -> Iterator[tuple[str, Any]]:
+    for name, entry in dataset_entries(config.data).items():
+        yield f"datasets[{name}].data_path" if name else "data_path", entry
+    for name, entry in validation_entries(config.data).items():
+        yield f"datasets[{name}].val_data_path" if name else "val_data_path", entry
+
+
+def _opened(key: str, entry: Any) -> Checked:
+    found = Findings()
+    source = None
+    try:
+        source = open_source(entry, key=key)
+    except DataError as error:
+        found.report(as_problem(error))
+    return Checked(key, source, found, {}, Lines([], num_records=0))
+
+
+def _count_leaks(checked: Sequence[Checked]) -> None:
+    """Validation pairs that are trained on make the figures of a run too good."""
+    trained = Findings()
+    for table in checked:
+        if not table.key.endswith("val_data_path"):
+            trained.add(table.found)
+    for table in checked:
+        if table.key.endswith("val_data_path") and table.source is not None:
+            table.figures["pairs_also_trained_on"] = shared_pairs(table.found, trained)
+
+
+def _text(checked: Sequence[Checked]) -> Iterator[str]:
+    for table in checked:
+        origin = "" if table.source is None else f"={table.source.reader.origin}"
+        yield f"{table.key}{origin}: {_verdict(table)}"
+        for name, value in table.figures.items():
+            if name not in ("records", "of"):
+                yield f"  {name.replace('_', ' ')}: {_shown(value)}"
+        yield from _table(table)
+        yield ""
+
+
+def _verdict(table: Checked) -> str:
+    problems = ", ".join(f"{count} {kind}" for kind, count in table.found.counts.items())
+    verdict = f"PROBLEMS ({problems})" if problems else "all can be used"
+    if table.source is None:
+        return verdict
+    return f"{table.found.records} of {table.figures['of']} records read, {verdict}"
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'({_shown(inner)})' if isinstance(inner, Mapping) else inner}"
+        for name, inner in value.items()
+    )
+
+
+def _table(table: Checked) -> Iterator[str]:
+    rows = [("kind", "place", "problem")]
+    for kind, count in table.found.counts.items():
+        chosen = [problem for problem in table.found.problems if problem.kind == kind][:LISTED]
+        rows += [
+            (kind, table.lines.find(p.record), "; ".join(p.message.splitlines())) for p in chosen
+        ]
+        if count > len(chosen):
+            rows.append((kind, "", f"and {count - len(chosen)} more (--output lists them)"))
+    if len(rows) > 1:
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        for row in rows:
+            yield f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}"
+
+
+def _report(table: Checked) -> dict[str, Any]:
+    def entry(problem: Problem) -> dict[str, Any]:
+        place = table.lines.find(problem.record)
+        return {
+            "kind": problem.kind,
+            "record": problem.record,
+            "place": place,
+            "message": problem.message,
+        }
+
+    return {
+        "key": table.key,
+        "data_path": None if table.source is None else table.source.reader.origin,
+        "figures": table.figures,
+        "counts": dict(table.found.counts),
+        "problems": [entry(problem) for problem in table.found.problems],
+    }
+
+
+def _draw(path: str, checked: Sequence[Checked]) -> None:
+    """Some records of all tables: the query, and what belongs to it framed green."""
+    datasets = [table.dataset for table in checked if table.dataset is not None]
+    rows = [row for dataset in datasets for row in _grid_rows(dataset, THUMBNAILS // len(datasets))]
+    retrieval_grid(
+        path,
+        rows=rows,
+        headline=f"{len(rows)} pairs",
+        subtitle="Positives are framed green.",
+    )
+
+
+def _grid_rows(dataset: PairDataset, wanted: int) -> Iterator[GridRow]:
+    for row in np.unique(np.linspace(0, len(dataset) - 1, max(1, wanted)).astype(int)):
+        try:
+            record = dataset.record(int(row))
+            results = [_picture(item) for item in (record.positive, *record.negatives[:3])]
+            yield GridRow(_picture(record.query), results, [True] + [False] * (len(results) - 1))
+        except DataError:  # it stands in the table of problems
+            continue
+
+
+def _picture(item: Item) -> Picture:
+    if item.image is not None:
+        return open_image(item.image, origin="thumbnail")
+    assert item.text is not None  # a record has one of them
+    return item.text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
