@@ -5,32 +5,112 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.errors import DataError, VembedError
-from vembed_ds.losses import LossInputs, build_loss
+from vembed_ds.losses import Embeddings, Guide, LossInputs, build_loss
 
 
-def info_nce(
-    *, query: torch.Tensor, positive: torch.Tensor, log_scale: float | None, bidirectional: bool
+def loss_and_gradients(
+    *, loss_type: str, batch: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """This rank's rows of a global batch: loss, and gradients after data-parallel averaging."""
-    share = len(query) // comm.world_size()
-    mine = slice(comm.rank() * share, (comm.rank() + 1) * share)
-    leaves = [x[mine].clone().requires_grad_() for x in (query, positive)]
-    scale = None if log_scale is None else torch.tensor([log_scale], requires_grad=True)
-    loss = build_loss("infonce", temperature=0.1, loss_bidirectional=bidirectional)(
-        LossInputs(*leaves, scale)
+    """This rank's share of a batch as `loss_reference` describes it.
+
+    Returns:
+        The loss of the whole batch; per role the gradients of this rank's items, and of the
+        learned numbers, after data-parallel averaging.
+    """
+    mine = _share(batch)
+    leaves = {
+        role: [item.clone().requires_grad_() for item in mine[role]]
+        for role in ("query", "positive", "negative")
+    }
+    learned = {
+        name: torch.tensor([batch[name]], requires_grad=True)
+        for name in ("logit_scale", "logit_bias")
+        if name in batch
+    }
+    like = batch["query"][0]
+    inputs = LossInputs(
+        query=_stack(leaves["query"], like=like),
+        positive=_stack(leaves["positive"], like=like),
+        negative=_stack(leaves["negative"], like=like) if batch["has_negatives"] else None,
+        guide=_guide(mine) if "guide" in mine else None,
+        **_numbers(mine),
+        **learned,
     )
+    loss = build_loss(loss_type, **options)(inputs)
     loss.backward()
-    averaged = [leaf.grad / comm.world_size() for leaf in leaves]
     return {
         "loss": float(comm.mean_over_ranks(loss)),
-        "query": averaged[0],
-        "positive": averaged[1],
-        "scale": None if scale is None else float(comm.mean_over_ranks(scale.grad)),
+        **{role: [_average(item) for item in items] for role, items in leaves.items()},
+        **{name: float(comm.mean_over_ranks(value.grad)) for name, value in learned.items()},
     }
+
+
+def _share(batch: dict[str, Any]) -> dict[str, Any]:
+    """This rank's pairs, and the negatives that belong to them."""
+    size = len(batch["query"]) // comm.world_size()
+    first = comm.rank() * size
+    pairs = slice(first, first + size)
+    counts = batch["negative_counts"]
+    before = sum(counts[:first])
+    negatives = slice(before, before + sum(counts[pairs]))
+
+    def cut(name: str, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {role: cut(role, rows) for role, rows in values.items()}
+        if not isinstance(values, list):
+            return values
+        return values[negatives if name in ("negative", "negative_keys") else pairs]
+
+    return {name: cut(name, values) for name, values in batch.items()}
+
+
+def _stack(items: list[Tensor], *, like: Tensor) -> Embeddings:
+    if like.dim() == 1:
+        return Embeddings(torch.stack(items) if items else _no_rows(like))
+    if not items:
+        return Embeddings(_no_rows(like), torch.zeros(0, len(like), dtype=torch.bool))
+    masks = [torch.ones(len(item), dtype=torch.bool) for item in items]
+    # What stands in the padding must not matter.
+    return Embeddings(
+        pad_sequence(items, batch_first=True, padding_value=7.0),
+        pad_sequence(masks, batch_first=True),
+    )
+
+
+def _no_rows(like: Tensor) -> Tensor:
+    # Like a slice of the model's outputs: without rows, but part of the graph.
+    return like.new_zeros((0, *like.shape), requires_grad=True) * 1.0
+
+
+def _guide(mine: dict[str, Any]) -> Guide:
+    def rows(role: str) -> Tensor:
+        return torch.stack(mine["guide"][role]) if mine["guide"][role] else torch.zeros(0, 3)
+
+    negative = rows("negative") if mine["has_negatives"] else None
+    return Guide(rows("query"), rows("positive"), negative)
+
+
+def _numbers(mine: dict[str, Any]) -> dict[str, Tensor]:
+    names = ["labels", "scores", "query_keys", "positive_keys"]
+    if mine["has_negatives"]:
+        names += ["negative_counts", "negative_keys"]
+    return {
+        name: torch.tensor(mine[name], dtype=torch.float32 if name == "scores" else torch.int64)
+        for name in names
+        if name in mine
+    }
+
+
+def _average(leaf: Tensor) -> Tensor:
+    """After data-parallel averaging; a leaf lives on one rank only."""
+    grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return grad / comm.world_size()
 
 
 def gather(*, rows: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:

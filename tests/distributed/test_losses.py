@@ -1,60 +1,183 @@
-"""Value, scale and direction of the loss's gradient through the gather."""
+"""Every loss and option: value and gradients against the formula, on one rank and on two."""
 
 from __future__ import annotations
 
-import math
+import functools
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
+from tests.distributed.loss_reference import ALL, LOG_SCALE, make_batch, reference
 from tests.worlds import World
 
 CASES = "tests.distributed.loss_cases"
 
+LABELS = [0, 1, 0, 2, 1, 0]  # equal ones on both ranks
+SCORES = [0.1, 0.9, 0.5, 0.5, 0.0, 1.0]
+T = {"temperature": 0.1}
+GTE = {**T, "loss_directions": ALL}
 
-def plain(
-    query: torch.Tensor, positive: torch.Tensor, log_scale: float | None, bidirectional: bool
-) -> dict[str, object]:
-    """The whole batch in float64, written from the formula."""
-    q, p = (x.double().requires_grad_() for x in (query, positive))
-    scale = torch.tensor(
-        math.log(10.0) if log_scale is None else log_scale, dtype=torch.float64, requires_grad=True
-    )
-    unit_q, unit_p = (x / x.norm(dim=1, keepdim=True) for x in (q, p))
-    logits = unit_q @ unit_p.T * scale.exp()
-    loss = -torch.log_softmax(logits, 1).diagonal().mean()
-    if bidirectional:
-        loss = (loss - torch.log_softmax(logits, 0).diagonal().mean()) / 2
-    loss.backward()
-    return {"loss": float(loss.detach()), "query": q.grad, "positive": p.grad, "scale": scale.grad}
+Kind = tuple[str, dict[str, Any], dict[str, Any]]
+PLAIN: dict[str, Any] = {"negatives": False}
+LABELLED: dict[str, Any] = {"labels": LABELS}
+GUIDED: dict[str, Any] = {"guided": True}
+TOKENS: dict[str, Any] = {"tokens": True}
+LEARNED: dict[str, Any] = {"logit_scale": LOG_SCALE}
+SIGLIP: dict[str, Any] = {"logit_scale": 1.5, "logit_bias": -2.0}
+M = {"triplet_margin": 0.5}
+S = {"cosent_scale": 20.0}
+K = {**T, "hard_mining_topk": 2}
+MRL = {"use_mrl": True, "mrl_dims": (2, 6, 4), "mrl_weights": (0.5, 1.0, 2.0)}
+LAYERS = {
+    "use_mrl": True,
+    "mrl_dims": (2, 3),
+    "mrl_layers": (2, 4),
+    "mrl_layer_weights": (0.3, 1.0),
+}
+
+KINDS: list[Kind] = [
+    ("infonce", T, PLAIN),
+    ("infonce", T, {}),
+    ("infonce", T, LEARNED),
+    ("infonce", {**T, "negatives_scope": "own"}, {}),
+    ("infonce", {**T, "loss_bidirectional": True}, PLAIN),
+    ("infonce", {**T, "loss_bidirectional": True}, LABELLED | LEARNED),
+    ("infonce", T, PLAIN | LABELLED),
+    ("infonce", T, LABELLED),
+    ("infonce", {**T, "label_mode": "mask"}, LABELLED),
+    ("infonce", {**T, "label_mode": "ignore"}, LABELLED),
+    ("infonce", {**T, "mask_duplicates": True}, {}),
+    ("infonce", {**GTE, "mask_duplicates": True}, LABELLED),
+    ("infonce", {**T, "loss_directions": ("query_to_doc", "doc_to_query")}, {}),
+    ("infonce", {**T, "loss_directions": ("query_to_doc", "query_to_query")}, {}),
+    ("infonce", {**T, "loss_directions": ("query_to_doc", "doc_to_doc")}, {}),
+    ("infonce", GTE, PLAIN),
+    ("infonce", GTE, LABELLED),
+    ("infonce", {**GTE, "negatives_scope": "own", "label_mode": "mask"}, LABELLED),
+    ("infonce", T, GUIDED),
+    ("infonce", {**GTE, "guide_margin": 0.2}, GUIDED),
+    ("infonce", {**T, "guide_margin": 0.3, "guide_margin_type": "relative"}, GUIDED | PLAIN),
+    ("infonce", T, GUIDED | LABELLED),
+    ("infonce", GTE, TOKENS),
+    ("colbert", T, TOKENS | PLAIN),
+    ("colbert", T, TOKENS | LABELLED),
+    ("colbert", {**T, "maxsim_reduction": "sum"}, TOKENS | LEARNED),
+    (
+        "colbert",
+        {**T, "loss_bidirectional": True, "label_mode": "multi_positive"},
+        TOKENS | LABELLED,
+    ),
+    ("colbert", {**GTE, "negatives_scope": "own", "mask_duplicates": True}, TOKENS | GUIDED),
+    ("sigmoid", {}, SIGLIP | PLAIN),
+    ("sigmoid", {}, SIGLIP | LABELLED),
+    ("sigmoid", {"label_mode": "mask", "negatives_scope": "own"}, SIGLIP | LABELLED),
+    ("sigmoid", {"label_mode": "ignore", "mask_duplicates": True}, SIGLIP | LABELLED),
+    ("sigmoid", {}, SIGLIP | TOKENS),
+    ("triplet", M, PLAIN),
+    ("triplet", M, {}),
+    ("triplet", M, LABELLED),
+    ("triplet", M, {"labels": [5] * 6} | PLAIN),
+    ("triplet", {**M, "label_mode": "ignore", "mask_duplicates": True}, LABELLED),
+    ("triplet", M, TOKENS),
+    ("cosent", S, PLAIN),
+    ("cosent", S, {}),
+    ("cosent", S, LABELLED),
+    ("cosent", S, {"labels": [5] * 6} | PLAIN),
+    ("cosent", {**S, "label_mode": "ignore", "mask_duplicates": True}, LABELLED),
+    ("cosent", S, {"scores": SCORES} | PLAIN),
+    ("cosent", S, {"scores": [0.5] * 6} | PLAIN),
+    ("cosent", S, {"scores": SCORES} | PLAIN | TOKENS),
+    ("cosent", S, TOKENS),
+    ("in_batch_hard", K, PLAIN),
+    ("in_batch_hard", K, {}),
+    ("hard_negative", {**K, "hard_mining_topk": 3}, LABELLED | LEARNED),
+    ("in_batch_hard", {**K, "hard_mining_topk": 99}, LABELLED),
+    ("in_batch_hard", K, {"labels": [5] * 6} | PLAIN),
+    ("in_batch_hard", {**K, "use_all_negatives": True}, LABELLED),
+    ("in_batch_hard", {**K, "label_mode": "ignore", "mask_duplicates": True}, LABELLED),
+    ("in_batch_hard", {**K, "negatives_scope": "own"}, TOKENS),
+    ("infonce", {**GTE, **MRL}, LABELLED),
+    ("infonce", {**T, **LAYERS}, LEARNED),
+    ("colbert", {**T, **MRL}, TOKENS),
+    ("colbert", {**T, **LAYERS, "mrl_layer_weights": None}, TOKENS | LABELLED),
+    ("sigmoid", MRL, SIGLIP),
+    ("triplet", {**M, **MRL, "mrl_weights": None}, {}),
+    ("cosent", {**S, **LAYERS}, {}),
+    ("cosent", {**S, **MRL}, {"scores": SCORES} | PLAIN),
+    ("in_batch_hard", {**K, **MRL}, LABELLED),
+]
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("log_scale", [None, 2.0])
+def name(kind: Kind) -> str:
+    loss_type, options, data = kind
+    return f"{loss_type} {json.dumps(options)} {json.dumps(data)}"
+
+
+@functools.cache
+def expected_of(place: int) -> dict[str, Any]:
+    """Once for both worlds."""
+    loss_type, options, data = KINDS[place]
+    return reference(loss_type, make_batch(**data), options)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_info_nce_equals_the_whole_batch(
-    world: Callable[[int], World], world_size: int, log_scale: float | None, bidirectional: bool
+def test_a_loss_equals_its_formula_on_the_whole_batch(
+    world: Callable[[int], World], world_size: int, kind: Kind
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, positive = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    loss_type, options, data = kind
+    batch = make_batch(**data)
     results = world(world_size).run(
-        f"{CASES}:info_nce",
-        query=query,
-        positive=positive,
-        log_scale=log_scale,
-        bidirectional=bidirectional,
+        f"{CASES}:loss_and_gradients", loss_type=loss_type, batch=batch, options=options
     )
-    expected = plain(query, positive, log_scale, bidirectional)
-    assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    for name in ("query", "positive"):
-        got = torch.cat([result[name] for result in results]).double()
-        torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-7)
-        cosine = functional.cosine_similarity(got.flatten(), expected[name].flatten(), dim=0)
-        assert float(cosine) > 1 - 1e-9
-    if log_scale is not None:
-        assert results[0]["scale"] == pytest.approx(float(expected["scale"]), rel=1e-5)
+    expected = expected_of(KINDS.index(kind))
+    # float32 against float64: logits of size 10 to 40 are off by 1e-6 to 4e-6.
+    assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+    for role in ("query", "positive", "negative"):
+        got = [grad for result in results for grad in result[role]]
+        assert len(got) == len(expected[role])
+        for grad, wanted in zip(got, expected[role], strict=True):
+            torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=3e-6)
+    for learned in ("logit_scale", "logit_bias"):
+        if learned in data:
+            assert results[0][learned] == pytest.approx(expected[learned], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "loss_type", "options", "data"),
+    [
+        ("negatives_scope", "infonce", {**T, "negatives_scope": "own"}, {}),
+        ("label_mode", "infonce", {**T, "label_mode": "mask"}, LABELLED),
+        ("mask_duplicates", "infonce", {**T, "mask_duplicates": True}, {}),
+        ("guide_margin", "infonce", {**GTE, "guide_margin": 0.2}, GUIDED),
+        ("guide_margin_type", "infonce", KINDS[20][1], GUIDED | PLAIN),
+        ("loss_directions", "infonce", GTE, {}),
+        ("loss_bidirectional", "infonce", {**T, "loss_bidirectional": True}, {}),
+        ("maxsim_reduction", "colbert", {**T, "maxsim_reduction": "sum"}, TOKENS),
+        ("use_all_negatives", "in_batch_hard", {**K, "use_all_negatives": True}, {}),
+        ("mrl_weights", "infonce", {**T, **MRL}, {}),
+        ("mrl_layer_weights", "infonce", {**T, **LAYERS}, {}),
+        ("labels", "sigmoid", {}, SIGLIP | LABELLED),
+        ("labels", "triplet", M, LABELLED),
+        ("labels", "cosent", S, LABELLED),
+        ("labels", "in_batch_hard", K, LABELLED),
+        ("guided", "infonce", T, GUIDED),
+        ("scores", "cosent", S, {"scores": SCORES} | PLAIN),
+    ],
+)
+def test_the_batches_above_can_tell_an_option_from_its_absence(
+    option: str, loss_type: str, options: dict[str, Any], data: dict[str, Any]
+) -> None:
+    def loss(options: dict[str, Any], data: dict[str, Any]) -> float:
+        return float(reference(loss_type, make_batch(**data), options)["loss"])
+
+    def without(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key != option}
+
+    assert abs(loss(options, data) - loss(without(options), without(data))) > 1e-3
 
 
 def test_the_gradient_of_gathered_rows_is_the_sum_over_ranks(world: Callable[[int], World]) -> None:

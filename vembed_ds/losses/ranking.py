@@ -56,9 +56,7 @@ def cosent(batch: GlobalBatch, *, cosent_scale: float, selection: Selection) -> 
     else:
         own, others, counts = _own_or_in_batch(batch, selection)
         differences = others - own.unsqueeze(1)
-    # A finite floor: the gradient of logsumexp over minus infinities alone is NaN.
-    floor = torch.finfo(differences.dtype).min
-    terms = (differences * cosent_scale).masked_fill(~counts, floor)
+    terms = (differences * cosent_scale).masked_fill(~counts, -torch.inf)
     ranks = gather_rows(torch.logsumexp(terms.flatten(), dim=0, keepdim=True))
     return torch.logsumexp(torch.cat([ranks.new_zeros(1), ranks]), dim=0)
 
