@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, ViTMAEModel
+from transformers import AutoConfig, AutoModel, ViTMAEModel
 
 from tests.tokenizers import gemma_tokenizer, qwen_tokenizer, word_tokenizer
 
@@ -149,6 +149,9 @@ class TestFamily:
             model = ViTMAEModel.from_pretrained(folder, mask_ratio=0.0)
             model.embeddings.position_embeddings.requires_grad_(True)
             return model
+        if config.model_type == "dinov3_vit":
+            # The files keep the random rescaling of coordinates, which training leaves out.
+            return AutoModel.from_pretrained(folder, pos_embed_rescale=None)
         kind = "AutoModel" if config.model_type == "vit" else self.model_class
         return getattr(transformers, kind).from_pretrained(folder)
 
@@ -166,6 +169,12 @@ TEXT, IMAGE, PAIR, BOTH = ("text",), ("image",), ("text", "image"), ("text", "im
 QWEN_READER = ("Qwen2VLImageProcessorPil", QWEN_PIXELS, qwen_tokenizer)
 CROPPED = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 SHORT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16, "pad_token_id": 0}
+BERT = {
+    "model_type": "bert",
+    **SHORT,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 STAGES = {"hidden_sizes": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "image_size": 32}
 
 
@@ -261,12 +270,10 @@ FAMILIES = {
         SQUARE,
         model_class="ViTMAEForPreTraining",
     ),
-    "bert": TestFamily(
-        {"model_type": "bert", **SHORT}, first_state, TEXT, tokenizer=word_tokenizer
-    ),
+    "bert": TestFamily(BERT, first_state, TEXT, tokenizer=word_tokenizer),
     # E5 is a BERT whose folder states another pooling.
     "e5": TestFamily(
-        {"model_type": "bert", **SHORT},
+        BERT,
         mean_state,
         TEXT,
         tokenizer=word_tokenizer,

@@ -138,6 +138,7 @@ class ItemProcessor:
             truncation=True,
             max_length=self.max_length,
             padding="max_length" if self.pad_to_max_length else False,
+            padding_side="right",  # Gemma's tokenizer, SigLIP2's, says left; see `_padded`
         )
         if not tokens["input_ids"]:
             raise DataError(

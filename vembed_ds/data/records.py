@@ -101,7 +101,7 @@ class RecordReader:
 
     Raises:
         ConfigError: When the retrieval mode is not known.
-        DataError: When a column is missing.
+        DataError: When a column is missing, or is one of videos.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class RecordReader:
         self.retrieval_mode = retrieval_mode
         self.column_mapping = dict(column_mapping)
         self.letters = read_mode(retrieval_mode)
+        _refuse_videos(columns, column_mapping, origin=origin)
         chooser = _Columns(
             columns, column_mapping, place=f"{origin} (retrieval_mode={retrieval_mode})"
         )
@@ -311,6 +312,18 @@ def read_mode(retrieval_mode: str) -> dict[str, str]:
 def content_number(data: bytes) -> int:
     """A stable signed 64-bit hash."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def _refuse_videos(
+    columns: Sequence[str], column_mapping: Mapping[str, str], *, origin: str
+) -> None:
+    """A record's video would be left out without a word."""
+    for name in (*columns, *column_mapping):
+        if name == "video" or name.endswith("_video"):
+            raise DataError(
+                f"{origin}: column {name!r}: video is not supported, only texts and images; remove "
+                "or rename the column, or save frames as images"
+            )
 
 
 class _Columns:

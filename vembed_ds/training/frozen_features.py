@@ -19,6 +19,7 @@ from vembed_ds.data.records import Item
 from vembed_ds.distributed import comm
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
+from vembed_ds.models.vision_language import VisionLanguageEncoder
 
 STREAM = "text"
 
@@ -28,6 +29,7 @@ def has_frozen_text_tower(model: EmbeddingModel) -> bool:
     encoder = model.encoder
     return (
         isinstance(encoder, TowersEncoder)
+        and not isinstance(encoder, VisionLanguageEncoder)
         and STREAM in encoder.parts
         and encoder.tower(STREAM).backbone_frozen
         and not encoder.tower(STREAM).gives_tokens

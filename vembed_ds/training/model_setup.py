@@ -247,13 +247,11 @@ def check_family(encoder_mode: str, spec: ModelSpec) -> None:
     if spec.composed or encoder_mode not in ENCODER_FAMILIES:
         return
     skeleton: Any = load_skeleton(spec.sources[""], trust_remote_code=spec.trust_remote_code)
-    # A vision-language model has no text tower of its own beside its images.
-    sees = hasattr(skeleton, "get_image_features")
-    is_vlm = sees and not hasattr(skeleton, "get_text_features")
+    kind = kind_of(skeleton)
     problem = family_problem(
         encoder_mode,
         model_type=skeleton.config.model_type,
-        kind="vlm" if is_vlm else kind_of(skeleton),
+        kind="vlm" if kind == "vision_language" else kind,
     )
     if problem:
         raise ConfigError(problem)

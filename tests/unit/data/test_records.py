@@ -261,3 +261,16 @@ def test_instructions_go_with_the_role() -> None:
     record = pairs.read({"query": "a", "positive": "b", "negatives": "c"}, 0)
     assert record.query.instruction == "find: "
     assert record.positive.instruction == record.negatives[0].instruction == "passage: "
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping"),
+    [
+        (["query", "positive", "video"], {}),
+        (["query", "query_video", "positive"], {}),
+        (["query", "positive", "clip"], {"positive_video": "clip"}),
+    ],
+)
+def test_videos_are_refused_by_name(columns: list[str], mapping: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"column '\w*video': video is not supported, only texts"):
+        reader(columns, column_mapping=mapping)
