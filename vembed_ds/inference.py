@@ -19,6 +19,7 @@ from vembed_ds.data.batches import collect_roles, plan_step
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import ImageSource, Item
+from vembed_ds.data.vision_language import VisionLanguageProcessor
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length
 from vembed_ds.models.builder import build_encoder
@@ -277,6 +278,8 @@ def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]
     )
     if "pad_to_max_length" in settings:
         processor.pad_to_max_length = settings["pad_to_max_length"]
+    if isinstance(processor, VisionLanguageProcessor):
+        processor.default_instruction = settings.get("prompt") or ""
     if limit is not None and processor.max_length is not None:
         processor.max_length = min(processor.max_length, limit)
     return processor

@@ -12,7 +12,8 @@ from tests.distributed.test_modes import NUM_RECORDS, records  # noqa: F401 (a f
 from tests.distributed.test_train import losses_of, run
 from tests.parity.families import FAMILIES
 from tests.worlds import World
-from vembed_ds import convert, evaluate
+from vembed_ds import Encoder, convert, evaluate
+from vembed_ds.data.vision_language import VisionLanguageProcessor
 
 pytestmark = [pytest.mark.distributed(2)]
 
@@ -43,7 +44,8 @@ def test_a_run_trains_alike_at_every_stage_and_converts(
         "image_root": str(records),
         "retrieval_mode": mode,
         "loss_type": loss,
-        "query_instruction": "Find the picture",
+        "query_instruction": "Find the picture" if mode == "x2x" else "",
+        "prompt": "Say what it is",
         "lr": 1e-2,
     }
     found = {}
@@ -54,6 +56,9 @@ def test_a_run_trains_alike_at_every_stage_and_converts(
     assert found[3] == pytest.approx(found[0], rel=1e-5)
     assert len(found[0]) == 4
     assert convert.main([str(out), str(tmp_path / "model")]) == 0
+    processor = Encoder(tmp_path / "model", device="cpu").processor
+    assert isinstance(processor, VisionLanguageProcessor)
+    assert processor.default_instruction == "Say what it is"
     report = tmp_path / "report.json"
     arguments = ["--model", str(tmp_path / "model"), "--data_path", data, "--output", str(report)]
     assert evaluate.main([*arguments, "--config_override", "num_workers=0"]) == 0

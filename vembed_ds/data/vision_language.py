@@ -193,6 +193,7 @@ class VisionLanguageProcessor(ItemProcessor):
         image_token_id: Number of the placeholder of an image.
         image_tokens: Placeholders of every image; ``None``: as many as its patches, merged.
         settings_files: Processor files of the model's folder that are saved with it.
+        default_instruction: Of items that have none of their own; "": the layout's.
     """
 
     family: Family = _QWEN
@@ -200,6 +201,7 @@ class VisionLanguageProcessor(ItemProcessor):
     image_token_id: int = -1
     image_tokens: int | None = None
     settings_files: dict[str, str] = field(default_factory=dict)
+    default_instruction: str = ""
 
     def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
         """Encodes one item.
@@ -226,7 +228,8 @@ class VisionLanguageProcessor(ItemProcessor):
                 "other; use a mode without m"
             )
         visual = self._encode_image(item, origin=origin, seed=augment_seed) if image else {}
-        before, glue, after = self._around(item.instruction, image, text is not None)
+        instruction = item.instruction or self.default_instruction
+        before, glue, after = self._around(instruction, image, text is not None)
         head = self._with_image(before, visual)
         ids = self._fitted(head, glue, text, after, origin=origin, image=image)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}

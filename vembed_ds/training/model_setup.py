@@ -16,6 +16,7 @@ from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import RecordReader
+from vembed_ds.data.vision_language import VisionLanguageProcessor
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import (
     BackboneSource,
@@ -231,6 +232,14 @@ def setup_processor(
     if skeleton is not None:
         processor.max_length = _within_positions(config, processor, limit)
         _check_vocabulary(processor, text_model, vocabulary_size(skeleton))
+    if isinstance(processor, VisionLanguageProcessor):
+        processor.default_instruction = config.data.prompt or ""
+    elif config.data.prompt:
+        logger.warning(
+            "prompt=%r: has no effect, because the model is no vision-language model; instructions "
+            "of other models are query_instruction and document_instruction",
+            config.data.prompt,
+        )
     return processor
 
 

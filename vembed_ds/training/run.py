@@ -291,6 +291,7 @@ def export_settings(config: Config) -> dict[str, Any]:
         "image_root": config.data.image_root,
         "query_instruction": config.data.query_instruction,
         "document_instruction": config.data.document_instruction,
+        "prompt": config.data.prompt,
         **export_loss(config.loss),
         "precision": config.model.precision,
     }

@@ -235,6 +235,17 @@ def test_special_tokens_in_a_text_are_text(build: Callable[..., VisionLanguagePr
     assert text in processor.tokenizer.decode(ids)
 
 
+def test_the_default_instruction_is_for_items_without_one(
+    build: Callable[..., VisionLanguageProcessor],
+) -> None:
+    processor = build("qwen3_vl")
+    processor.default_instruction = "Describe this image"
+    items = encoded(processor, Item(text="sun"), Item(text="sun", instruction="Find"))
+    said = [processor.tokenizer.decode(item.inputs["input_ids"]) for item in items]
+    assert said[0].startswith("<|im_start|>system\nDescribe this image.<|im_end|>")
+    assert said[1].startswith("<|im_start|>system\nFind.<|im_end|>")
+
+
 def test_both_at_once_is_refused_by_retrievers(
     build: Callable[..., VisionLanguageProcessor],
 ) -> None:
