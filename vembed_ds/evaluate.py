@@ -182,6 +182,11 @@ def evaluation_config(arguments: argparse.Namespace, *, settings: Mapping[str, A
             f"remove it (used are {', '.join(EVALUATION_KEYS)})"
         )
     stored = {key: settings[key] for key in STORED_KEYS if key in settings and key not in given}
+    if differing := [key for key, value in stored.items() if value is None]:
+        raise ConfigError(
+            f"{differing[0]}: {arguments.model} was trained on data sets that differ in it; give "
+            f"--config_override {differing[0]}=..."
+        )
     if "retrieval_mode" not in {*stored, *given}:
         raise ConfigError(
             f"retrieval_mode: {arguments.model} does not state one; give --config_override "

@@ -179,7 +179,7 @@ class Encoder:
             ConfigError: The model embeds no such items.
             DataError: An item cannot be encoded; names it.
         """
-        instruction = "" if role is None else self.settings.get(f"{role}_instruction", "")
+        instruction = self._instruction(role)
         told = [
             item if item.instruction else replace(item, instruction=instruction) for item in items
         ]
@@ -199,6 +199,17 @@ class Encoder:
         rows = concatenate(parts)
         places_of = np.argsort(np.array(order), kind="stable")
         return _arrays(rows.rows(torch.from_numpy(places_of)))
+
+    def _instruction(self, role: Role | None) -> str:
+        if role is None:
+            return ""
+        instruction: str | None = self.settings.get(f"{role}_instruction", "")
+        if instruction is None:
+            raise ConfigError(
+                f"role={role!r}: the model was trained on data sets with instructions of their own; "
+                "leave role out and give each Item its instruction"
+            )
+        return instruction
 
     def _require(self, part: str) -> None:
         if part not in self.model.parts:

@@ -70,7 +70,7 @@ def reference(loss_type: str, batch: Batch, options: dict[str, Any]) -> dict[str
         for name in ("logit_scale", "logit_bias")
         if name in batch
     }
-    loss = _matryoshka(loss_type, {**batch, **leaves, **learned}, options)
+    loss = value_of(loss_type, {**batch, **leaves, **learned}, options)
     if loss.requires_grad:  # not where nothing is a negative of anything
         loss.backward()
     return {
@@ -84,7 +84,8 @@ def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _matryoshka(loss_type: str, batch: Batch, options: dict[str, Any]) -> Tensor:
+def value_of(loss_type: str, batch: Batch, options: dict[str, Any]) -> Tensor:
+    """The loss of items and learned numbers that are tensors with a graph."""
     loss = REFERENCES[loss_type]
     if not options.get("use_mrl"):
         return loss(batch, options)

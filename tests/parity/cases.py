@@ -183,7 +183,7 @@ def _master(engine: TrainEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def reference_name(name: str) -> str:
     """Name of the same parameter in ``reference.PlainModel``."""
-    if name == "logit_scale":
+    if name in ("logit_scale", "logit_bias"):
         return name
     name = name.removeprefix("encoder.")
     if name.startswith("backbone."):

@@ -185,7 +185,8 @@ def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, 
         "projections": projections,
         "projection_dim": shapes[0][0] if shapes else None,
         "projection_layers": next((p["layers"] for p in projections.values()), None),
-        "topk_tokens": next((tower.topk_tokens for tower in towers.values()), None),
+        "topk_tokens": max((tower.topk_tokens or 0 for tower in towers.values()), default=0)
+        or None,
         "max_seq_length": processor.max_length,
         "pad_to_max_length": processor.pad_to_max_length,
     }

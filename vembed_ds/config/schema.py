@@ -367,7 +367,7 @@ class LossConfig(Section):
     )
     guide_model_name: Text | None = Field(
         default=None,
-        description="Hub name or folder of a frozen model that judges which columns are no negatives (GIST), with infonce and colbert.",
+        description="Refused in this version: a frozen model that judges which columns are no negatives (GIST).",
     )
     guide_margin: NonNegativeFloat = Field(
         default=0.0,

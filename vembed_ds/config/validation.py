@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
-from vembed_ds.config.schema import Config, DatasetEntry, LossConfig, ScratchModel
+from vembed_ds.config.schema import ALIASES, Config, DatasetEntry, LossConfig, ScratchModel
 from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
@@ -211,7 +211,8 @@ def merged_loss(shared: LossConfig, own: Mapping[str, Any]) -> LossConfig:
         ValidationError: A key is unknown, or a value is wrong.
     """
     stated = shared.model_dump(include=shared.model_fields_set)
-    return LossConfig.model_validate(stated | dict(own))
+    named = {ALIASES.get(key, key): value for key, value in own.items()}
+    return LossConfig.model_validate(stated | named)
 
 
 def dataset_name(entry: DatasetEntry, place: int) -> str:
@@ -220,6 +221,17 @@ def dataset_name(entry: DatasetEntry, place: int) -> str:
         return entry.name
     path = entry.data_path if isinstance(entry.data_path, str) else entry.data_path[0]
     return Path(path).stem or str(place)
+
+
+def _inner_layers(config: Config) -> Iterator[str]:
+    """An item that is both is the sum of two unit vectors, which layers side by side are not."""
+    modes = [config.data.retrieval_mode, *(e.retrieval_mode or "" for e in config.data.datasets)]
+    both = [mode for mode in modes if {"m", "x"} & set(mode)]
+    if config.loss.mrl_layers and both:
+        yield (
+            f"mrl_layers={list(config.loss.mrl_layers)}: not offered with retrieval_mode={both[0]}, "
+            "whose items may be text and image at once; remove mrl_layers"
+        )
 
 
 def _batching(config: Config) -> Iterator[str]:
@@ -292,6 +304,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("data_path", "datasets"), _training_data),
     (("datasets", "batching", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),
+    (("mrl_layers", "retrieval_mode", "datasets"), _inner_layers),
     (("val_data_path",), _validation_data),
     (("image_root",), _image_root),
     (("output_dir",), _output),

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.similarity import Embeddings
+from vembed_ds.streams import mask_name
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,6 @@ def role_index(plan: StepPlan) -> dict[str, np.ndarray]:
         role: np.array([offsets[stream] + position for stream, position in places], dtype=np.int64)
         for role, places in plan.roles.items()
     }
-
-
-def mask_name(stream: str) -> str:
-    """Name under which a model gives the mask of a stream's token embeddings."""
-    return f"{stream}/mask"
 
 
 def collect_roles(plan: StepPlan, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Embeddings]:

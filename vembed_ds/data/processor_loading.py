@@ -13,13 +13,14 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from vembed_ds.data.augment import ImageAugmentation
-from vembed_ds.data.processors import IMAGE_INPUTS, EncodedItem, ItemProcessor
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.vision_language import (
     FAMILIES,
     PROCESSOR_FILES,
     build_vision_language_processor,
 )
 from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.streams import IMAGE_INPUTS
 
 NO_LIMIT = 10**6  # tokenizers without a length limit state 1e30
 SIGLIP_LENGTH = 64

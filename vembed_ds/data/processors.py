@@ -17,16 +17,12 @@ from vembed_ds.data.features import FeatureTable
 from vembed_ds.data.images import open_image
 from vembed_ds.data.records import Item
 from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.streams import FEATURES, IMAGE_INPUTS, JOINT
 
 Array = np.ndarray[Any, Any]
 
 FILLER_TEXT = "a"
 FILLER_EDGE = 224
-
-JOINT = "joint"
-FEATURES = "features"
-IMAGE_INPUTS = frozenset({"pixel_values", "pixel_attention_mask", "spatial_shapes"})
-"""Arguments of an image tower; they are stacked, where those of a text tower are padded."""
 
 
 class EncodedItem(NamedTuple):

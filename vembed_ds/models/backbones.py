@@ -209,6 +209,12 @@ def kind_of(backbone: nn.Module) -> BackboneKind:
     return "image" if backbone.main_input_name == "pixel_values" else "text"
 
 
+def has_class_token(backbone: nn.Module) -> bool:
+    """Whether the first state of an image backbone is of a learned token, not of a patch."""
+    names = [name for name, _ in backbone.named_parameters()]
+    return any("cls_token" in name or "class_" in name for name in names)
+
+
 def default_pooling(backbone: nn.Module, probe: Probe) -> str:
     """The pooling the family is made for.
 
@@ -218,8 +224,7 @@ def default_pooling(backbone: nn.Module, probe: Probe) -> str:
     """
     if kind_of(backbone) == "text":
         return "cls" if probe.first_sees_last else "last_token"
-    names = [name for name, _ in backbone.named_parameters()]
-    if probe.has_tokens and any("cls_token" in name or "class_" in name for name in names):
+    if probe.has_tokens and has_class_token(backbone):
         return "cls"
     return "pooler" if probe.has_pooler else "mean"
 

@@ -13,6 +13,7 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import (
     BackboneSource,
     default_pooling,
+    has_class_token,
     kind_of,
     load_backbone,
     probe_backbone,
@@ -23,6 +24,7 @@ from vembed_ds.models.backbones import (
 from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
 from vembed_ds.models.lora import LoraSpec, add_adapters, merge_adapter_folder
+from vembed_ds.models.probe import Probe
 from vembed_ds.models.projections import load_projections
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 from vembed_ds.models.vision_language import VisionLanguageEncoder, build_vision_language
@@ -204,9 +206,30 @@ def _tower(
         backbone,
         pooling=pooling,
         projection=projection,
-        topk_tokens=spec.topk_tokens,
+        topk_tokens=_kept_patches(spec, backbone, probe, pooling=pooling),
         layers=_inner_layers(spec, backbone, pooling=pooling),
     )
+
+
+def _kept_patches(
+    spec: ModelSpec, backbone: nn.Module, probe: Probe, *, pooling: str
+) -> int | None:
+    """``topk_tokens``, where this tower is the one that it means.
+
+    Raises:
+        ConfigError: No tower has patches and a class token to compare them with.
+    """
+    if spec.topk_tokens is None or pooling != "none":
+        return None
+    is_image = kind_of(backbone) == "image"
+    if spec.composed and not is_image:
+        return None
+    if not is_image or not (probe.has_tokens and has_class_token(backbone)):
+        raise ConfigError(
+            f"topk_tokens={spec.topk_tokens}: keeps the patches of an image that are most like its "
+            f"class token, and {type(backbone).__name__} has no class token; remove topk_tokens"
+        )
+    return spec.topk_tokens
 
 
 def _inner_layers(spec: ModelSpec, backbone: nn.Module, *, pooling: str) -> tuple[int, ...]:

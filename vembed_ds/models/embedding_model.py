@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
+from vembed_ds.streams import mask_name
 
 LOGIT_SCALE = "logit_scale"
 LOGIT_BIAS = "logit_bias"
@@ -105,7 +106,7 @@ class EmbeddingModel(nn.Module):
         for stream, chunk in inputs.items():
             outputs[stream], *mask = self.encoder(stream, chunk)
             if mask:
-                outputs[f"{stream}/mask"] = mask[0]
+                outputs[mask_name(stream)] = mask[0]
         for name, parameter in ((LOGIT_SCALE, self.logit_scale), (LOGIT_BIAS, self.logit_bias)):
             if parameter is not None:
                 # A tensor of its own: an output that *is* a parameter loses its engine hooks.

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vembed_ds.models.pooling import best_patches, pool, token_states
-
-JOINT = "joint"
+from vembed_ds.streams import FEATURES, IMAGE_INPUTS, JOINT
 
 # What the modules give: embeddings, and the mask of token embeddings. A plain tuple, because under
 # ZeRO-3 DeepSpeed looks for tensors in a module's output and knows no other containers.
 Rows = tuple[Tensor, ...]
-
-IMAGE_INPUTS = frozenset({"pixel_values", "pixel_attention_mask", "spatial_shapes"})
 
 
 class TowerEncoder(nn.Module):
@@ -77,8 +74,8 @@ class TowerEncoder(nn.Module):
         """
         if self.gives_tokens:
             return self._tokens(inputs)
-        if "features" in inputs:
-            return (self._projected(in_dtype_of(self, inputs)["features"]),)
+        if FEATURES in inputs:
+            return (self._projected(in_dtype_of(self, inputs)[FEATURES]),)
         if not self.layers:
             return (self._projected(self.features(inputs)),)
         outputs = self.backbone(**in_dtype_of(self, inputs), output_hidden_states=True)

@@ -71,7 +71,12 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
     sources = {
         name: open_source(entry, key=_key(name, "data_path")) for name, entry in entries.items()
     }
-    processor = setup_processor(config, spec, needed=[source.reader for source in sources.values()])
+    validation = {
+        name: open_source(entry, key=_key(name, "val_data_path"))
+        for name, entry in validation_entries(config.data).items()
+    }
+    opened = [*sources.values(), *validation.values()]
+    processor = setup_processor(config, spec, needed=[source.reader for source in opened])
     members, skipped = [], []
     for source in sources.values():
         member = build_dataset(source, processor=processor, config=config)
@@ -94,12 +99,17 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
         keys=train.content_keys() if config.data.no_duplicates else None,
         names=[source.reader.origin for source in sources.values()],
     )
+    if config.data.no_duplicates:
+        order.batch(0)  # before a model is loaded: data of too few contents fails here
     return RunData(
         processor,
         train,
         order,
         fingerprint=digests[0] if len(digests) == 1 else "+".join(digests),
-        val=_setup_validation(config, processor),
+        val={
+            name: _setup_validation(source, processor=processor, config=config)
+            for name, source in validation.items()
+        },
         skipped=skipped,
     )
 
@@ -171,17 +181,13 @@ def validation_entries(config: DataConfig) -> dict[str, DatasetEntry]:
     return {name: entry for name, entry in entries.items() if entry.val_data_path is not None}
 
 
-def _setup_validation(config: Config, processor: ItemProcessor) -> dict[str, Validation]:
-    found = {}
-    for name, entry in validation_entries(config.data).items():
-        source = open_source(entry, key=_key(name, "val_data_path"))
-        dataset = build_dataset(source, processor=processor, config=config)
-        check_records(dataset)
-        comm.require_equal(len(dataset), what=f"number of records in {source.reader.origin}")
-        judgments = read_judgments(dataset)
-        check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=source.reader.origin)
-        found[name] = Validation(dataset, judgments)
-    return found
+def _setup_validation(source: Source, *, processor: ItemProcessor, config: Config) -> Validation:
+    dataset = build_dataset(source, processor=processor, config=config)
+    check_records(dataset)
+    comm.require_equal(len(dataset), what=f"number of records in {source.reader.origin}")
+    judgments = read_judgments(dataset)
+    check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=source.reader.origin)
+    return Validation(dataset, judgments)
 
 
 def _key(name: str, key: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from vembed_ds.checkpointing.frozen import keep_frozen_weights
 from vembed_ds.config.schema import Config
-from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
 from vembed_ds.engine.activation import enable_activation_checkpointing
@@ -22,6 +22,7 @@ from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.losses import check_mrl_dims
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.reach import mark_unreached
@@ -72,8 +73,14 @@ def build_engine(
     data: RunData,
     intervals: Intervals,
     folder: Path,
+    *,
+    mrl_dims: Sequence[int] = (),
 ) -> tuple[EmbeddingModel, TrainEngine]:
-    """The model inside its engine; frozen text features are computed on the way. Collective."""
+    """The model inside its engine; frozen text features are computed on the way. Collective.
+
+    Raises:
+        ConfigError: The model cannot be built, or has fewer dimensions than one of ``mrl_dims``.
+    """
     seed_everything(config.training.seed)
     used = data.train.parts
     zero_stage = ds_config["zero_optimization"]["stage"]
@@ -90,7 +97,14 @@ def build_engine(
             device=torch.device(get_accelerator().current_device_name()),
             batch_size=inference_batch_size(config),
         )
-    _spare_unreached(model, data.processor, streams=[s for s in model.parts if s in used])
+    inputs: dict[str, Mapping[str, Tensor]] = {
+        part: data.processor.pad(part, [data.processor.filler(part)])
+        for part in model.parts
+        if part in used
+    }
+    _spare_unreached(model, inputs)
+    if mrl_dims:
+        check_mrl_dims(mrl_dims, width=_width(model, inputs))
     if config.model.precision != "fp32":
         comm.run_together(lambda: keep_frozen_weights(model, folder), doing=f"writing {folder}")
     if config.model.gradient_checkpointing:
@@ -115,15 +129,25 @@ def build_engine(
     return model, engine
 
 
-def _spare_unreached(
-    model: EmbeddingModel, processor: ItemProcessor, *, streams: Sequence[str]
-) -> None:
+def _width(model: EmbeddingModel, inputs: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Dimensions of an embedding, of one layer's where several are trained."""
+    stream = next(iter(inputs))
+    with torch.no_grad():
+        rows = model.eval()({stream: inputs[stream]})[stream]
+    model.train()
+    return int(rows.shape[-1]) // model.num_layers
+
+
+def _spare_unreached(model: EmbeddingModel, inputs: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Keep weight decay from what no embedding depends on.
+
+    Args:
+        model: On the host.
+        inputs: A padded item of every kind in use.
 
     Raises:
         ConfigError: The model does not take what its processor gives.
     """
-    inputs = {stream: processor.pad(stream, [processor.filler(stream)]) for stream in streams}
     try:
         names = mark_unreached(model, inputs)
     except Exception as error:  # whatever a model raises for inputs that it is not made for

@@ -96,8 +96,11 @@ def _continued(spec: ModelSpec, folder: str, settings: Mapping[str, Any]) -> Mod
     if not saved.projection_files:
         saved = replace(saved, projection_dim=wanted, projection_layers=spec.projection_layers)
     if spec.pooling:
-        pooled = "text" if saved.composed else ""
-        pooling = {**saved.pooling, pooled: spec.pooling[""]}
+        wanted_pooling = spec.pooling[""]
+        pooled = ["text" if saved.composed else ""]
+        if wanted_pooling == "none":
+            pooled = list(saved.sources)
+        pooling = {**saved.pooling, **dict.fromkeys(pooled, wanted_pooling)}
         saved = replace(saved, pooling=pooling, prefer_pooler=False)
     return replace(
         saved,

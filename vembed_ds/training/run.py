@@ -93,7 +93,10 @@ def train(
     )
     check_shared(folder)
     prepare_extensions(ds_config)
-    model, engine = build_engine(config, spec, ds_config, data, intervals, folder)
+    prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
+    model, engine = build_engine(
+        config, spec, ds_config, data, intervals, folder, mrl_dims=prefixes
+    )
     if checkpoint is not None:
         load_checkpoint(engine.engine, checkpoint)
     trainer = build_trainer(
@@ -284,13 +287,24 @@ def _open_output(
 
 
 def export_settings(config: Config) -> dict[str, Any]:
-    """What ``vembed_config.json`` says beside the shape of the model."""
+    """What ``vembed_config.json`` says beside the shape of the model.
+
+    What differs between the data sets is null there: no reader may take one for all.
+    """
+    entries = [entry.model_dump() for entry in dataset_entries(config.data).values()]
+    names = (
+        "retrieval_mode",
+        "column_mapping",
+        "image_root",
+        "query_instruction",
+        "document_instruction",
+    )
+    shared = {
+        name: entries[0][name] if all(e[name] == entries[0][name] for e in entries) else None
+        for name in names
+    }
     return {
-        "retrieval_mode": config.data.retrieval_mode,
-        "column_mapping": dict(config.data.column_mapping),
-        "image_root": config.data.image_root,
-        "query_instruction": config.data.query_instruction,
-        "document_instruction": config.data.document_instruction,
+        **shared,
         "prompt": config.data.prompt,
         **export_loss(config.loss),
         "precision": config.model.precision,

@@ -14,6 +14,7 @@ from torch import Tensor
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.errors import DataError
+from vembed_ds.streams import JOINT
 from vembed_ds.training.data_utils import (
     TensorBatch,
     unpack_negative_batch,
@@ -123,8 +124,8 @@ def _items(inputs: Mapping[str, Tensor], streams: Sequence[str]) -> list[Encoded
 def _stream(inputs: Mapping[str, Tensor], streams: Sequence[str]) -> str:
     if "pixel_values" not in inputs:
         return "text"
-    both = "input_ids" in inputs and "joint" in streams
-    return "joint" if both else "image"
+    both = "input_ids" in inputs and JOINT in streams
+    return JOINT if both else "image"
 
 
 def _unpadded(inputs: dict[str, Array]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from vembed_ds.checkpointing.consolidate import load_consolidated, resolve_checkpoint
 from vembed_ds.errors import CheckpointError
@@ -137,6 +138,23 @@ def test_foreign_code_does_not_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{WHOLE}: holds objects that are not loaded"):
         load_consolidated(folder)
     assert not trace.exists()
+
+
+class Member:
+    """Pickles as Python 3.11.2 does the member of an enum: by ``getattr``."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.kind, self.name)
+
+
+# Nothing is looked up, or the second would fail.
+@pytest.mark.parametrize("name", ["weights", "no_such_member"])
+def test_an_enum_is_read_whatever_python_wrote_it(folder: Path, name: str) -> None:
+    save_whole(folder, zero_stage=Member(ZeroStageEnum, name))
+    assert load_consolidated(folder)["w"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("size", [0, 11, 600])

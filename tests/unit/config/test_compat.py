@@ -58,7 +58,6 @@ MEANT: dict[str, tuple[Any, str, Any]] = {
     "scheduler_type": ("linear", "scheduler_type", "linear"),
     "warmup_ratio": (0.2, "warmup_ratio", 0.2),
     "warmup_steps": (4, "warmup_steps", 4),
-    # PENDING, below, until they are there.
     "use_lora": (True, "use_lora", True),
     "lora_r": (4, "lora_r", 4),
     "lora_alpha": (4, "lora_alpha", 4),
@@ -95,9 +94,6 @@ VALUES = {
     "scheduler_type": ["cosine", "linear", "constant", "constant_with_warmup"],
     "report_to": ["none", "wandb", "tensorboard", "all"],
 }
-
-# Keys of colleagues' parts that are not here yet: remove each with the part that brings it.
-PENDING: dict[str, str] = {}
 
 NOTICED: dict[str, Any] = {
     "model_type": "custom",
@@ -141,14 +137,8 @@ REFUSED: dict[str, tuple[Any, Any]] = {
 }
 
 
-def pending(key: str) -> Any:
-    part = PENDING.get(key)
-    marks = [] if part is None else [pytest.mark.xfail(strict=True, reason=f"with {part}")]
-    return pytest.param(key, marks=marks)
-
-
-def _values() -> list[Any]:
-    return [pending(f"{key}={value}") for key, values in VALUES.items() for value in values]
+def _values() -> list[str]:
+    return [f"{key}={value}" for key, values in VALUES.items() for value in values]
 
 
 def notices_of(values: dict[str, Any], folder: Path) -> list[str]:
@@ -164,7 +154,7 @@ def problems_of(values: dict[str, Any], **more: Any) -> list[str]:
     return caught.value.problems
 
 
-@pytest.mark.parametrize("key", [pending(key) for key in MEANT])
+@pytest.mark.parametrize("key", list(MEANT))
 def test_a_key_with_a_meaning_has_it(key: str, tmp_path: Path) -> None:
     given, name, value = MEANT[key]
     values = {**BASE, key: given}
