@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.parity.cases import make_engine, whole_parameters
+from tests.parity.cases import make_engine, reference_name, whole_parameters
 from tests.parity.family_reference import RANK_SHARE, TEMPERATURE
+from tests.parity.lora_cases import ALPHA, RANK, start_value
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.export import describe_model
 from vembed_ds.data.batches import StepPlan, count_streams, plan_step
@@ -24,6 +25,7 @@ from vembed_ds.losses import build_loss
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.lora import LoraSpec, add_adapters
 from vembed_ds.models.reach import mark_unreached
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import compute_gradient, embed_plan
@@ -52,12 +54,20 @@ def load_model(folder: Path, *, composed: bool, heads: Mapping[str, Any]) -> Emb
 
 
 def train(
-    *, folder: str, composed: bool, ds_config: dict[str, Any], chunk_size: int, out: str | None
+    *,
+    folder: str,
+    composed: bool,
+    ds_config: dict[str, Any],
+    chunk_size: int,
+    out: str | None,
+    lora: bool = False,
 ) -> dict[str, Any]:
     """Losses, norms and whole parameters; with ``out`` also a checkpoint and embeddings."""
     saved = torch.load(Path(folder) / "items.pt", weights_only=False)
     torch.manual_seed(1)
     model = load_model(Path(folder), composed=composed, heads=saved["heads"])
+    if lora:
+        add_started_adapters(model)
     processor = load_processor(Path(folder), composed=composed)
     fillers = {part: processor.filler(part) for part in model.parts}
     mark_unreached(model, {part: processor.pad(part, [item]) for part, item in fillers.items()})
@@ -73,6 +83,15 @@ def train(
         result["embeddings"] = _save(engine, model, processor, saved["probe"], Path(out))
     engine.engine.destroy()
     return result
+
+
+def add_started_adapters(model: EmbeddingModel) -> None:
+    """Adapters that begin where the plain ones do."""
+    add_adapters(model.trained_backbones(), LoraSpec(r=RANK, alpha=ALPHA, dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            plain = _name(reference_name(name), composed=False)
+            parameter.data.copy_(start_value(plain, parameter.shape))
 
 
 def _share(step: Mapping[str, list[Any]]) -> dict[str, list[EncodedItem]]:
@@ -163,7 +182,7 @@ def _save(
 
 def _name(name: str, *, composed: bool) -> str:
     """Name of the same parameter in the reference; `whole_parameters` has changed it once."""
-    kind, stream, rest = name.split(".", 2)
+    kind, stream, rest = name.replace(".default.weight", "").split(".", 2)
     if not composed:
         return f"models.one.{rest}"
     return f"models.{stream}_head.{rest}" if kind == "heads" else f"models.{stream}.{rest}"

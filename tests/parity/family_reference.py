@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.parity.families import FAMILIES
+from tests.parity.lora_cases import PlainAdapter
 
 COMPOSED = {"text": "bert", "image": "convnext"}
 TEMPERATURE = 0.1
@@ -60,10 +61,13 @@ def train_plain(
     *,
     optimizer: dict[str, Any],
     heads: dict[str, Any],
+    lora: bool = False,
 ) -> dict[str, Any]:
     """Losses, gradient norms, and every trained parameter before and after."""
     model = PlainFamily(name, folder)
     model.add_heads(heads)
+    if lora:
+        adapt_blocks(model)
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
@@ -82,6 +86,18 @@ def train_plain(
         losses.append(float(loss.detach()))
     after = {name: p.detach().clone() for name, p in trained.items()}
     return {"losses": losses, "norms": norms, "before": before, "after": after}
+
+
+def adapt_blocks(model: PlainFamily) -> None:
+    """Adapters in every linear layer of a repeated block, and nothing else trained."""
+    names = {module: name for name, module in model.named_modules()}
+    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inside = dict.fromkeys(m for b in blocks for m in b.modules() if type(m) is nn.Linear)
+    model.requires_grad_(False)
+    for module in inside:
+        owner, _, leaf = names[module].rpartition(".")
+        adapter = PlainAdapter(module, names[module], variant="lora", dropout=0.0)
+        setattr(model.get_submodule(owner), leaf, adapter)
 
 
 def plain_loss(query: list[Tensor], positive: list[Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ def plain(folders: dict[float, Path]) -> Callable[..., dict[str, Any]]:
     return compute
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("kind", "variant"), CELLS)
 def test_adapters(
     world: Callable[[int], World],
@@ -114,10 +114,12 @@ def test_dropout_of_adapters_and_backbone(
 @pytest.mark.parametrize(
     ("precision", "stage"), [("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 2), ("fp16", 3)]
 )
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_16_bit(
     world: Callable[[int], World],
     folders: dict[float, Path],
     plain: Callable[..., Any],
+    variant: str,
     precision: str,
     stage: int,
 ) -> None:
@@ -125,12 +127,12 @@ def test_16_bit(
         "tests.parity.lora_cases:train",
         folder=str(folders[0.0]),
         kind="clip",
-        variant="lora",
+        variant=variant,
         ds_config=ds_config(stage, 2, precision=precision),
         chunk_size=CHUNK,
     )
     dtype, tolerance, tensor_tolerance = PRECISIONS[precision]
-    expected = plain("clip", "lora", dtype=dtype)
+    expected = plain("clip", variant, dtype=dtype)
     for result in results:
         assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance)
         error = update_error(expected, result["after"])

@@ -99,11 +99,12 @@ def merged_weight(
         magnitude: ``[out]`` of DoRA; ``None``: LoRA.
         scaling: ``s``.
     """
-    whole = weight + scaling * (b @ a)
-    if magnitude is None:
-        return whole
-    length: Tensor = torch.linalg.norm(whole, dim=1)
-    return whole * (magnitude / length).unsqueeze(1)
+    # In float64, so that the sum is rounded once.
+    whole = weight.double() + scaling * (b.double() @ a.double())
+    if magnitude is not None:
+        length: Tensor = torch.linalg.norm(whole, dim=1)
+        whole = whole * (magnitude.double() / length).unsqueeze(1)
+    return whole.to(weight.dtype)
 
 
 def scaling_of(config: Mapping[str, Any]) -> float:
