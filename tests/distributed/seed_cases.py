@@ -28,6 +28,7 @@ from vembed_ds.training import (
     enable_static_graph,
     get_distributed_config,
     load_and_parse_config,
+    load_checkpoint,
     prepare_engine,
     resolve_tracker,
     save_checkpoint,
@@ -177,3 +178,54 @@ def uneven(*, config: str, ds_config: str) -> str | None:
     finally:
         engine.engine.destroy()
     return None
+
+
+def resume(*, config: str, ds_config: str, out: str) -> dict[str, Any]:
+    """Four steps; and, from what was saved after two, the last two again on a fresh engine."""
+
+    def start() -> tuple[Trainer, TrainEngine]:
+        values = load_and_parse_config(["--config", config])
+        model = build_model(values)
+        optimizer = build_optimizer(model, values)
+        scheduler, _ = build_scheduler(optimizer, values, num_epochs=1, steps_per_epoch=4)
+        engine = prepare_engine(
+            model, values, ds_config=ds_config, optimizer=optimizer, scheduler=scheduler
+        )
+        criterion = build_loss("infonce", temperature=0.1)
+        trainer = Trainer(
+            model=model,
+            optimizer=optimizer,
+            dataloader=Loader(steps=4),
+            criterion=criterion,
+            engine=engine,
+            config=values,
+            scheduler=scheduler,
+        )
+        model.train()
+        return trainer, engine
+
+    def steps(trainer: Trainer, engine: TrainEngine, first: int) -> None:
+        for batch in Loader(first=first, steps=2):
+            trainer.compute_gradient(trainer._itemized(batch))
+            engine.step()
+
+    trainer, engine = start()
+    steps(trainer, engine, 0)
+    save_checkpoint(out, trainer.model, engine, config=trainer.config)
+    halfway = whole_parameters(engine)
+    steps(trainer, engine, 2)
+    uninterrupted = whole_parameters(engine)
+    engine.engine.destroy()
+    trainer, engine = start()
+    done = load_checkpoint(out, engine)
+    loaded = whole_parameters(engine)
+    steps(trainer, engine, 2)
+    resumed = whole_parameters(engine)
+    engine.engine.destroy()
+    return {
+        "done": done,
+        "halfway": halfway,
+        "loaded": loaded,
+        "uninterrupted": uninterrupted,
+        "resumed": resumed,
+    }

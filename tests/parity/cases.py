@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from tests.parity import data
-from tests.parity.reference import PROJECTION
+from tests.parity.reference import NUM_PATCHES, PROJECTION
 from tests.worlds import set_fp16_support
 from vembed_ds.data.batches import count_streams, plan_step
 from vembed_ds.data.collators import Batch
@@ -98,7 +98,8 @@ def train_step(
     temperature: float,
 ) -> float:
     """Gradient of one step, left in the engine; the loss of the global batch."""
-    loss_function = build_loss("infonce", temperature=temperature, loss_bidirectional=bidirectional)
+    loss_type = "colbert" if kind in ("tokens", "patches") else "infonce"
+    loss_function = build_loss(loss_type, temperature=temperature, loss_bidirectional=bidirectional)
     roles = rank_roles(kind, step)
     batch = Batch(indices=[], roles=roles, negative_counts=negative_counts(kind, step))
     counts = dict(
@@ -145,6 +146,9 @@ def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel
     if kind in ("clip", "fused clip"):
         spec = ModelSpec({"": BackboneSource(name=str(folder / "clip"))})
         return build_model(spec, init_logit_scale=-math.log(temperature))
+    if kind == "patches":
+        source = BackboneSource(name=str(folder / "image"))
+        return build_model(ModelSpec({"": source}, pooling={"": "none"}, topk_tokens=NUM_PATCHES))
     if kind in ("shared", *data.TEXTS):
         pooling = "none" if kind == "tokens" else "mean"
         spec = ModelSpec({"": BackboneSource(name=str(folder / "text"))}, pooling={"": pooling})

@@ -89,6 +89,8 @@ def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
         num_images = 0
     if kind in TEXTS:
         return [_record_with_negatives(generator, index, step) for index in range(GLOBAL_BATCH)]
+    if kind == "patches":
+        return [{r: _image(generator) for r in ("query", "positive")} for _ in range(num_images)]
     if kind in FUSED:
         return [
             {role: _any(generator) for role in ("query", "positive")} for _ in range(num_images)

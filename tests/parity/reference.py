@@ -15,6 +15,7 @@ from transformers import AutoModel
 from tests.parity.data import TEXTS, make_batch, pad
 
 PROJECTION = 12
+NUM_PATCHES = 2
 
 
 class PlainModel(nn.Module):
@@ -29,6 +30,8 @@ class PlainModel(nn.Module):
         if kind in ("clip", "fused clip"):
             self.parts["clip"] = AutoModel.from_pretrained(folder / "clip")
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        elif kind == "patches":
+            self.parts["image"] = AutoModel.from_pretrained(folder / "image")
         elif kind in ("shared", *TEXTS):
             self.parts["text"] = AutoModel.from_pretrained(folder / "text")
         else:
@@ -108,6 +111,12 @@ def train_plain(
         num_pairs = len(records)
         if kind in TEXTS:
             logits = _with_negatives(model, records, scale)
+        elif kind == "patches":
+            rows, columns = (
+                [_patches(model, record[role]) for record in records]
+                for role in ("query", "positive")
+            )
+            logits = _maxsim(rows, columns) * scale
         else:
             roles = _embed(model, records, dropout_plan, rng)
             query, positive = (
@@ -151,8 +160,21 @@ def _with_negatives(model: PlainModel, records: list[dict[str, Any]], scale: flo
         )
         return rows @ columns.T * scale
     rows, columns = ([_tokens(model, item) for item in items] for items in (queries, documents))
+    return _maxsim(rows, columns) * scale
+
+
+def _maxsim(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
     scores = [[(q @ d.T).amax(dim=1).mean() for d in columns] for q in rows]
-    return torch.stack([torch.stack(row) for row in scores]) * scale
+    return torch.stack([torch.stack(row) for row in scores])
+
+
+def _patches(model: PlainModel, item: Any) -> Tensor:
+    """Unit vectors of the class token and of the two patches most like it, in their order."""
+    hidden = model.parts["image"](**pad("image", [item[1]])).last_hidden_state[0]
+    states = hidden.detach()
+    likeness = [float(functional.cosine_similarity(states[0], h, dim=0)) for h in states[1:]]
+    best = sorted(range(len(likeness)), key=lambda i: -likeness[i])[:NUM_PATCHES]
+    return functional.normalize(hidden[[0, *(i + 1 for i in sorted(best))]], dim=-1)
 
 
 def _tokens(model: PlainModel, item: Any) -> Tensor:

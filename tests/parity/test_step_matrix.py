@@ -17,6 +17,7 @@ where they run the same code:
 * "fused": texts, images and items that are both, at random in both roles.
 * "negatives" and "tokens": ragged explicit negatives, in one step on one rank only; InfoNCE over
   vectors, ColBERT over token embeddings.
+* "patches": token embeddings of images, of which the class token and two patches are kept.
 * "One chunk" is the standard step: `compute_gradient` with a single chunk whose graph is kept.
 """
 
@@ -57,7 +58,7 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", [*KINDS, "mixed", *FUSED, *TEXTS])
+@pytest.mark.parametrize("kind", [*KINDS, "mixed", *FUSED, *TEXTS, "patches"])
 def test_plain(
     world: Callable[[int], World],
     folders: dict[float, Path],

@@ -271,3 +271,31 @@ def test_adapter_values_out_of_range(values, words):
 def test_4_bit_says_what_to_do_instead():
     (found,) = problems_of(use_lora=True, load_in_4bit=True)
     assert "was not compared with the reference; remove it" in found
+
+
+def test_a_data_sets_own_loss_is_checked_as_the_shared_one(tmp_path: Path) -> None:
+    Path("b.jsonl").write_text("{}\n")
+
+    def parse(loss: dict[str, Any], **more: Any) -> Any:
+        entries = [{"data_path": "train.jsonl"}, {"data_path": "b.jsonl", "loss": loss}]
+        values = {"model_name": "some/model", "datasets": entries, "batching": "homogeneous"}
+        return parse_config(values | more)
+
+    parse({"loss_type": "in_batch_hard", "hard_topk": 4})  # vembed-factory's name of the key
+    for loss, message in (
+        ({"temprature": 0.1}, r"datasets\[1\].loss: temprature=0.1: "),
+        ({"temperature": -1.0}, r"datasets\[1\].loss: temperature=-1.0: "),
+        (
+            {"loss_type": "triplet", "negatives_scope": "own"},
+            r"datasets\[1\].loss: negatives_scope",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(loss)
+
+
+@pytest.mark.parametrize("mode", ["m2t", "t2x"])
+def test_inner_layers_of_items_of_both_kinds_are_refused(mode: str) -> None:
+    values = BASE | {"use_mrl": True, "mrl_layers": [1, 2], "retrieval_mode": mode}
+    with pytest.raises(ConfigError, match=f"mrl_layers=.*not offered with retrieval_mode={mode}"):
+        parse_config(values)

@@ -378,3 +378,44 @@ def test_a_stated_pooling_that_is_not_offered_is_refused(tmp_path: Path) -> None
     )
     with pytest.raises(ConfigError, match="states a pooling that is not offered; set pooling_meth"):
         build_model(ModelSpec({"": BackboneSource(name=str(tmp_path))}))
+
+
+def test_patches_are_kept_beside_a_class_token_only() -> None:
+    kept = ModelSpec({"": BackboneSource(config=IMAGE)}, pooling={"": "none"}, topk_tokens=2)
+    model = build_model(kept).eval()
+    values, mask = model.encoder.tower("image")({"pixel_values": PIXELS})
+    assert values.shape == (2, 3, 16)
+    assert mask.all()
+    for settings in (TEXT, BIT):
+        refused = ModelSpec(
+            {"": BackboneSource(config=settings)}, pooling={"": "none"}, topk_tokens=2
+        )
+        with pytest.raises(ConfigError, match=r"topk_tokens=2: .* has no class token; remove"):
+            build_model(refused)
+    both = ModelSpec(
+        {"text": BackboneSource(config=TEXT), "image": BackboneSource(config=IMAGE)},
+        pooling={"text": "none", "image": "none"},
+        topk_tokens=2,
+    )
+    towers = build_model(both).encoder
+    assert [towers.tower(part).topk_tokens for part in ("text", "image")] == [None, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers", "message"),
+    [
+        (
+            TEXT,
+            (1,),
+            r"mrl_layers=\[1\]: BertModel has 2 layers, of which the last must stand last",
+        ),
+        (TEXT, (1, 3), "has 2 layers, of which"),
+        (CLIP, (1, 2), "CLIPModel pools by itself, so inner layers have no embedding"),
+        (BIT, (1, 2), "BitModel has None layers"),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_refused(
+    settings: dict[str, Any], layers: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(ModelSpec({"": BackboneSource(config=settings)}, layers=layers))
