@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpointing": {"distributed", "engine", "data", "models"},
     "evaluation": {"distributed", "data", "models"},
     "inference": {"data", "models"},
+    "teachers": {"distributed", "data"},
     "training": {
         "config",
         "distributed",
@@ -33,6 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         "steps",
         "checkpointing",
         "evaluation",
+        "inference",
+        "teachers",
         "tracking",
     },
 }

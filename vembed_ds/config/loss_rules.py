@@ -78,7 +78,12 @@ def _directions(loss: LossConfig) -> Iterator[str]:
 def _guide(loss: LossConfig) -> Iterator[str]:
     if loss.guide_model_name is not None:
         return
-    for key in ("guide_margin", "guide_margin_type"):
+    for key in (
+        "guide_margin",
+        "guide_margin_type",
+        "guide_query_instruction",
+        "guide_document_instruction",
+    ):
         if getattr(loss, key) != _default(key):
             yield (
                 f"{key}={getattr(loss, key)!r}: there is no guide; set guide_model_name, "

@@ -367,7 +367,14 @@ class LossConfig(Section):
     )
     guide_model_name: Text | None = Field(
         default=None,
-        description="Refused in this version: a frozen model that judges which columns are no negatives (GIST).",
+        description="A frozen model that judges which columns are no negatives (GIST): a reference as in model_name, or a folder of ours. It embeds all items before training.",
+    )
+    guide_query_instruction: str | None = Field(
+        default=None,
+        description="Put before the queries' texts for the guide; null: what its folder states.",
+    )
+    guide_document_instruction: str | None = Field(
+        default=None, description="The same for positives and negatives."
     )
     guide_margin: NonNegativeFloat = Field(
         default=0.0,

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from vembed_ds.data.dataset import NEGATIVE, Sample
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.errors import VembedError
 
 T = TypeVar("T")
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Batch:
         labels: Class of each record; ``None`` when the data has no classes.
         scores: Graded similarity of each record; ``None`` when the data has none.
         member: Number of the data set, where every batch comes from one.
+        vectors: Of frozen models, by their name and role: ``[n, G]`` float32, a row per item.
         error: What went wrong in a worker; the batch is empty then, and the trainer must
             agree on the error over all ranks before it raises it.
     """
@@ -38,6 +43,7 @@ class Batch:
     labels: list[int] | None = None
     scores: list[float] | None = None
     member: int = 0
+    vectors: dict[str, dict[str, FloatArray]] = field(default_factory=dict)
     error: VembedError | None = None
 
 

@@ -52,6 +52,7 @@ class PairDataset(Dataset[Sample | VembedError]):
         seed: Run seed, >= 0; seeds augmentation together with epoch, row and role.
         max_negatives: Most negatives of one record; of more, others are drawn in every epoch.
             ``None``: all.
+        read_files: In ``Sample.keys``, an image path counts as the bytes of its file.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class PairDataset(Dataset[Sample | VembedError]):
         processor: ItemProcessor,
         seed: int,
         max_negatives: int | None = None,
+        read_files: bool = False,
     ) -> None:
         self.table = table.select_columns(reader.columns)
         self.reader = reader
         self.processor = processor
         self.seed = seed
         self.max_negatives = max_negatives
+        self.read_files = read_files
         self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
         self._rows: Sequence[int] = range(table.num_rows)
 
@@ -132,7 +135,10 @@ class PairDataset(Dataset[Sample | VembedError]):
                 for role, found in items.items()
             },
             keys={
-                role: [content_number(content_key(item).encode()) for item in found]
+                role: [
+                    content_number(content_key(item, read_files=self.read_files).encode())
+                    for item in found
+                ]
                 for role, found in items.items()
             },
             label=record.label,

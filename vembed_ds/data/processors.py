@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.features import FeatureTable
+from vembed_ds.data.image_paths import file_problem
 from vembed_ds.data.images import open_image
 from vembed_ds.data.records import Item
 from vembed_ds.errors import ConfigError, DataError
@@ -196,28 +197,35 @@ def stream_of(item: Item, *, origin: str) -> str:
     return "text" if item.text is not None else "image"
 
 
-def content_key(item: Item) -> str:
+def content_key(item: Item, *, read_files: bool = False) -> str:
     """A hash that is equal for equal texts, image bytes, or image paths.
 
-    Two paths are two keys, whatever the files hold. The instruction does not count.
+    The instruction does not count.
 
     Args:
         item: A text, an image, or both.
+        read_files: An image path counts as the bytes of its file; otherwise two paths are two
+            keys, whatever the files hold.
 
     Returns:
         The kind and 32 hexadecimal digits, stable over processes; for both, joined by ``+``.
+
+    Raises:
+        DataError: A file cannot be read.
     """
     found = []
     if item.text is not None:
         found.append(_digest("text", item.text.encode("utf-8", "surrogatepass")))
     if item.image is not None:
-        found.append(_image_key(item.image))
+        found.append(_image_key(item.image, read_files=read_files))
     return "+".join(found)
 
 
-def _image_key(source: Any) -> str:
+def _image_key(source: Any, *, read_files: bool) -> str:
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
+    if isinstance(source, str) and read_files:
+        return _file_key(source)
     if isinstance(source, str):
         return _digest("path", str(Path(source).absolute()).encode())
     if isinstance(source, bytes):
@@ -225,8 +233,23 @@ def _image_key(source: Any) -> str:
     return _digest("pixels", f"{source.mode}{source.size}".encode() + source.tobytes())
 
 
+def _file_key(path: str) -> str:
+    """As if the bytes of the file stood in the record."""
+    if problem := file_problem(path):
+        raise DataError(f"image {path} {problem}")
+    try:
+        with Path(path).open("rb") as file:
+            return f"bytes:{file_digest(file, _hasher).hexdigest()}"
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error}") from error
+
+
+def _hasher(data: bytes = b"") -> blake2b:
+    return blake2b(data, digest_size=16)
+
+
 def _digest(kind: str, data: bytes) -> str:
-    return f"{kind}:{blake2b(data, digest_size=16).hexdigest()}"
+    return f"{kind}:{_hasher(data).hexdigest()}"
 
 
 def _stacked(name: str, rows: Sequence[Array]) -> torch.Tensor:

@@ -138,6 +138,11 @@ def dataset_entries(config: DataConfig) -> dict[str, DatasetEntry]:
     return filled
 
 
+def loader_timeout(config: Config) -> float:
+    """Seconds to wait for a loader process: less than the other ranks wait for this one."""
+    return config.data.loader_timeout_seconds or 30 * config.run.timeout_minutes
+
+
 def open_source(entry: DatasetEntry, *, key: str) -> Source:
     """Open a data set's ``data_path`` or ``val_data_path`` memory-mapped.
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from vembed_ds.data.collators import Batch
-from vembed_ds.losses import LossInputs
+from vembed_ds.losses import Guide, LossInputs
 from vembed_ds.similarity import Embeddings
+
+GUIDE = "guide"  # name of the guide's vectors in a batch
 
 
 def loss_inputs(
@@ -38,6 +40,14 @@ def loss_inputs(
         query_keys=numbers(batch.keys.get("query")),
         positive_keys=numbers(batch.keys.get("positive")),
         negative_keys=numbers(batch.keys.get("negative")),
+        guide=_guide(batch, device),
         logit_scale=learned.get("logit_scale"),
         logit_bias=learned.get("logit_bias"),
     )
+
+
+def _guide(batch: Batch, device: torch.device) -> Guide | None:
+    if GUIDE not in batch.vectors:
+        return None
+    found = {role: torch.from_numpy(rows) for role, rows in batch.vectors[GUIDE].items()}
+    return Guide(**{role: rows.to(device) for role, rows in found.items()})

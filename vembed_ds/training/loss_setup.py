@@ -20,7 +20,7 @@ def loss_configs(loss: LossConfig, entries: Mapping[str, DatasetEntry]) -> list[
     """The loss settings of every data set, its own over those of all.
 
     Raises:
-        ConfigError: They do not learn the same things, or need what is not offered.
+        ConfigError: They do not learn the same things.
     """
     found = [merged_loss(loss, entry.loss) for entry in entries.values()]
     if len({learned_scalars(own) for own in found}) > 1:
@@ -31,12 +31,6 @@ def loss_configs(loss: LossConfig, entries: Mapping[str, DatasetEntry]) -> list[
         )
     if len({own.mrl_layers for own in found}) > 1:
         raise ConfigError("datasets: mrl_layers differ; the model embeds one set of layers")
-    for own in found:
-        if own.guide_model_name is not None:
-            raise ConfigError(
-                f"guide_model_name={own.guide_model_name!r}: the vectors of a guide model are not "
-                "computed by this version; remove it, or filter the data beforehand"
-            )
     return found
 
 

@@ -36,6 +36,7 @@ _WRITTEN = (
     "checkpoint-step-*",
     "latest",
     "frozen_text_features",
+    "guide-*",
     FROZEN_FILE,
     SKIPPED_FILE,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from vembed_ds.checkpointing.export import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.store import load_checkpoint, save_checkpoint
 from vembed_ds.config.schema import Config
-from vembed_ds.data.collators import collate
+from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.mixture import Mixture
@@ -29,8 +29,9 @@ from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.tracking.trackers import Tracker, build_tracker
-from vembed_ds.training.data_setup import RunData, dataset_entries, setup_data
+from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout, setup_data
 from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
+from vembed_ds.training.guide import prepare_guides
 from vembed_ds.training.loss_setup import (
     build_losses,
     check_data,
@@ -93,6 +94,7 @@ def train(
     )
     check_shared(folder)
     prepare_extensions(ds_config)
+    guides = prepare_guides(config, losses, data, folder=folder)
     prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
     model, engine = build_engine(
         config, spec, ds_config, data, intervals, folder, mrl_dims=prefixes
@@ -100,7 +102,16 @@ def train(
     if checkpoint is not None:
         load_checkpoint(engine.engine, checkpoint)
     trainer = build_trainer(
-        config, model, engine, data, intervals, folder, identity, tracker=tracker, step=step
+        config,
+        model,
+        engine,
+        data,
+        intervals,
+        folder,
+        identity,
+        tracker=tracker,
+        step=step,
+        attach=guides.attach,
     )
     if config.training.gradient_self_test:
         self_test(trainer, data.train, precision=config.model.precision)
@@ -145,6 +156,7 @@ def build_trainer(
     *,
     tracker: Tracker | None,
     step: int,
+    attach: Callable[[Batch], Batch],
 ) -> Trainer:
     """The trainer, ready to go on after ``step`` optimizer steps. Collective."""
     training, loading = config.training, config.data
@@ -182,6 +194,7 @@ def build_trainer(
         evaluate=None if not data.val else lambda: _evaluate(config, data, trainer),
         step=step,
         pin_memory=loading.pin_memory,
+        attach=attach,
     )
     return trainer
 
@@ -224,11 +237,6 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
     return metrics
 
 
-def loader_timeout(config: Config) -> float:
-    """Seconds to wait for a loader process: less than the other ranks wait for this one."""
-    return config.data.loader_timeout_seconds or 30 * config.run.timeout_minutes
-
-
 def self_test(trainer: Trainer, data: Mixture, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
     # From the shuffled order: neighbours in the file are often alike.
@@ -236,7 +244,9 @@ def self_test(trainer: Trainer, data: Mixture, *, precision: str) -> None:
     mine = range(comm.rank() * SELF_TEST_CANDIDATES, (comm.rank() + 1) * SELF_TEST_CANDIDATES)
     samples = [data[int(order[place % len(order)])] for place in mine]
     comm.raise_together(next((s for s in samples if isinstance(s, VembedError)), None))
-    batch = collate(_unequal([sample for sample in samples if isinstance(sample, Sample)]))
+    chosen = _unequal([sample for sample in samples if isinstance(sample, Sample)])
+    batch = trainer.attach(collate(chosen))
+    comm.raise_together(batch.error)
     difference = check_gradient(
         trainer.engine,
         batch.roles,

@@ -75,6 +75,7 @@ class Trainer:
         evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
         step: Optimizer steps already done.
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
+        attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
     """
 
     def __init__(
@@ -92,12 +93,13 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]] | None = None,
         step: int = 0,
         pin_memory: bool = False,
+        attach: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self.engine, self.model, self.processor = engine, model, processor
         self.loader, self.chunk_size = loader, chunk_size
         self.loss_functions = list(loss_functions)
         self.intervals, self.tracker = intervals, tracker
-        self._save, self._evaluate = save, evaluate
+        self._save, self._evaluate, self.attach = save, evaluate, attach
         self.step = step
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
@@ -146,7 +148,7 @@ class Trainer:
         self._window.started = waited = time.perf_counter()
         for batch in self.loader:
             self._window.waited += time.perf_counter() - waited
-            yield batch
+            yield self.attach(batch)
             waited = time.perf_counter()
 
     def compute_gradient(self, batch: Batch) -> StepResult:

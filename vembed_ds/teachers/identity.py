@@ -1,0 +1,57 @@
+"""What a frozen model's vectors depend on, as digests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import sha256
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.records import Item
+
+_LONG = "all work and no play makes Jack a dull boy "
+_TEXTS = ("a", "Grey cats, 42 of them.\n\tÄÖÜ ß 猫 🐈", _LONG * 2000)
+_SIZES = ((64, 48), (31, 200))
+
+
+def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, number formats, shapes and bytes of tensors, in the order of their names."""
+    total = sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(data.numpy().data)
+    return total.hexdigest()
+
+
+def processor_digest(processor: ItemProcessor, parts: Iterable[str]) -> str:
+    """SHA-256 of the vocabulary, and of what the processor makes of a few items.
+
+    So it sees every setting that has an effect, and none that has not: names of folders, versions.
+
+    Args:
+        processor: Of the frozen model.
+        parts: Of ``text`` and ``image``, what the model embeds.
+    """
+    probes = [Item(text=text) for text in _TEXTS] if "text" in parts else []
+    if "image" in parts:
+        probes += [Item(image=_picture(width, height)) for width, height in _SIZES]
+    total = sha256()
+    if processor.tokenizer is not None:
+        total.update(repr(sorted(processor.tokenizer.get_vocab().items())).encode())
+    for probe in probes:
+        encoded = processor.encode(probe, origin="probe", augment_seed=None)
+        for name, array in sorted(encoded.inputs.items()):
+            total.update(f"{name} {array.dtype} {array.shape};".encode())
+            total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x * y) % 256], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))

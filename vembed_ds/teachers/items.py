@@ -1,0 +1,153 @@
+"""The items of data sets, each content once, as a frozen model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from vembed_ds.data.dataset import NEGATIVE, PairDataset, Sample
+from vembed_ds.data.processors import ItemProcessor, content_key
+from vembed_ds.data.records import Item, Record, content_number
+from vembed_ds.data.sampler import SampleKey
+from vembed_ds.distributed import comm
+from vembed_ds.errors import VembedError
+from vembed_ds.teachers.table import KeyArray
+
+ROLES = ("query", "positive", NEGATIVE)
+ITEMS = "items"  # the one role of what is loaded here
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What a frozen model reads before a text.
+
+    Attributes:
+        query: Before queries.
+        document: Before positives and negatives.
+    """
+
+    query: str = ""
+    document: str = ""
+
+    def of(self, role: str) -> str:
+        """The instruction of a role."""
+        return self.query if role == "query" else self.document
+
+    def keys(self, role: str, numbers: Iterable[int]) -> KeyArray:
+        """Numbers of contents to keys of a table.
+
+        One text has another vector behind another instruction, and so another key; where both
+        instructions are equal, a text that is a query here and a document there is embedded once.
+        """
+        salt = np.int64(content_number(self.of(role).encode()))
+        return np.fromiter(numbers, dtype=np.int64) ^ salt
+
+
+@dataclass(frozen=True)
+class DistinctItems:
+    """Every content once.
+
+    Attributes:
+        keys: ``[N]``, ascending.
+        addresses: ``[N, 4]`` int64: data set, record, role, place in the role; of the first item
+            that holds this content.
+    """
+
+    keys: KeyArray
+    addresses: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.keys)
+
+
+def distinct_items(members: Sequence[PairDataset], instructions: Instructions) -> DistinctItems:
+    """Read all records, without decoding them. Collective: the ranks share the records.
+
+    Contents are told apart by 64-bit hashes (of an image file: of its bytes). Two of 10^8 contents
+    have the same one with probability 3e-4.
+
+    Raises:
+        DataError: On every rank, when a record or an image file cannot be read.
+    """
+    found = comm.run_together(
+        lambda: _merged([_read(members, instructions)]), doing="reading the records"
+    )
+    return _merged(comm.all_gather_objects(found))
+
+
+class ItemDataset(Dataset[Sample | VembedError]):
+    """Encodes the items at some addresses; every sample has the one role ``ITEMS``.
+
+    Args:
+        members: The data sets.
+        addresses: Of :class:`DistinctItems`.
+        processor: Of the frozen model.
+        instructions: Of the frozen model.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[PairDataset],
+        addresses: npt.NDArray[np.int64],
+        *,
+        processor: ItemProcessor,
+        instructions: Instructions,
+    ) -> None:
+        self._members, self._addresses = list(members), addresses
+        self._processor, self._instructions = processor, instructions
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._addresses)
+
+    def __getitem__(self, key: SampleKey | int) -> Sample | VembedError:
+        """One item; an error is returned, as in :class:`PairDataset`."""
+        index = key.index if isinstance(key, SampleKey) else key
+        member, number, role, place = (int(value) for value in self._addresses[index])
+        dataset, name = self._members[member], ROLES[role]
+        try:
+            item = items_of(dataset.record(number))[name][place]
+            encoded = self._processor.encode(
+                replace(item, instruction=self._instructions.of(name)),
+                origin=f"{dataset.reader.origin}, record {number}, {name}",
+                augment_seed=None,
+            )
+        except VembedError as error:
+            return error
+        return Sample(index, roles={ITEMS: [encoded]}, keys={ITEMS: []})
+
+
+def items_of(record: Record) -> Mapping[str, Sequence[Item]]:
+    """The items of a record by role; of negatives, all."""
+    return {"query": [record.query], "positive": [record.positive], NEGATIVE: record.negatives}
+
+
+def _read(members: Sequence[PairDataset], instructions: Instructions) -> DistinctItems:
+    """The items of this rank's share of the records; contents may repeat."""
+    keys: list[KeyArray] = []
+    addresses: list[tuple[int, int, int, int]] = []
+    for member, dataset in enumerate(members):
+        for number in _share(len(dataset)):
+            for role, items in enumerate(items_of(dataset.record(number)).values()):
+                numbers = [content_number(content_key(i, read_files=True).encode()) for i in items]
+                keys.append(instructions.keys(ROLES[role], numbers))
+                addresses += [(member, number, role, place) for place in range(len(items))]
+    return DistinctItems(
+        np.concatenate(keys) if keys else np.empty(0, np.int64),
+        np.array(addresses, dtype=np.int64).reshape(-1, 4),
+    )
+
+
+def _share(total: int) -> Iterator[int]:
+    ranks = comm.world_size()
+    return iter(range(total * comm.rank() // ranks, total * (comm.rank() + 1) // ranks))
+
+
+def _merged(parts: Sequence[DistinctItems]) -> DistinctItems:
+    keys, first = np.unique(np.concatenate([part.keys for part in parts]), return_index=True)
+    return DistinctItems(keys, np.concatenate([part.addresses for part in parts])[first])

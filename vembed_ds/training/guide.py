@@ -1,0 +1,193 @@
+"""The guide models of a run: their vectors of all items, for the losses that ask for them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepspeed.accelerator import get_accelerator
+
+from vembed_ds.config.schema import Config, LossConfig
+from vembed_ds.data.collators import Batch
+from vembed_ds.data.dataset import PairDataset
+from vembed_ds.distributed import comm
+from vembed_ds.errors import ConfigError, VembedError
+from vembed_ds.inference import Encoder, embed_items
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.teachers.identity import processor_digest, weights_digest
+from vembed_ds.teachers.items import Instructions
+from vembed_ds.teachers.precompute import precompute
+from vembed_ds.teachers.table import EmbeddingTable
+from vembed_ds.training.data_setup import RunData, loader_timeout
+from vembed_ds.training.engine_setup import inference_batch_size
+from vembed_ds.training.loss_inputs import GUIDE
+
+logger = logging.getLogger(__name__)
+
+
+class GuideSpec(NamedTuple):
+    """A guide as configured; two losses with equal ones share its vectors."""
+
+    model_name: str
+    query_instruction: str | None
+    document_instruction: str | None
+
+
+@dataclass(frozen=True)
+class GuideVectors:
+    """A guide's vectors of the items of some data sets."""
+
+    table: EmbeddingTable
+    instructions: Instructions
+
+    def of(self, keys: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """``[n, G]`` of every role, by the contents of its items.
+
+        Raises:
+            DataError: The table has no vector for an item.
+        """
+        return {
+            role: self.table.lookup(self.instructions.keys(role, numbers))
+            for role, numbers in keys.items()
+        }
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The vectors for every data set of a run; empty when no loss asks for a guide."""
+
+    of_member: Mapping[int, GuideVectors] = field(default_factory=dict)
+
+    def attach(self, batch: Batch) -> Batch:
+        """The batch with its guide's vectors, or with an error, on which the ranks agree."""
+        guide = self.of_member.get(batch.member)
+        if guide is None or batch.error is not None:
+            return batch
+        try:
+            return replace(batch, vectors={**batch.vectors, GUIDE: guide.of(batch.keys)})
+        except VembedError as error:
+            return replace(batch, error=error)
+
+
+def prepare_guides(
+    config: Config, losses: Sequence[LossConfig], data: RunData, *, folder: Path
+) -> Guides:
+    """Embed all items with every guide, before the model is built. Collective.
+
+    Args:
+        config: The run's configuration.
+        losses: Of every data set; one for all when batches are mixed.
+        data: The run's; from then on its training data names image files by their content.
+        folder: The run's.
+
+    Raises:
+        ConfigError: On every rank, when a guide cannot be loaded, or does not embed what the data
+            holds to one vector per item.
+        DataError: On every rank, when an item cannot be read.
+    """
+    specs = [_spec_of(loss) for loss in losses]
+    wanted = sorted({spec for spec in specs if spec is not None}, key=str)
+    found: dict[int, GuideVectors] = {}
+    for spec in wanted:
+        numbers = [number for number, own in enumerate(specs) if own == spec]
+        members = [data.train.members[number] for number in numbers]
+        for member in members:
+            member.read_files = True
+        vectors = _prepare(spec, members, config=config, data=data, folder=folder)
+        found |= dict.fromkeys(numbers, vectors)
+    return Guides(found)
+
+
+def _spec_of(loss: LossConfig) -> GuideSpec | None:
+    if loss.guide_model_name is None:
+        return None
+    return GuideSpec(
+        loss.guide_model_name, loss.guide_query_instruction, loss.guide_document_instruction
+    )
+
+
+def _prepare(
+    spec: GuideSpec,
+    members: Sequence[PairDataset],
+    *,
+    config: Config,
+    data: RunData,
+    folder: Path,
+) -> GuideVectors:
+    guide = comm.run_together(lambda: _load(spec, members), doing=f"loading {spec.model_name}")
+    instructions = Instructions(
+        query=_instruction(spec.query_instruction, guide, "query"),
+        document=_instruction(spec.document_instruction, guide, "document"),
+    )
+    identity = {
+        "model": spec.model_name,
+        "weights": weights_digest(guide.model.state_dict().items()),
+        "processor": processor_digest(guide.processor, guide.model.parts),
+        "query_instruction": instructions.query,
+        "document_instruction": instructions.document,
+        "data": data.fingerprint,
+        "data_sets": [member.reader.origin for member in members],
+    }
+    comm.require_equal(identity, what=f"guide_model_name={spec.model_name}")
+    logger.info(
+        "guide %s: instructions %r and %r",
+        spec.model_name,
+        instructions.query,
+        instructions.document,
+    )
+    table = precompute(
+        members,
+        folder=folder / f"guide-{_short_digest(identity)}",
+        identity=identity,
+        processor=guide.processor,
+        instructions=instructions,
+        embed=lambda items: embed_items(guide.model, guide.processor, items),
+        batch_size=inference_batch_size(config),
+        num_workers=config.data.num_workers,
+        timeout_seconds=loader_timeout(config),
+    )
+    return GuideVectors(table, instructions)
+
+
+def _short_digest(identity: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _load(spec: GuideSpec, members: Sequence[PairDataset]) -> Encoder:
+    key = f"guide_model_name={spec.model_name!r}"
+    try:
+        guide = Encoder(spec.model_name, device=get_accelerator().current_device_name())
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if _gives_tokens(guide.model):
+        raise ConfigError(
+            f"{key}: embeds an item to one vector per token; a guide gives one in all"
+        )
+    needed = {part for member in members for part in member.reader.parts}
+    if missing := sorted(needed - set(guide.model.parts)):
+        raise ConfigError(
+            f"{key}: embeds {' and '.join(guide.model.parts)} only, and the data holds "
+            f"{' and '.join(missing)} too; choose a guide that embeds both"
+        )
+    return guide
+
+
+def _gives_tokens(model: EmbeddingModel) -> bool:
+    return "none" in model.pooling().values()
+
+
+def _instruction(wanted: str | None, guide: Encoder, role: str) -> str:
+    if wanted is not None:
+        return wanted
+    stated = guide.settings.get(f"{role}_instruction", "")
+    if stated is None:
+        raise ConfigError(
+            f"guide_{role}_instruction: the guide was trained on data sets with instructions of "
+            "their own; say which it shall read"
+        )
+    return str(stated)
