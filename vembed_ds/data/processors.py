@@ -152,12 +152,26 @@ class ItemProcessor:
         image = open_image(item.image, origin=origin)
         if self.augmentation is not None and seed is not None:
             image = self._augmented(image, origin=origin, seed=seed)
+        self._refuse_stretching(image, origin=origin)
         # Numpy needs the layout said: it is guessed wrong for images 1 or 3 pixels high.
         output = self.image_processor(
             np.asarray(image), input_data_format="channels_last", return_tensors="np"
         )
         rows = {name: np.asarray(output[name][0]) for name in IMAGE_INPUTS if name in output}
         return rows | {"pixel_values": rows["pixel_values"].astype(np.float32, copy=False)}
+
+    def _refuse_stretching(self, image: Image.Image, *, origin: str) -> None:
+        """One row of 20,000 pixels, its shortest edge made 224, is a billion: the crop is too late."""
+        size: Any = getattr(self.image_processor, "size", None) or {}
+        edge, limit = size.get("shortest_edge"), Image.MAX_IMAGE_PIXELS
+        if not edge or size.get("longest_edge") or limit is None:
+            return
+        ratio = max(image.size) / min(image.size)
+        if self.image_processor.do_resize and edge**2 * ratio > limit:
+            raise DataError(
+                f"{origin}: image of {image.width} x {image.height} pixels: with its shortest edge "
+                f"made {edge} it would have more than {limit} pixels; crop it or remove the record"
+            )
 
     def _augmented(self, image: Image.Image, *, origin: str, seed: int) -> Image.Image:
         assert self.augmentation is not None

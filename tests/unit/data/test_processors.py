@@ -96,6 +96,22 @@ def test_thin_images_keep_their_layout(
     np.testing.assert_allclose(pixels * 255, np.asarray(image).transpose(2, 0, 1), atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000)])
+def test_a_line_of_pixels_does_not_fill_the_memory(
+    size: tuple[int, int], image_settings: dict[str, Any]
+) -> None:
+    line = Item(image=Image.new("RGB", size))
+    image_settings |= {"size": {"shortest_edge": 224}}
+    processor = build_item_processor(None, image_settings, max_length=None)
+    with pytest.raises(
+        DataError, match=r"record 3, query: image of \d+ x \d+ pixels: .* made 224 .*; crop it"
+    ):
+        encode(processor, line)
+    image_settings |= {"size": {"height": 16, "width": 16}}
+    squeezed = build_item_processor(None, image_settings, max_length=None)
+    assert encode(squeezed, line).inputs["pixel_values"].shape == (3, 16, 16)
+
+
 def test_images_are_stacked(processor: ItemProcessor, noise: Noise) -> None:
     items = [encode(processor, Item(image=noise(seed))) for seed in range(3)]
     batch = processor.pad("image", items)["pixel_values"]
