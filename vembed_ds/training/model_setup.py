@@ -235,6 +235,8 @@ def setup_processor(
     if skeleton is not None:
         processor.max_length = _within_positions(config, processor, limit)
         _check_vocabulary(processor, text_model, vocabulary_size(skeleton))
+    for reader, (role, _) in ((r, pair) for r in needed for pair in r.columns_of("text")):
+        _check_room(processor, role=role, instruction=reader.instruction(role))
     if isinstance(processor, VisionLanguageProcessor):
         processor.default_instruction = config.data.prompt or ""
     elif config.data.prompt:
@@ -279,6 +281,21 @@ def _within_positions(config: Config, processor: ItemProcessor, limit: int | Non
             f"max_seq_length={wanted}: the model has positions for {limit} tokens; set at most that"
         )
     return min(processor.max_length, limit)
+
+
+def _check_room(processor: ItemProcessor, *, role: str, instruction: str) -> None:
+    """What stands around every text must leave room for it, or all texts are the same."""
+    if isinstance(processor, VisionLanguageProcessor) or processor.max_length is None:
+        return  # a vision-language item without room is an error of its own
+    taken = len(processor.tokenizer(instruction, verbose=False)["input_ids"])
+    if taken >= processor.max_length:
+        key = "query_instruction" if role == "query" else "document_instruction"
+        around = f"special tokens and {key} take" if instruction else "special tokens alone take"
+        raise ConfigError(
+            f"max_seq_length={processor.max_length} (its own, or the model's): {around} {taken} tokens, "
+            f"which leaves none for the text of the {role}; raise max_seq_length"
+            + (f" or shorten {key}" if instruction else "")
+        )
 
 
 def _check_vocabulary(processor: ItemProcessor, source: BackboneSource, size: int | None) -> None:
