@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -272,7 +273,8 @@ class RecordReader:
         if isinstance(value, str) and value.strip():
             return content_number(value.encode("utf-8", "surrogatepass"))
         if isinstance(value, int) and not isinstance(value, bool):
-            return value
+            # Hashes as classes may be unsigned, and tensors hold signed numbers.
+            return value if -(2**63) <= value < 2**63 else content_number(str(value).encode())
         raise DataError(
             f"{self._place(index, self.label_column)}: {value!r} is no label; give a whole number "
             "or a text, or name another column with column_mapping: {label: COLUMN}"
@@ -370,8 +372,8 @@ def _names(role: str, part: Part, letter: str) -> tuple[tuple[str, ...], tuple[s
 
 
 def _as_list(value: Any, *, place: str) -> list[Any]:
-    if value is None:
-        return []
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []  # a CSV file has no other way to say that there is none
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, (str, bytes, dict, Image.Image)):
@@ -390,6 +392,11 @@ def _is_absent(value: Any) -> bool:
 def _checked_text(value: object, *, place: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{place}: {value!r} is a blank text; remove the record or fill it in")
+    if isinstance(value, date):
+        raise DataError(
+            f"{place}: {value!s} was read as a date, because JSON texts that are all dates are; "
+            "save the data as CSV or Parquet, or name the text column with column_mapping"
+        )
     if not isinstance(value, str):
         raise DataError(
             f"{place}: {_shortened(value)} is {type(value).__name__}, not text; "

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from datetime import date, datetime
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from vembed_ds.data.records import Item, Record, RecordReader
@@ -121,6 +123,14 @@ def test_text_of_wrong_type_is_an_error(value: object, kind: str) -> None:
         reader(["query", "positive"]).read({"query": "a", "positive": value}, 7)
 
 
+@pytest.mark.parametrize("value", [datetime(2020, 1, 2), date(2020, 1, 2)])
+def test_texts_that_were_read_as_dates_say_so(value: date) -> None:
+    with pytest.raises(
+        DataError, match=r"'query': 2020-01-02.* was read as a date.*save .* as CSV"
+    ):
+        reader(["query", "positive"]).read({"query": value, "positive": "b"}, 0)
+
+
 def test_long_values_are_shortened_in_messages() -> None:
     with pytest.raises(DataError) as caught:
         reader(["query", "positive"]).read({"query": list(range(1000)), "positive": "b"}, 0)
@@ -187,7 +197,8 @@ def test_free_mixing_needs_a_column_of_either_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "texts"), [(None, []), ([], []), ("b", ["b"]), (["b", "c"], ["b", "c"])]
+    ("cell", "texts"),
+    [(None, []), ([], []), ("", []), (" ", []), ("b", ["b"]), (["b", "c"], ["b", "c"])],
 )
 def test_negatives_are_a_list_or_one(cell: Any, texts: list[str]) -> None:
     pairs = reader(["query", "positive", "negatives"])
@@ -241,6 +252,11 @@ def test_labels_are_numbers_or_texts_and_an_id_is_none() -> None:
     texts = [{**row, "label": text} for text in ("cat", "dog", "cat")]
     first, second, third = (reader(list(texts[0])).read(text, 0).label for text in texts)
     assert first == third != second
+    large = [{**row, "label": number} for number in (2**64 - 1, 2**63, 2**64 - 1, -(2**63))]
+    first, second, third, least = (reader(list(large[0])).read(r, 0).label for r in large)
+    assert first == third != second
+    assert least == -(2**63)
+    assert torch.tensor([first, second]).dtype == torch.int64
     with pytest.raises(DataError, match="column 'label': None is no label"):
         reader([*row, "label"]).read({**row, "label": None}, 0)
 
