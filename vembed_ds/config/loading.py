@@ -148,7 +148,7 @@ def _read_overrides(tokens: Sequence[str], problems: list[str]) -> Iterator[dict
     """One mapping per token, so that a key given twice is seen."""
     for token in tokens:
         key, equals, text = token.partition("=")
-        if not (equals and key.strip()):
+        if not (equals and key.strip() and text.strip()):  # `lr=$UNSET` would mean the default
             problems.append(f"{token!r} ({OVERRIDE}): expected key=value")
             continue
         try:

@@ -184,7 +184,7 @@ def test_one_setting_with_one_value_twice_is_fine(base):
     assert parse_config({**base, "lr": 1.0, "learning_rate": 1}).optimizer.lr == 1.0
 
 
-@pytest.mark.parametrize("token", ["epochs", "=3", "--lr"])
+@pytest.mark.parametrize("token", ["epochs", "=3", "--lr", "lr=", "run_name= "])
 def test_a_token_without_a_key_or_value_is_not_skipped(base, token):
     assert problems_of(base, overrides=[token]) == [
         f"{token!r} (--config_override): expected key=value"
