@@ -181,6 +181,11 @@ def _datasets(config: Config) -> Iterator[str]:
         if entry.image_root and not Path(entry.image_root).is_dir():
             yield f"{key}.image_root={entry.image_root!r}: no such folder; check the path"
         yield from (f"{key}.loss: {problem}" for problem in _own_loss(config, entry))
+        if entry.loss.get("loss_type") == "colbert" and config.model.pooling_method != "none":
+            yield (
+                f"{key}.loss: loss_type=colbert compares token embeddings, and pooling_method="
+                f"{config.model.pooling_method} may give none; set pooling_method: none"
+            )
         if entry.loss and config.data.batching != "homogeneous":
             yield (
                 f"{key}.loss: a loss of its own needs batches of its own; set batching: "
@@ -275,6 +280,8 @@ def _image_root(config: Config) -> Iterator[str]:
 
 def _output(config: Config) -> Iterator[str]:
     path = Path(config.run.output_dir)
+    if path.parts[:1] == ("~",):
+        yield f"output_dir={str(path)!r}: only a shell replaces ~; write the whole path"
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not existing.is_dir():
         yield f"output_dir={str(path)!r}: {existing} is a file; give a folder"
@@ -302,7 +309,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("eval_steps", "val_data_path", "datasets"), _evaluation),
     (("eval_recall_k",), _recall),
     (("data_path", "datasets"), _training_data),
-    (("datasets", "batching", *LOSS_KEYS), _datasets),
+    (("datasets", "batching", "pooling_method", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),
     (("mrl_layers", "retrieval_mode", "datasets"), _inner_layers),
     (("val_data_path",), _validation_data),

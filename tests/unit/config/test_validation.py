@@ -134,6 +134,10 @@ ONLY_TOWERS = (
             {"output_dir": "train.jsonl"},
             "output_dir='train.jsonl': train.jsonl is a file; give a folder",
         ),
+        (
+            {"output_dir": "~/runs/1"},
+            "output_dir='~/runs/1': only a shell replaces ~; write the whole path",
+        ),
     ],
 )
 def test_each_problem_by_its_message(values, expected):
@@ -282,7 +286,12 @@ def test_a_data_sets_own_loss_is_checked_as_the_shared_one(tmp_path: Path) -> No
         return parse_config(values | more)
 
     parse({"loss_type": "in_batch_hard", "hard_topk": 4})  # vembed-factory's name of the key
+    parse({"loss_type": "colbert"}, pooling_method="none")
     for loss, message in (
+        (
+            {"loss_type": "colbert"},
+            r"datasets\[1\].loss: loss_type=colbert .* pooling_method: none",
+        ),
         ({"temprature": 0.1}, r"datasets\[1\].loss: temprature=0.1: "),
         ({"temperature": -1.0}, r"datasets\[1\].loss: temperature=-1.0: "),
         (
