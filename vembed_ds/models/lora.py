@@ -182,7 +182,13 @@ def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
         use_rslora=spec.use_rslora,
         base_model_name_or_path=_origin(backbone),
     )
-    inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)  # freezes all but adapters
+    try:
+        inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)  # freezes all but adapters
+    except ValueError as error:  # layers whose kernels read the weight themselves (Mamba)
+        raise ConfigError(
+            f"lora_target_modules: {type(backbone).__name__} cannot have adapters there: "
+            f"{one_line(error)}; name other layers, or set use_lora: false"
+        ) from error
     for parameter in saved:
         parameter.requires_grad_(True)
     config.target_modules, config.modules_to_save = targets, sorted(whole) or None

@@ -261,6 +261,16 @@ def test_a_backbone_without_linear_layers(settings: dict[str, Any]) -> None:
         add_adapters([backbone(settings)], spec())
 
 
+def test_layers_that_peft_refuses() -> None:
+    """Mamba's kernels read the weight of ``out_proj`` and never call it."""
+    config = {"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 20}
+    spec = ModelSpec({"": BackboneSource(config=config)})
+    with pytest.raises(ConfigError, match=r"lora_target_modules: MambaModel cannot .*out_proj"):
+        build_model(spec, lora=LoraSpec(r=2, alpha=2.0, dropout=0.0))
+    names = ("in_proj", "x_proj")
+    build_model(spec, lora=LoraSpec(r=2, alpha=2.0, dropout=0.0, target_modules=names))
+
+
 def test_nothing_to_adapt() -> None:
     with pytest.raises(ConfigError, match="use_lora=true: no tower is trained"):
         build(text=TEXT, image=IMAGE, freeze={"text": True, "image": True}, lora=spec())
