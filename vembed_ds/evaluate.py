@@ -112,6 +112,14 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"any of {', '.join(EVALUATION_KEYS)}; the first five default to what is stored "
         "with the model",
     )
+    add(
+        "--dims",
+        nargs="+",
+        type=_positive,
+        metavar="N",
+        help="also measure the first N dimensions of the embeddings; default: the mrl_dims that are "
+        "stored with the model",
+    )
     add("--output", metavar="JSON", help="write the metrics to this file")
     add("--picture", metavar="PNG", help="draw queries with their best documents")
     add("--before", metavar="JSON", help="an earlier --output to compare with")
@@ -146,12 +154,10 @@ def run(arguments: argparse.Namespace) -> str:
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
     )
+    dims = arguments.dims or encoder.settings.get("mrl_dims") or ()
+    check_dims(dims, width=corpus_emb.width)
     metrics = prefix_metrics(
-        query_emb,
-        corpus_emb,
-        judgments,
-        recall_k=config.run.eval_recall_k,
-        dims=encoder.settings.get("mrl_dims") or (),
+        query_emb, corpus_emb, judgments, recall_k=config.run.eval_recall_k, dims=dims
     )
     if before is not None and not before.keys() & metrics.keys():
         raise DataError(
@@ -224,6 +230,19 @@ def open_pairs(paths: Sequence[str], *, config: Config, encoder: Encoder) -> Pai
             f"model embeds {' and '.join(encoder.model.parts)}; choose another mode"
         )
     return PairDataset(table, reader=reader, processor=encoder.processor, seed=0)
+
+
+def check_dims(dims: Sequence[int], *, width: int) -> None:
+    """Refuse prefixes that the embeddings do not have: they would be measured as the whole.
+
+    Raises:
+        ConfigError: Naming the widest.
+    """
+    if dims and max(dims) > width:
+        raise ConfigError(
+            f"--dims {max(dims)}: the model's embeddings have {width} dimensions; leave out what is "
+            f"above {width}"
+        )
 
 
 def embed_with(encoder: Encoder) -> Embed:
@@ -330,6 +349,13 @@ def _load(paths: Sequence[str]) -> Any:
         return load_table(paths, key="val_data_path")
     except DataError as error:
         raise DataError(str(error).replace("val_data_path", "--data_path")) from error
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _is_number(value: object) -> bool:

@@ -1,8 +1,8 @@
-"""Pairs of pictures of one emoji by two artists.
+"""Pairs of pictures of one emoji by two artists, with its name.
 
 ``python examples/emoji/prepare_i2i.py data/emoji_i2i`` writes ``train.parquet`` (pictures of noto,
 openmoji and fluent3d, both ways) and ``val.parquet`` (twemoji, an artist that training never sees,
-to noto). Every seventh emoji is held out of training altogether and is what ``val.parquet`` holds.
+to noto). A seventh of the emoji is held out of training altogether and is what ``val.parquet`` holds.
 """
 
 from __future__ import annotations
@@ -21,24 +21,20 @@ HELD_OUT_EVERY = 7
 
 def main(target: str) -> None:
     """Write the two files."""
-    pictures = {
-        artist: pd.read_parquet(SOURCE / f"{artist}.parquet").set_index("codepoints")["image"]
+    tables = {
+        artist: pd.read_parquet(SOURCE / f"{artist}.parquet").set_index("codepoints")
         for artist in (*TRAINED, "twemoji")
     }
-    held_out = {name for name in pictures["noto"].index if _held_out(name)}
     train = [
-        {"query_image": pictures[one][name], "positive_image": pictures[other][name], "label": name}
+        _pair(emoji, tables[one], tables[other])
         for one, other in itertools.permutations(TRAINED, 2)
-        for name in pictures[one].index
-        if name not in held_out
+        for emoji in tables[one].index
+        if not _held_out(emoji)
     ]
     val = [
-        {
-            "query_image": pictures["twemoji"][name],
-            "positive_image": pictures["noto"][name],
-            "label": name,
-        }
-        for name in sorted(held_out)
+        _pair(emoji, tables["twemoji"], tables["noto"])
+        for emoji in sorted(tables["noto"].index)
+        if _held_out(emoji)
     ]
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +43,18 @@ def main(target: str) -> None:
         print(f"{folder / split}.parquet: {len(rows)} pairs")
 
 
-def _held_out(name: str) -> bool:
-    return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_EVERY == 0
+def _pair(emoji: str, query: pd.DataFrame, positive: pd.DataFrame) -> dict[str, str | bytes]:
+    """The emoji by the query's artist and by the other; ``query`` is its name."""
+    return {
+        "query": query["name"][emoji],
+        "query_image": query["image"][emoji],
+        "positive_image": positive["image"][emoji],
+        "label": emoji,
+    }
+
+
+def _held_out(emoji: str) -> bool:
+    return hashlib.sha256(emoji.encode()).digest()[0] % HELD_OUT_EVERY == 0
 
 
 if __name__ == "__main__":

@@ -134,6 +134,40 @@ def test_flags_override_what_is_stored(
     assert json.loads(output.read_text())["retrieval_mode"] == "i2t"
 
 
+def test_prefixes_of_the_embeddings(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    """Of a color's red and green alone, pink is red and cyan is green."""
+    output = folder / "report.json"
+    assert command("--dims", "2", "--output", str(output), mrl_dims=[1])[0] == 0
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics["recall@1"] == 1
+    assert metrics["recall@1_d2"] < 1
+    assert "recall@1_d1" not in metrics, "the flag wins over what is stored"
+
+
+def test_stored_prefixes_are_the_default(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    output = folder / "report.json"
+    assert command("--output", str(output), mrl_dims=[1])[0] == 0
+    assert "recall@1_d1" in json.loads(output.read_text())["metrics"]
+
+
+def test_prefixes_wider_than_the_embeddings(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, _, err = command("--dims", "2", "4")
+    assert code == 2
+    assert "error: --dims 4: the model's embeddings have 3 dimensions; leave out what is" in err
+
+
+def test_prefixes_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "m", "--data_path", "d", "--dims", "0"])
+    assert "argument --dims: invalid _positive value: '0'" in capsys.readouterr().err
+
+
 def test_picture(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
     pytest.importorskip("matplotlib")
     code, _, err = command("--picture", str(folder / "grid.png"))
