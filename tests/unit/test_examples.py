@@ -90,11 +90,9 @@ def commands(readme: Path) -> Iterator[str]:
     """Lines of the shell blocks, with ``name=`` replaced by every value that its comment lists."""
     for block in re.findall(r"^```bash\n(.*?)^```$", readme.read_text(), re.DOTALL | re.MULTILINE):
         lines = block.replace("\\\n", " ").splitlines()
-        listed = [re.findall(r"\w+", line[5:]) for line in lines if line.startswith("name=")]
-        for name in listed[0] if listed else [""]:
-            yield from (
-                line.replace("$name", name) for line in lines if not line.startswith("name=")
-            )
+        names = [re.findall(r"\b(?!or\b)\w+", line[5:]) for line in lines if line[:5] == "name="]
+        for name in names[0] if names else [""]:
+            yield from (line.replace("$name", name) for line in lines if line[:5] != "name=")
 
 
 def test_every_example_has_its_commands() -> None:
