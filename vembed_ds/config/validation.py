@@ -253,7 +253,7 @@ def _validation_data(config: Config) -> Iterator[str]:
 
 def _data_problems(key: str, paths: str | tuple[str, ...]) -> Iterator[str]:
     for path in (paths,) if isinstance(paths, str) else paths:
-        if problem := _data_problem(Path(path), path):
+        if problem := _data_problem(Path(path).expanduser(), path):
             yield f"{key}={path!r}: {problem}"
 
 

@@ -159,10 +159,11 @@ def check_recall_k(recall_k: Sequence[int], *, judgments: Judgments, origin: str
     """
     num_documents = len(judgments.document_records)
     if too_large := [k for k in recall_k if k >= num_documents]:
+        choice = f"choose k below {num_documents} or " if num_documents > 1 else ""
         raise DataError(
             f"eval_recall_k={too_large[0]}: {origin} has {num_documents} distinct "
             f"document{'s' if num_documents > 1 else ''}, so that Recall@{too_large[0]} is always "
-            f"100 %; choose k below {num_documents} or evaluate on more data"
+            f"100 %; {choice}evaluate on more data"
         )
 
 

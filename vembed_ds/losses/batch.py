@@ -46,7 +46,7 @@ class GlobalBatch:
         documents: ``N * B`` positives in rank order, then the explicit negatives of all ranks.
         queries: ``N * B`` queries; ``None`` when the loss compares nothing with queries.
         labels: ``[N * B]`` int64, if there are labels.
-        scores: ``[N * B]`` float32, if there are scores.
+        scores: ``[N * B]`` float64, if there are scores.
         local: The inputs of this rank.
     """
 

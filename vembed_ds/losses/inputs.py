@@ -66,7 +66,8 @@ class LossInputs:
         negative: M explicit negatives, those of query 0 first; ``None``: the data has none.
         negative_counts: ``[B]`` int64, how many of them are each query's; sums to M.
         labels: ``[B]`` int64 class of each pair; equal classes are no negatives of each other.
-        scores: ``[B]`` float32, how similar query and positive shall be; higher is closer.
+        scores: ``[B]`` float64, how similar query and positive shall be; higher is closer. Only
+            their order counts, so no rounding may make two of them equal.
         query_keys: ``[B]`` int64 hash of what each query holds; equal items have equal keys.
         positive_keys: ``[B]`` int64, likewise.
         negative_keys: ``[M]`` int64, likewise.

@@ -98,8 +98,8 @@ def _run(backbone: nn.Module, kind: str, **inputs: Tensor) -> Any:
             return backbone.eval()(**inputs)
     except Exception as error:  # whatever a model raises for inputs that it is not made for
         raise ConfigError(
-            f"{type(backbone).__name__}: does not embed a {kind} by itself ({one_line(error)}); "
-            f"not supported as a {kind} encoder"
+            f"{type(backbone).__name__}: does not embed {kind}s by itself ({one_line(error)}); "
+            f"not supported as {kind} encoder"
         ) from error
     finally:
         for module, mode in modes.items():

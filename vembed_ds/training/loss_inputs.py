@@ -36,7 +36,7 @@ def loss_inputs(
         negative=rows.get("negative"),
         negative_counts=numbers(batch.negative_counts),
         labels=numbers(batch.labels),
-        scores=None if scores is None else torch.tensor(scores, device=device),
+        scores=None if scores is None else torch.tensor(scores, dtype=torch.float64, device=device),
         query_keys=numbers(batch.keys.get("query")),
         positive_keys=numbers(batch.keys.get("positive")),
         negative_keys=numbers(batch.keys.get("negative")),
