@@ -109,6 +109,13 @@ def translate(key: str, value: Any) -> Legacy | None:
         return Legacy(notice=None if value is None else NOTICES.get(key, _NEVER_BUILT))
     if key == "torch_dtype":
         return _translate_dtype(value)
+    if key == "attn_implementation" and value == "flash_attention_2":
+        return Legacy(
+            key,
+            "sdpa",
+            notice="sdpa is used, as vembed-factory did where the package was missing: it has a "
+            "flash kernel of its own on GPUs, and the package's gradient was not compared",
+        )
     if key == "report_to" and value == "swanlab":
         return Legacy(
             "report_to",

@@ -45,15 +45,6 @@ def _plain_int(value: Any) -> Any:
     return value
 
 
-def _no_flash_package(value: Any) -> Any:
-    if value == "flash_attention_2":
-        raise ValueError(
-            "its gradient was not compared with the reference; "
-            "use sdpa, which has a flash kernel of its own on GPUs"
-        )
-    return value
-
-
 def _no_4_bit(value: bool) -> bool:
     if value:
         raise ValueError(
@@ -205,9 +196,9 @@ class ModelConfig(Section):
     max_seq_length: PositiveInt | None = Field(
         default=None, description="Tokens a text is cut to; null: the tokenizer's limit."
     )
-    attn_implementation: Annotated[
-        Literal["eager", "sdpa"] | None, BeforeValidator(_no_flash_package)
-    ] = Field(default=None, description="Attention kernel; null: the model's own choice.")
+    attn_implementation: Literal["eager", "sdpa"] | None = Field(
+        default=None, description="Attention kernel; null: the model's own choice."
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in backward to save memory."
     )

@@ -315,6 +315,16 @@ def test_swanlab_becomes_tensorboard_and_says_so(tmp_path: Path) -> None:
     assert parse_config(values).run.report_to == "tensorboard"
 
 
+def test_the_flash_package_becomes_sdpa_and_says_so(tmp_path: Path) -> None:
+    values = {**BASE, "attn_implementation": "flash_attention_2"}
+    (notice,) = notices_of(values, tmp_path)
+    assert notice.startswith("attn_implementation='flash_attention_2' (")
+    assert "sdpa is used" in notice
+    assert parse_config(values)["attn_implementation"] == "sdpa"
+    overridden = parse_config(BASE, overrides=["attn_implementation=flash_attention_2"])
+    assert overridden["attn_implementation"] == "sdpa"
+
+
 def test_overrides_are_translated_too(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(BASE))
