@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModel
 
 from tests.distributed.conftest import ROOT
@@ -133,6 +134,44 @@ def test_a_resumed_run_with_frozen_weights(
     (tmp_path / "out" / "latest").write_text("checkpoint-step-2")
     run(world(2), config, 3, resume="auto")
     assert losses_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_parts_at_rates_of_their_own(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
+) -> None:
+    """AdamW's first step is the rate itself: it shows in how far each part's weights have moved."""
+    config = make_config(
+        precision="bf16",  # at ZeRO-0 the export must find the masters of every optimizer group
+        max_steps=1,
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        text_encoder_lr=1e-4,
+        image_encoder_lr=4e-2,
+        val_data_path=None,
+    )
+    run(world(2), config, stage)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    before, after = (
+        AutoModel.from_pretrained(folder).state_dict()
+        for folder in (yaml.safe_load(Path(config).read_text())["model_name"], tmp_path / "model")
+    )
+    start = {name: value.bfloat16().float() for name, value in before.items()}
+    moved = {name: float((after[name] - start[name]).abs().max()) for name in start}
+    assert moved["text_projection.weight"] == pytest.approx(1e-4, rel=0.01)
+    assert moved["visual_projection.weight"] == pytest.approx(4e-2, rel=0.01)
+    assert moved["logit_scale"] > 0
+    (logged,) = metrics_of(tmp_path / "out")
+    assert logged["train/lr"] == 1e-3  # of the temperature
+
+
+def test_a_rate_of_a_part_that_the_model_lacks_ends_every_rank(
+    world: Callable[[int], World], make_config: Callable[..., str]
+) -> None:
+    for result in world(2).run(RUN, config=make_config(projection_lr=1.0), ds_config=ds_file(2)):
+        assert result["error"] == (
+            "ConfigError: projection_lr=1: the model has none; remove projection_lr"
+        )
 
 
 def test_resume_needs_a_checkpoint(

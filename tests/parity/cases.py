@@ -28,6 +28,7 @@ from vembed_ds.losses import LossInputs, build_loss
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.rates import set_rates
 from vembed_ds.steps.gradient_cache import compute_gradient
 from vembed_ds.steps.self_test import check_gradient
 from vembed_ds.training.loss_inputs import loss_inputs
@@ -45,11 +46,13 @@ def train(
     checkpointing: str | None = None,
     weight_decay: float | None = None,
     cosine: tuple[int, int] | None = None,
+    rates: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train as the project does; losses, norms, and whole parameters after the last step.
 
     ``weight_decay`` sorts the parameters into the project's groups; ``None``: one group.
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
+    ``rates`` are those of parts of the model.
     """
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
@@ -57,6 +60,7 @@ def train(
     if checkpointing:
         for backbone in _backbones(model):
             enable_activation_checkpointing(backbone, mechanism=checkpointing)
+    set_rates(model, rates or {})
     engine = make_engine(model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine)
     torch.manual_seed(comm.rank())
     model.train()

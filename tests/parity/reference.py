@@ -77,6 +77,7 @@ def train_plain(
     decay_matrices_only: bool = False,
     cosine: tuple[int, int] | None = None,
     change: Callable[[PlainModel], object] | None = None,
+    rates: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train ``steps`` steps; losses, gradient norms, and every parameter before and after.
 
@@ -86,7 +87,8 @@ def train_plain(
     once, on all rows. Without dropout the batch is embedded at once.
 
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
-    ``change`` alters the model before anything is trained.
+    ``change`` alters the model before anything is trained. ``rates`` are learning rates of
+    parameters by the start of their names.
     """
     model = PlainModel(folder, kind=kind, temperature=temperature)
     if change is not None:
@@ -100,7 +102,10 @@ def train_plain(
     before = {name: p.detach().clone() for name, p in masters.items()}
     settings = dict(optimizer)
     groups = _groups(masters, decay_matrices_only=decay_matrices_only)
+    if rates:
+        groups = _one_each(masters, groups, rates)
     stepper = getattr(torch.optim, settings.pop("type"))(groups, **settings)
+    highest = [group["lr"] for group in stepper.param_groups]
     rng: dict[int, Tensor] = {}
     losses, norms = [], []
     for step in range(steps):
@@ -138,8 +143,8 @@ def train_plain(
         if max_grad_norm:
             nn.utils.clip_grad_norm_(masters.values(), max_grad_norm)
         if cosine:
-            for group in stepper.param_groups:
-                group["lr"] = optimizer["lr"] * _warm_up_cosine(step, *cosine)
+            for group, rate in zip(stepper.param_groups, highest, strict=True):
+                group["lr"] = rate * _warm_up_cosine(step, *cosine)
         stepper.step()
         for name, parameter in trained.items():
             parameter.data.copy_(masters[name].data)
@@ -193,6 +198,20 @@ def _groups(masters: dict[str, Tensor], *, decay_matrices_only: bool) -> list[di
         {"params": [masters[n] for n in matrices]},
         {"params": [masters[n] for n in others], "weight_decay": 0.0},
     ]
+
+
+def _one_each(
+    masters: dict[str, Tensor], groups: list[dict[str, Any]], rates: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A group for every parameter, with its own rate where it has one."""
+    names = {id(parameter): name for name, parameter in masters.items()}
+    single = [{**group, "params": [p]} for group in groups for p in group["params"]]
+    for group in single:
+        name = names[id(group["params"][0])]
+        for start, rate in rates.items():
+            if name.startswith(start):
+                group["lr"] = rate
+    return single
 
 
 def _warm_up_cosine(step: int, warm_up: int, total: int) -> float:

@@ -43,6 +43,7 @@ def adamw_reference(folders: dict[float, Path]) -> Reference:
         max_grad_norm: float = 1.0,
         cosine: tuple[int, int] | None = COSINE,
         dtype: torch.dtype = torch.float32,
+        rates: tuple[tuple[str, float], ...] = (),
     ) -> dict[str, Any]:
         return train_plain(
             folders[0.0],
@@ -56,6 +57,7 @@ def adamw_reference(folders: dict[float, Path]) -> Reference:
             dtype=dtype,
             decay_matrices_only=True,
             cosine=cosine,
+            rates=dict(rates),
         )
 
     return compute
@@ -124,6 +126,47 @@ def test_fp32(
         cosine=COSINE,
     )
     check(expect_fp32(adamw_reference, kind), results)
+
+
+# kind: rates of the project's parts, and of the reference's parameters by the start of their names.
+RATES = {
+    "clip": (
+        {"text_encoder": 0.004, "image_encoder": 0.05},
+        (
+            ("parts.clip.text_", 0.004),
+            ("parts.clip.vision_model", 0.05),
+            ("parts.clip.visual_projection", 0.05),
+        ),
+    ),
+    "composed": (
+        {"text_encoder": 0.004, "projection": 0.05},
+        (("parts.text.", 0.004), ("heads.", 0.05)),
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", RATES)
+def test_every_part_at_its_own_rate(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    adamw_reference: Reference,
+    kind: str,
+    stage: int,
+) -> None:
+    rates, plain_rates = RATES[kind]
+    results = train(
+        world,
+        folders[0.0],
+        kind=kind,
+        ds_config=adamw_config(stage, max_grad_norm=1.0),
+        steps=4,
+        chunk_size=5,
+        cosine=COSINE,
+        rates=rates,
+    )
+    expected = adamw_reference(kind, rates=plain_rates)
+    check(expected if kind == "clip" else without(expected, ".pooler.", tensors=4), results)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

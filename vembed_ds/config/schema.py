@@ -421,6 +421,15 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     lr: PositiveFloat = Field(default=2e-5, description="Highest learning rate.")
+    text_encoder_lr: PositiveFloat | None = Field(
+        default=None, description="The same of the text backbone, or language model; null: lr."
+    )
+    image_encoder_lr: PositiveFloat | None = Field(
+        default=None, description="The same of the image backbone, or vision tower; null: lr."
+    )
+    projection_lr: PositiveFloat | None = Field(
+        default=None, description="The same of the projections of projection_dim; null: lr."
+    )
     weight_decay: NonNegativeFloat = Field(
         default=0.01, description="Decay of matrices; norms, biases and scalars have none."
     )

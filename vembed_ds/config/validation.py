@@ -108,6 +108,15 @@ def _warmup(config: Config) -> Iterator[str]:
         )
 
 
+def _rates(config: Config) -> Iterator[str]:
+    for part in ("text_encoder", "image_encoder"):
+        rate = getattr(config.optimizer, f"{part}_lr")
+        if rate is not None and getattr(config.model, f"freeze_{part}"):
+            yield (
+                f"{part}_lr={rate:g}: has no effect with freeze_{part}=true; remove one of the two"
+            )
+
+
 def _augmentation(config: Config) -> Iterator[str]:
     if config.data.image_augmentation and config.data.retrieval_mode == "t2t":
         yield (
@@ -301,6 +310,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
         _lora,
     ),
     (("warmup_steps", "max_steps", "scheduler_type"), _warmup),
+    (
+        (
+            *("text_encoder_lr", "freeze_text_encoder"),
+            *("image_encoder_lr", "freeze_image_encoder"),
+        ),
+        _rates,
+    ),
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("topk_tokens", "pooling_method"), _late_interaction),
     (LOSS_KEYS, loss_problems),

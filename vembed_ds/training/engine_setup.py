@@ -25,10 +25,11 @@ from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.losses import check_mrl_dims
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.rates import set_rates
 from vembed_ds.models.reach import mark_unreached
 from vembed_ds.training.data_setup import RunData
 from vembed_ds.training.frozen_features import cache_text_features, has_frozen_text_tower
-from vembed_ds.training.model_setup import setup_model
+from vembed_ds.training.model_setup import own_rates, setup_model
 from vembed_ds.training.trainer import Intervals
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def build_engine(
                 backbone, mechanism=config.model.activation_checkpointing
             )
     optimizer = config.optimizer
+    set_rates(model, own_rates(optimizer))
     engine = initialize_engine(
         model,
         ds_config=ds_config,

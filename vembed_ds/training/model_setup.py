@@ -11,7 +11,7 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vembed_ds.config.compat import ENCODER_FAMILIES, family_problem
-from vembed_ds.config.schema import Config, ModelConfig, ScratchModel
+from vembed_ds.config.schema import Config, ModelConfig, OptimizerConfig, ScratchModel
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
@@ -124,6 +124,13 @@ def lora_spec(config: ModelConfig) -> LoraSpec | None:
         use_rslora=config.use_rslora,
         modules_to_save=config.lora_modules_to_save or (),
     )
+
+
+def own_rates(config: OptimizerConfig) -> dict[str, float]:
+    """The learning rate of every part that has one of its own, as configured."""
+    parts = ("text_encoder", "image_encoder", "projection")
+    rates = {part: getattr(config, f"{part}_lr") for part in parts}
+    return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 def setup_model(

@@ -8,30 +8,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from vembed_ds.config.schema import Config
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.errors import ConfigError
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.rates import set_rates
 from vembed_ds.tracking.trackers import CHOICES
 from vembed_ds.training.config import as_config
+from vembed_ds.training.model_setup import own_rates
 
 logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, config: Config | Mapping[str, Any]) -> torch.optim.AdamW:
+def build_optimizer(model: EmbeddingModel, config: Config | Mapping[str, Any]) -> torch.optim.AdamW:
     """AdamW as configured; matrices decay, norms, biases and scalars do not.
 
     Under DeepSpeed it is a description: :func:`prepare_engine` gives its groups to the optimizer
     that DeepSpeed makes, and which alone steps.
 
     Args:
-        model: Its trained parameters are taken.
+        model: Its trained parameters are taken, so adapters must be in it.
         config: A configuration, or a plain mapping.
+
+    Raises:
+        ConfigError: A part of the model is given a rate and has nothing to train.
     """
     settings = as_config(config).optimizer
+    set_rates(model, own_rates(settings))
     return torch.optim.AdamW(
         build_param_groups(model, weight_decay=settings.weight_decay),
         lr=settings.lr,

@@ -25,6 +25,9 @@ def test_defaults_are_those_of_the_readme():
     optimizer, training = SECTIONS["optimizer"](), SECTIONS["training"]()
     assert optimizer.model_dump() == {
         "lr": 2e-5,
+        "text_encoder_lr": None,
+        "image_encoder_lr": None,
+        "projection_lr": None,
         "weight_decay": 0.01,
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,

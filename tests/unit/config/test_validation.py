@@ -90,6 +90,11 @@ ONLY_TOWERS = (
             "warmup_steps=6: must be below max_steps=6; the learning rate would never be reached",
         ),
         (
+            {"freeze_image_encoder": True, "image_encoder_lr": 1e-4},
+            "image_encoder_lr=0.0001: has no effect with freeze_image_encoder=true; "
+            "remove one of the two",
+        ),
+        (
             {"image_augmentation": [{"A": {}}], "retrieval_mode": "t2t"},
             "image_augmentation: retrieval_mode=t2t has no images; remove image_augmentation, "
             "or set another retrieval_mode",
