@@ -27,7 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         checkpoint = resolve_checkpoint(options.checkpoint)
-        export_model(checkpoint, options.out, adapter=options.adapter)
+        export_model(
+            checkpoint,
+            options.out,
+            adapter=options.adapter,
+            trust_remote_code=options.trust_remote_code,
+        )
     except (VembedError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
@@ -51,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter",
         action="store_true",
         help="write the adapters of use_lora in peft's files; else they are merged",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that the model brings, with your rights",
     )
     return parser
 

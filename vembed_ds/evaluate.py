@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output", metavar="JSON", help="write the metrics to this file")
     add("--picture", metavar="PNG", help="draw queries with their best documents")
+    add("--trust_remote_code", action="store_true", help="run Python code that the model brings")
     add("--before", metavar="JSON", help="an earlier --output to compare with")
     return parser
 
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> str:
             "start it with python -m vembed_ds.evaluate, without a launcher"
         )
     before = read_before(Path(arguments.before)) if arguments.before else None
-    encoder = Encoder(arguments.model)
+    encoder = Encoder(arguments.model, trust_remote_code=arguments.trust_remote_code)
     config = evaluation_config(arguments, settings=encoder.settings)
     dataset = open_pairs(arguments.data_path, config=config, encoder=encoder)
     judgments = read_judgments(dataset)

@@ -52,6 +52,7 @@ class Encoder:
             ``package:NAME/folder``.
         device: ``None``: the first GPU, else the CPU.
         dtype: Of the weights; embeddings are float32 whatever it is.
+        trust_remote_code: Run Python code that the folder brings, with your rights.
 
     Attributes:
         model: The :class:`EmbeddingModel`, in evaluation mode.
@@ -68,11 +69,17 @@ class Encoder:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
     ) -> None:
         source = _locate(str(folder))
-        self.settings: dict[str, Any] = read_settings(Path(source))
-        self.model = EmbeddingModel(build_encoder(saved_spec(source, self.settings)))
-        self.processor: ItemProcessor = _load_processor(source, self.model, self.settings)
+        self.settings: dict[str, Any] = read_settings(
+            Path(source), trust_remote_code=trust_remote_code
+        )
+        spec = saved_spec(source, self.settings, trust_remote_code=trust_remote_code)
+        self.model = EmbeddingModel(build_encoder(spec))
+        self.processor: ItemProcessor = _load_processor(
+            source, self.model, self.settings, trust_remote_code=trust_remote_code
+        )
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
         self.model.to(self.device).eval()
@@ -273,7 +280,9 @@ def _locate(reference: str) -> str:
         raise ConfigError(f"{reference}: no such folder or hub model: {error}") from error
 
 
-def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]) -> ItemProcessor:
+def _load_processor(
+    source: str, model: EmbeddingModel, settings: dict[str, Any], *, trust_remote_code: bool
+) -> ItemProcessor:
     folders = {
         part: folder
         for part, folder in processor_sources(source, settings).items()
@@ -286,6 +295,7 @@ def _load_processor(source: str, model: EmbeddingModel, settings: dict[str, Any]
         max_length=settings.get("max_seq_length") or stated_length(BackboneSource(name=source)),
         fallback_length=limit,
         model_config=_config(model),
+        trust_remote_code=trust_remote_code,
     )
     if "pad_to_max_length" in settings:
         processor.pad_to_max_length = settings["pad_to_max_length"]

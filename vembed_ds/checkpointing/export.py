@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from vembed_ds.checkpointing.adapters import (
     describe_adapter,
@@ -52,7 +53,7 @@ from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
-from vembed_ds.models.families import build_from_config
+from vembed_ds.models.families import build_from_config, loading_problem
 from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.models.scalars import is_lifted
 
@@ -86,13 +87,17 @@ def describe_model(
         _save_processor(folder / "image_encoder", image)
     for key, backbone in _backbones(model).items():
         place = folder / (f"{key}_encoder" if composed else "")
+        if getattr(backbone, "_auto_class", None) is not None:
+            custom_object_save(backbone, place)  # the model's own code; the config saves its own
         _config(backbone).save_pretrained(place)
         describe_adapter(place, backbone)
     _write_json(folder / SETTINGS_FILE, dict(settings) | _own_settings(model, processor))
     _write_json(folder / PARAMETERS_FILE, _describe_parameters(model, composed=composed))
 
 
-def export_model(checkpoint: Path, out: Path, *, adapter: bool = False) -> None:
+def export_model(
+    checkpoint: Path, out: Path, *, adapter: bool = False, trust_remote_code: bool = False
+) -> None:
     """Convert a checkpoint to a Hugging Face folder with float32 weights.
 
     The folder appears whole or not at all: it is written under another name beside ``out``.
@@ -101,6 +106,7 @@ def export_model(checkpoint: Path, out: Path, *, adapter: bool = False) -> None:
         checkpoint: ``<output_dir>/checkpoint-step-<N>``, or ``<output_dir>`` for its ``latest``.
         out: New or empty folder.
         adapter: Write adapters as peft's files, not merged into the weights.
+        trust_remote_code: Whether the model's own Python code, which lies in the checkpoint, may run.
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or does not fit its description,
@@ -124,7 +130,14 @@ def export_model(checkpoint: Path, out: Path, *, adapter: bool = False) -> None:
     try:
         ignore = shutil.ignore_patterns(PARAMETERS_FILE, FROZEN_FILE)
         shutil.copytree(description, partial, ignore=ignore)
-        _write_components(partial, components, settings, adapter=adapter, origin=checkpoint)
+        _write_components(
+            partial,
+            components,
+            settings,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+            origin=checkpoint,
+        )
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -316,6 +329,7 @@ def _write_components(
     settings: dict[str, Any],
     *,
     adapter: bool,
+    trust_remote_code: bool,
     origin: Path,
 ) -> None:
     for component, tensors in components.items():
@@ -327,30 +341,41 @@ def _write_components(
             save_file(copies, folder / f"{component}.safetensors", metadata={"format": "pt"})
         else:
             place, described = folder / component, origin / MODEL_FOLDER / component
-            _write_encoder(place, tensors, adapter=adapter, origin=described)
+            _write_encoder(
+                place,
+                tensors,
+                adapter=adapter,
+                trust_remote_code=trust_remote_code,
+                origin=described,
+            )
 
 
 def _write_encoder(
-    folder: Path, tensors: dict[str, Tensor], *, adapter: bool, origin: Path
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    adapter: bool,
+    trust_remote_code: bool,
+    origin: Path,
 ) -> None:
     config = read_adapter_config(folder)
-    if config is None:  # a frozen tower of an encoder whose other tower has adapters, too
-        _write_backbone(folder, tensors, origin=origin)
-    elif adapter:
+    if config is not None and adapter:
         write_adapter(folder, tensors, config)
         (folder / "config.json").unlink()  # a reader takes it for a model without its weights
-    else:
+        return
+    if config is not None:  # none of a frozen tower beside one that has adapters
         (folder / ADAPTER_CONFIG).unlink()  # transformers would apply it a second time
-        _write_backbone(folder, merge_adapters(tensors, config), origin=origin)
+        tensors = merge_adapters(tensors, config)
+    _write_backbone(folder, tensors, trust_remote_code=trust_remote_code, origin=origin)
 
 
-def _write_backbone(folder: Path, tensors: dict[str, Tensor], *, origin: Path) -> None:
+def _write_backbone(
+    folder: Path, tensors: dict[str, Tensor], *, trust_remote_code: bool, origin: Path
+) -> None:
     """Let transformers write the weights: its names on disk and shared tensors are its own."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{origin / 'config.json'}: missing; the checkpoint is incomplete")
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = build_from_config(config, dtype=torch.float32)
+    model = _skeleton(folder, trust_remote_code=trust_remote_code, origin=origin)
     _check_names(set(tensors), set(model.state_dict()), origin=f"{origin}: {type(model).__name__}")
     try:
         model.load_state_dict(tensors, assign=True)
@@ -358,6 +383,18 @@ def _write_backbone(folder: Path, tensors: dict[str, Tensor], *, origin: Path) -
         raise CheckpointError(f"{origin}: the weights do not fit the model: {error}") from error
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     model.save_pretrained(folder)
+
+
+def _skeleton(folder: Path, *, trust_remote_code: bool, origin: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return build_from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a model's own code may raise anything, and so may transformers
+        problem = loading_problem(error)
+        raise CheckpointError(f"{origin}: the model cannot be built: {problem}") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.errors import ConfigError
 from vembed_ds.models.families import (
     build_from_config,
     family_of,
     load_pretrained,
+    loading_problem,
     refusal,
     text_config,
     trainable_config,
@@ -253,7 +254,7 @@ def two_tower_width(backbone: nn.Module) -> int:
 
 
 def _not_loadable(source: BackboneSource, error: Exception) -> ConfigError:
-    return ConfigError(f"model {source.describe()}: cannot be loaded: {one_line(error)}")
+    return ConfigError(f"model {source.describe()}: cannot be loaded: {loading_problem(error)}")
 
 
 def _load_config(source: BackboneSource, *, trust_remote_code: bool) -> Any:

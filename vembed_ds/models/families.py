@@ -11,6 +11,8 @@ from typing import Any
 import transformers
 from transformers import AutoModel, PreTrainedModel, ViTConfig
 
+from vembed_ds.errors import one_line
+
 
 @dataclass(frozen=True)
 class VisionLanguageFamily:
@@ -72,6 +74,16 @@ def refusal(config: Any) -> str | None:
 def _reads_images_as_tokens(config: Any) -> bool:
     names = ("image_token_id", "image_token_index", "vision_start_token_id", "vlm_config")
     return any(getattr(config, name, None) is not None for name in names)
+
+
+def loading_problem(error: Exception) -> str:
+    """Why transformers did not build a model, in one line."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, which runs only when trust_remote_code is set; read "
+            "that code first"
+        )
+    return one_line(error)
 
 
 def trainable_config(config: Any) -> Any:

@@ -37,8 +37,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """What ``vembed_config.json`` says, as this project writes it; empty for a plain folder.
+
+    Args:
+        folder: Of a model.
+        trust_remote_code: Whether code in vembed-factory's folders may run, which say less.
 
     Raises:
         ConfigError: It cannot be read, or belongs to another program.
@@ -51,7 +55,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
     if "format_version" not in settings and settings.keys() >= _UPSTREAM_KEYS:
-        return _translate(folder, settings)
+        return _translate(folder, settings, trust_remote_code=trust_remote_code)
     if settings.get("format_version") != 1:
         raise ConfigError(
             f"{path}: format_version={settings.get('format_version')}: this version reads 1 "
@@ -60,12 +64,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def saved_spec(folder: str, settings: Mapping[str, Any]) -> ModelSpec:
+def saved_spec(
+    folder: str, settings: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> ModelSpec:
     """The model that a folder holds.
 
     Args:
         folder: The folder, or a plain model's hub name.
         settings: From :func:`read_settings`.
+        trust_remote_code: Whether code in it may run.
     """
     names = {"": folder}
     if settings.get("encoder_mode") == "composed":
@@ -84,6 +91,7 @@ def saved_spec(folder: str, settings: Mapping[str, Any]) -> ModelSpec:
             for name, described in projections.items()
         },
         topk_tokens=settings.get("topk_tokens"),
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -101,11 +109,14 @@ def processor_sources(folder: str, settings: Mapping[str, Any]) -> dict[str, str
     return {**own, **stated}
 
 
-def _translate(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _translate(folder: Path, raw: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
     """vembed-factory's settings in our words."""
     composed = all((folder / f"{stream}_encoder").is_dir() for stream in STREAMS)
     kept = {key: raw[key] for key in ("retrieval_mode", "loss_type") if key in raw}
-    shape = _composed(folder, raw) if composed else _single(folder, raw)
+    if composed:
+        shape = _composed(folder, raw)
+    else:
+        shape = _single(folder, raw, trust_remote_code=trust_remote_code)
     return {**kept, "topk_tokens": raw.get("topk_tokens") or None, **shape}
 
 
@@ -121,8 +132,9 @@ def _composed(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _single(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    skeleton: Any = load_skeleton(BackboneSource(name=str(folder)), trust_remote_code=False)
+def _single(folder: Path, raw: Mapping[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
+    source = BackboneSource(name=str(folder))
+    skeleton: Any = load_skeleton(source, trust_remote_code=trust_remote_code)
     last_token = raw["encoder_mode"] in _LAST_TOKEN_MODES
     pooling = "last_token" if last_token else raw["pooling_method"] or "cls"
     width, dim = _width(skeleton.config), raw.get("projection_dim")

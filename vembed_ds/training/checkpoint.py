@@ -62,7 +62,10 @@ def save_checkpoint(
     state = path.with_name(f".{path.name}.{STATE_FOLDER}")
     step = int(engine.engine.global_steps)
     saved = _save(engine.engine, output_dir=state, step=step, state={}, describe=describe)
-    comm.run_together(lambda: _finish(saved, state, path), doing=f"writing {path}")
+    trusted = found is not None and found.model.trust_remote_code
+    comm.run_together(
+        lambda: _finish(saved, state, path, trust_remote_code=trusted), doing=f"writing {path}"
+    )
     return path
 
 
@@ -94,9 +97,9 @@ def _require_empty(path: Path) -> None:
         raise CheckpointError(f"{path}: exists and is not an empty folder; give a new one")
 
 
-def _finish(saved: Path, state: Path, path: Path) -> None:
+def _finish(saved: Path, state: Path, path: Path, *, trust_remote_code: bool) -> None:
     if comm.is_main():
-        export_model(saved, path)
+        export_model(saved, path, trust_remote_code=trust_remote_code)
         state.replace(path / STATE_FOLDER)
 
 

@@ -77,7 +77,7 @@ def _saved(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if not isinstance(config.model_name, str):
         return "", {}
     folder = resolve_model_reference(config.model_name)
-    return folder, read_settings(Path(folder))
+    return folder, read_settings(Path(folder), trust_remote_code=config.trust_remote_code)
 
 
 def _continued(spec: ModelSpec, folder: str, settings: Mapping[str, Any]) -> ModelSpec:

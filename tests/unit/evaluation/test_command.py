@@ -87,7 +87,7 @@ def command(
             processor=ColorProcessor(),
             settings={key: value for key, value in settings.items() if value is not None},
         )
-        monkeypatch.setattr(evaluate, "Encoder", lambda _: encoder)
+        monkeypatch.setattr(evaluate, "Encoder", lambda _, trust_remote_code: encoder)
         base = ["--model", str(folder / "model"), "--data_path", str(folder / "val.jsonl")]
         overrides = ["--config_override", "num_workers=0", f"eval_recall_k={recall_k}"]
         code = evaluate.main([*base, *overrides, *flags])
@@ -110,6 +110,22 @@ def test_metrics_are_printed_and_written(
         "retrieval_mode": "t2i",
         "metrics": {"recall@1": 1, "recall@3": 1, "mrr": 1, "num_queries": 7, "num_documents": 7},
     }
+
+
+def test_images_outside_image_root_only_when_allowed(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    inner = folder / "inner"
+    inner.mkdir()
+    rows = [{"word": name, "image": f"../{name}.png"} for name in COLORS]
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = command(image_root=str(inner))
+    assert code == 2
+    assert "image '../red.png' lies outside image_root=" in err
+    allowed = ["--config_override", "allow_images_outside_root=true"]
+    assert command(*allowed, image_root=str(inner))[0] == 0
+    # The permission is no property of a model that somebody hands over.
+    assert command(image_root=str(inner), allow_images_outside_root=True)[0] == 2
 
 
 def test_before_and_after(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:

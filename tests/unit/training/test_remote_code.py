@@ -59,7 +59,7 @@ def skeleton(repository: Path, **options: bool) -> str:
 
 
 def test_code_does_not_run_by_itself(repository: Path, trace: Path) -> None:
-    with pytest.raises(ConfigError, match="custom code"):
+    with pytest.raises(ConfigError, match="Python code of its own"):
         skeleton(repository)
     assert not trace.exists()
 
