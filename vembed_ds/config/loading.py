@@ -17,7 +17,7 @@ from vembed_ds.config.compat import (
     translate,
 )
 from vembed_ds.config.describe import describe_field
-from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, Section
+from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, Section, default_of
 from vembed_ds.config.validation import cross_field_problems
 from vembed_ds.config.yaml_text import dump_yaml, parse_scalar, parse_yaml, read_yaml_mapping
 from vembed_ds.errors import ConfigError
@@ -225,12 +225,8 @@ def _setting(spelling: str, value: Any, origin: str, reading: _Reading) -> _Sett
         reading.problems.append(problem)
         return None
     name = _leaf_name(spelling)
-    meant = _default(name) if value is None and name in NULL_IS_DEFAULT else value
+    meant = default_of(name) if value is None and name in NULL_IS_DEFAULT else value
     return _Setting(name, meant, spelling, origin, value)
-
-
-def _default(name: str) -> Any:
-    return SECTIONS[SECTION_OF[name]].model_fields[name].default
 
 
 def _leaf_name(spelling: str) -> str:

@@ -545,3 +545,8 @@ SECTIONS: dict[str, type[Section]] = {
 }
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
 """Section of each leaf key."""
+
+
+def default_of(key: str) -> Any:
+    """The default of a leaf key."""
+    return SECTIONS[SECTION_OF[key]].model_fields[key].default

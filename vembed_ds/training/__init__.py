@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         build_scheduler,
         resolve_tracker,
     )
-    from vembed_ds.training.training_loop import Trainer
+    from vembed_ds.training.trainer import Trainer
 
 _HOME = {
     "checkpoint": ("load_checkpoint", "save_checkpoint"),
@@ -53,7 +53,7 @@ _HOME = {
         "prepare_engine",
     ),
     "optimizer_builder": ("build_optimizer", "build_scheduler", "resolve_tracker"),
-    "training_loop": ("Trainer",),
+    "trainer": ("Trainer",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

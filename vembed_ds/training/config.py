@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vembed_ds.config.loading import config_notices, load_config, parse_config
-from vembed_ds.config.schema import Config
+from vembed_ds.config.schema import ALIASES, SECTION_OF, Config, default_of
 from vembed_ds.distributed import comm
 
 logger = logging.getLogger(__name__)
@@ -18,16 +18,35 @@ logger = logging.getLogger(__name__)
 _BESIDE = ("processor", "teacher_model_name")
 
 
+class Settings(dict[str, Any]):
+    """A configuration that a script reads and changes by key, as vembed-factory's do.
+
+    Every builder takes it, and checks it as a file is checked. Other spellings of a key mean the key.
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key, in either spelling."""
+        return super().__getitem__(ALIASES.get(key, key))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Change a value; what is wrong with it, the next builder says."""
+        super().__setitem__(ALIASES.get(key, key), value)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(ALIASES.get(key, key) if isinstance(key, str) else key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As :meth:`__getitem__`, or ``default`` when there is no such key."""
+        return super().get(ALIASES.get(key, key), default)
+
+
 def load_and_parse_config(
     arguments: Sequence[str] | None = None,
     *,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
-) -> Config:
+) -> Settings:
     """Read ``--config``, ``--config_override`` and ``--gradient_checkpointing``.
-
-    The result answers ``config["batch_size"]`` and ``config.get("batch_size")``; it cannot be
-    changed, but ``config.flat()`` is a dictionary that can, and that every builder takes too.
 
     Args:
         arguments: Of the command; ``None``: those of this process, unless ``config`` is given.
@@ -49,7 +68,7 @@ def load_and_parse_config(
     if comm.is_main():
         for notice in config_notices(path, given):
             logger.warning("%s", notice)
-    return loaded
+    return Settings(loaded.flat())
 
 
 def as_config(config: Config | Mapping[str, Any]) -> Config:
@@ -63,8 +82,13 @@ def as_config(config: Config | Mapping[str, Any]) -> Config:
     """
     if isinstance(config, Config):
         return config
-    values = {key: value for key, value in config.items() if key not in _BESIDE}
-    return parse_config({"data_path": ".", **values}, origin="config")
+    given = {
+        key: value
+        for key, value in config.items()
+        # What is at its default counts as not given, where a rule asks for that.
+        if key not in _BESIDE and not (key in SECTION_OF and value == default_of(key))
+    }
+    return parse_config({"data_path": ".", **given}, origin="config")
 
 
 def get_distributed_config(config: Config | Mapping[str, Any]) -> tuple[bool, bool, bool]:

@@ -29,8 +29,8 @@ from vembed_ds.models.rates import set_rates
 from vembed_ds.models.reach import mark_unreached
 from vembed_ds.training.data_setup import RunData
 from vembed_ds.training.frozen_features import cache_text_features, has_frozen_text_tower
+from vembed_ds.training.loop import Intervals
 from vembed_ds.training.model_setup import own_rates, setup_model
-from vembed_ds.training.trainer import Intervals
 
 logger = logging.getLogger(__name__)
 

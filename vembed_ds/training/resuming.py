@@ -11,7 +11,7 @@ from vembed_ds.checkpointing.store import check_resumable, find_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
 from vembed_ds.training.data_setup import RunData
-from vembed_ds.training.trainer import Intervals
+from vembed_ds.training.loop import Intervals
 
 logger = logging.getLogger(__name__)
 

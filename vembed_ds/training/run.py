@@ -32,6 +32,7 @@ from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout, setup_data
 from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
 from vembed_ds.training.guide import prepare_guides
+from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import (
     build_losses,
     check_data,
@@ -42,7 +43,6 @@ from vembed_ds.training.loss_setup import (
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
 from vembed_ds.training.resuming import choose_checkpoint, run_identity
-from vembed_ds.training.trainer import Intervals, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def train(
     )
     if checkpoint is not None:
         load_checkpoint(engine.engine, checkpoint)
-    trainer = build_trainer(
+    loop = build_loop(
         config,
         model,
         engine,
@@ -114,8 +114,8 @@ def train(
         attach=guides.attach,
     )
     if config.training.gradient_self_test:
-        self_test(trainer, data.train, precision=config.model.precision)
-    return trainer.train()
+        self_test(loop, data.train, precision=config.model.precision)
+    return loop.train()
 
 
 def plan_run(config: Config, *, per_epoch: int) -> Intervals:
@@ -145,7 +145,7 @@ def plan_run(config: Config, *, per_epoch: int) -> Intervals:
     )
 
 
-def build_trainer(
+def build_loop(
     config: Config,
     model: EmbeddingModel,
     engine: TrainEngine,
@@ -157,8 +157,8 @@ def build_trainer(
     tracker: Tracker | None,
     step: int,
     attach: Callable[[Batch], Batch],
-) -> Trainer:
-    """The trainer, ready to go on after ``step`` optimizer steps. Collective."""
+) -> TrainingLoop:
+    """The loop, ready to go on after ``step`` optimizer steps. Collective."""
     training, loading = config.training, config.data
     sampler = GlobalBatchSampler(
         data.order,
@@ -167,7 +167,7 @@ def build_trainer(
         num_steps=intervals.num_steps,
         start_step=step,
     )
-    trainer = Trainer(
+    loop = TrainingLoop(
         engine=engine,
         model=model,
         loader=BatchLoader(
@@ -191,12 +191,12 @@ def build_trainer(
             folder,
             identity,
         ),
-        evaluate=None if not data.val else lambda: _evaluate(config, data, trainer),
+        evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
         step=step,
         pin_memory=loading.pin_memory,
         attach=attach,
     )
-    return trainer
+    return loop
 
 
 def _save(
@@ -218,12 +218,12 @@ def _save(
     )
 
 
-def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, float]:
+def _evaluate(config: Config, data: RunData, loop: TrainingLoop) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, found in data.val.items():
         measured = evaluate_retrieval(
             found.dataset,
-            embed=trainer.embed,
+            embed=loop.embed,
             batch_size=inference_batch_size(config),
             recall_k=config.run.eval_recall_k,
             num_workers=config.data.num_workers,
@@ -237,7 +237,7 @@ def _evaluate(config: Config, data: RunData, trainer: Trainer) -> dict[str, floa
     return metrics
 
 
-def self_test(trainer: Trainer, data: Mixture, *, precision: str) -> None:
+def self_test(loop: TrainingLoop, data: Mixture, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
     # From the shuffled order: neighbours in the file are often alike.
     order = permutation(len(data), [0, 0])
@@ -245,16 +245,16 @@ def self_test(trainer: Trainer, data: Mixture, *, precision: str) -> None:
     samples = [data[int(order[place % len(order)])] for place in mine]
     comm.raise_together(next((s for s in samples if isinstance(s, VembedError)), None))
     chosen = _unequal([sample for sample in samples if isinstance(sample, Sample)])
-    batch = trainer.attach(collate(chosen))
+    batch = loop.attach(collate(chosen))
     comm.raise_together(batch.error)
     difference = check_gradient(
-        trainer.engine,
+        loop.engine,
         batch.roles,
-        loss_function=trainer.batch_loss(batch),
-        pad=trainer.pad,
-        streams=trainer.model.streams,
-        trainable=trainer.model.trainable,
-        fillers=trainer.fillers(trainer.agree_on_counts(batch)),
+        loss_function=loop.batch_loss(batch),
+        pad=loop.pad,
+        streams=loop.model.streams,
+        trainable=loop.model.trainable,
+        fillers=loop.fillers(loop.agree_on_counts(batch)),
         tolerance=TOLERANCES[precision],
     )
     if comm.is_main():

@@ -1,291 +1,199 @@
-"""The training loop."""
+"""vembed-factory's low-level trainer, on an engine: the same step, over batches of tensors."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch
-from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.distributed import comm
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import DivergedError
+from vembed_ds.errors import ConfigError
 from vembed_ds.losses import LossFunction
 from vembed_ds.models.embedding_model import EmbeddingModel
-from vembed_ds.similarity import Embeddings
-from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
-from vembed_ds.tracking.trackers import Tracker
-from vembed_ds.training.loss_inputs import loss_inputs
+from vembed_ds.steps.gradient_cache import StepResult
+from vembed_ds.tracking.trackers import Tracker, build_tracker
+from vembed_ds.training.checkpoint import save_checkpoint
+from vembed_ds.training.config import as_config
+from vembed_ds.training.data_utils import TensorBatch
+from vembed_ds.training.evaluator import Evaluator
+from vembed_ds.training.loop import Intervals, TrainingLoop
+from vembed_ds.training.tensor_batches import ItemizedBatch, TensorItems, itemize
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """How often things happen, in optimizer steps; 0: only at the end."""
-
-    num_steps: int
-    steps_per_epoch: int
-    logging_steps: int
-    eval_steps: int = 0
-    save_steps: int = 0
-    eval_on_start: bool = True
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens every ``every`` steps happens after ``step``."""
-        return step == self.num_steps or (every > 0 and step % every == 0)
+__all__ = ["Trainer"]
 
 
-@dataclass
-class _Window:
-    """What was seen since the last log line; tensors stay on the device until it is written."""
+class Trainer(TrainingLoop):
+    """Trains on batches of padded tensors, and lets a subclass change the step.
 
-    loss: Tensor | float = 0.0
-    steps: int = 0
-    skipped: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-
-
-class Trainer:
-    """Trains to the end, then evaluates and saves.
+    Every batch goes through the step of ``vembed_ds.train``, with or without gradient cache, so
+    the update is that of one process on the batches of all ranks.
 
     Args:
-        engine: Wraps ``model``.
         model: The model inside the engine.
-        loader: Batches of this rank from ``step`` on.
-        processor: Pads chunks.
-        loss_functions: From :func:`build_loss`, of every data set.
-        chunk_size: Items of each stream per chunk; ``None``: the standard step.
-        intervals: When to log, evaluate, save and stop.
-        tracker: Gets the metrics; ``None`` on all ranks but 0.
-        save: Writes a checkpoint after a step; collective.
-        evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
-        step: Optimizer steps already done.
-        pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
-        attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
+        optimizer: That the engine was made with; the engine's own steps.
+        dataloader: This rank's batches of one epoch, with the keys of
+            :mod:`vembed_ds.training.data_utils`; as many, of one size, on every rank.
+        criterion: From :func:`build_loss`.
+        engine: From :func:`prepare_engine`.
+        config: A configuration, or a plain mapping; its ``processor``, if any, is saved.
+        scheduler: That the engine was made with.
+        teacher_model: Only ``None``; distillation is not in this version.
+        distillation_loss_fn: Only ``None``.
+        evaluator: Computes the loss on ``val_dataloader``; ``None``: one is made.
+        val_dataloader: Validation batches; ``None``: no evaluation.
+
+    Raises:
+        ConfigError: Distillation is asked for, or a schedule that the engine does not have.
     """
 
     def __init__(
         self,
-        *,
-        engine: TrainEngine,
         model: EmbeddingModel,
-        loader: Iterable[Batch],
-        processor: ItemProcessor,
-        loss_functions: Sequence[LossFunction],
-        chunk_size: int | None,
-        intervals: Intervals,
-        tracker: Tracker | None,
-        save: Callable[[int], Path],
-        evaluate: Callable[[], dict[str, float]] | None = None,
-        step: int = 0,
-        pin_memory: bool = False,
-        attach: Callable[[Batch], Batch] = lambda batch: batch,
+        *,
+        optimizer: Optimizer,
+        dataloader: Any,
+        criterion: LossFunction,
+        engine: TrainEngine,
+        config: Config | Mapping[str, Any],
+        scheduler: LRScheduler | None = None,
+        teacher_model: Any = None,
+        distillation_loss_fn: Any = None,
+        evaluator: Evaluator | None = None,
+        val_dataloader: Iterable[TensorBatch] | None = None,
     ) -> None:
-        self.engine, self.model, self.processor = engine, model, processor
-        self.loader, self.chunk_size = loader, chunk_size
-        self.loss_functions = list(loss_functions)
-        self.intervals, self.tracker = intervals, tracker
-        self._save, self._evaluate, self.attach = save, evaluate, attach
-        self.step = step
-        self._pin_memory = pin_memory and engine.device.type != "cpu"
-        self._fillers: dict[str, EncodedItem] = {}
-        self._window = _Window()
-        self._progress: tqdm[Any] | None = None
-
-    def train(self) -> dict[str, float]:
-        """Run to the last step. Collective.
-
-        Returns:
-            The last evaluation's metrics; empty without validation data.
-        """
-        try:
-            with logging_redirect_tqdm():
-                return self._train()
-        finally:
-            if self.tracker is not None:
-                self.tracker.close()
-
-    def _train(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        if self.step == 0 and self.intervals.eval_on_start:
-            metrics = self.evaluate()
-        self.model.train()
-        progress: tqdm[Any] = tqdm(
-            initial=self.step,
-            total=self.intervals.num_steps,
-            disable=None if comm.is_main() else True,  # None: only on a terminal
+        if teacher_model is not None or distillation_loss_fn is not None:
+            raise ConfigError(
+                "teacher_model, distillation_loss_fn: distillation is not in this version; "
+                "leave both out"
+            )
+        if scheduler is not None and engine.engine.lr_scheduler is None:
+            raise ConfigError(
+                "scheduler: the engine has none and would keep the rate; give it to prepare_engine"
+            )
+        self.config, self.dataloader, self.optimizer = as_config(config), dataloader, optimizer
+        self.retrieval_mode = self.config.data.retrieval_mode
+        self.evaluator = evaluator
+        training = self.config.training
+        items = TensorItems()
+        intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
+        super().__init__(
+            engine=engine,
+            model=model,
+            loader=_items_of(dataloader, self._itemized, num_steps=intervals.num_steps),
+            processor=items,
+            loss_functions=[criterion],
+            chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
+            intervals=intervals,
+            tracker=comm.run_together(
+                lambda: _tracker(self.config), doing=f"output_dir={self.config.run.output_dir!r}"
+            ),
+            save=lambda step: save_checkpoint(
+                Path(self.config.run.output_dir) / f"checkpoint-step-{step}",
+                model,
+                engine,
+                processor=config.get("processor"),
+                config=self.config,
+            ),
+            evaluate=None if val_dataloader is None else lambda: self._val_loss(val_dataloader),
+            pin_memory=self.config.data.pin_memory,
         )
-        self._progress = progress
-        for batch in self.batches():
-            result, rate = self.compute_gradient(batch), self.engine.learning_rate()
-            norm = self.engine.step()
-            self.step += 1
-            self.log(result, norm, rate, num_pairs=len(batch.indices))
-            if self.intervals.due(self.intervals.eval_steps, self.step):
-                metrics = self.evaluate()
-            if self.intervals.due(self.intervals.save_steps, self.step):
-                self.require_finite(comm.mean_over_ranks(result.loss))
-                self.save()
-        progress.close()
-        return metrics
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's batches, and the time they were waited for."""
-        self._window.started = waited = time.perf_counter()
-        for batch in self.loader:
-            self._window.waited += time.perf_counter() - waited
-            yield self.attach(batch)
-            waited = time.perf_counter()
+        self._items = items
+        self._result: StepResult | None = None
 
     def compute_gradient(self, batch: Batch) -> StepResult:
-        """Gradient of the global batch, reduced, left in the engine. Collective."""
-        counts = self.agree_on_counts(batch)
-        plan = plan_step(
-            batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=self.fillers(counts)
-        )
-        return compute_gradient(
-            self.engine,
-            plan,
-            loss_function=self.batch_loss(batch),
-            pad=self.pad,
-            trainable=self.model.trainable,
-        )
+        """The step's gradient, by the method that a subclass may have replaced."""
+        assert isinstance(batch, ItemizedBatch)
+        self._result = None
+        cached = self.config.training.use_gradient_cache
+        step = self._step_with_gradient_cache if cached else self._step_standard
+        loss = torch.as_tensor(step(batch.tensors), device=self.engine.device)
+        learned: dict[str, Tensor] = {} if self._result is None else self._result.learned
+        return StepResult(loss, learned)
 
-    def agree_on_counts(self, batch: Batch) -> dict[str, int]:
-        """Per stream, the largest number of items on any rank. Collective.
+    def _step_standard(self, batch: TensorBatch) -> Tensor:
+        """Leave the gradient of a batch in the engine, which steps afterwards. Collective.
 
-        Raises:
-            VembedError: On every rank, when any rank's batch could not be read.
-        """
-        streams = self.model.streams
-        failed = int(batch.error is not None)
-        # One host-side reduction tells both.
-        any_failed, *counts = comm.all_max([failed, *count_streams(batch.roles, streams)])
-        if any_failed:
-            comm.raise_together(batch.error)
-        return dict(zip(streams, counts, strict=True))
-
-    def batch_loss(self, batch: Batch) -> BatchLoss:
-        """The loss as a function of the embeddings of one batch; collective when called."""
-
-        def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
-            return self.loss_functions[batch.member](loss_inputs(batch, rows, learned))
-
-        return loss
-
-    def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
-        """Items of a chunk to one batch on the host."""
-        inputs = self.processor.pad(stream, items)
-        return {k: v.pin_memory() for k, v in inputs.items()} if self._pin_memory else inputs
-
-    def fillers(self, counts: Mapping[str, int]) -> dict[str, EncodedItem]:
-        """One valid item per stream in use, for ranks that have fewer chunks than others."""
-        for stream, count in counts.items():
-            if count and stream not in self._fillers:
-                self._fillers[stream] = self.processor.filler(stream)
-        return self._fillers
-
-    def embed(self, items: Sequence[EncodedItem]) -> Embeddings:
-        """Embeddings of items of any streams, float32, without gradient. Collective."""
-        batch = Batch(indices=[], roles={"items": list(items)})
-        counts = self.agree_on_counts(batch)
-        plan = plan_step(batch.roles, chunk_size=None, counts=counts, fillers=self.fillers(counts))
-        rows = embed_plan(self.engine, plan, pad=self.pad)["items"]
-        return rows.dims(rows.width - rows.width // self.model.num_layers, rows.width)
-
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate, log and return the metrics; the model is in training mode afterwards."""
-        if self._evaluate is None:
-            return {}
-        with self._clock_stopped():
-            self.model.eval()
-            metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
-            self.model.train()
-            self._report(metrics)
-        return metrics
-
-    def save(self) -> None:
-        """Write a checkpoint. Collective."""
-        with self._clock_stopped():
-            folder = self._save(self.step)
-        if comm.is_main():
-            logger.info("step %d: saved %s", self.step, folder)
-
-    @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        """Time inside counts neither as training nor as waiting for data."""
-        started = time.perf_counter()
-        yield
-        self._window.started += time.perf_counter() - started
-
-    def log(
-        self, result: StepResult, norm: Tensor | None, learning_rate: float, *, num_pairs: int
-    ) -> None:
-        """Add a step to the window; write the window when it is due (first and last step too)."""
-        window = self._window
-        window.loss = window.loss + result.loss
-        window.steps += 1
-        window.skipped += norm is None
-        if self._progress is not None:
-            self._progress.update()
-        due = self.step == 1 or self.intervals.due(self.intervals.logging_steps, self.step)
-        if not due:
-            return
-        seconds = time.perf_counter() - window.started
-        pairs = num_pairs * comm.world_size() * window.steps
-        loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / window.steps)
-        metrics = {
-            "train/loss": float(loss),
-            "train/lr": learning_rate,
-            "train/grad_norm": float("nan") if norm is None else float(norm),
-            "train/epoch": self.step / self.intervals.steps_per_epoch,
-            "train/samples_per_second": pairs / seconds,
-            "train/data_wait_seconds": window.waited / window.steps,
-            "train/skipped_steps": float(window.skipped),
-        }
-        if "logit_scale" in result.learned:
-            metrics["train/temperature"] = float(1 / result.learned["logit_scale"].exp())
-        if "logit_bias" in result.learned:
-            metrics["train/logit_bias"] = float(result.learned["logit_bias"])
-        self._window = _Window()
-        self._report(metrics)
-        self.require_finite(loss)
-
-    def require_finite(self, loss: Tensor) -> None:
-        """Stop a run that can only get worse.
+        A replacement calls this one, or runs ``engine.backward`` inside ``engine.reduce_once()``.
 
         Args:
-            loss: Scalar, mean over the ranks: every rank stops, or none.
+            batch: As the loader gave it.
 
-        Raises:
-            DivergedError: The loss is NaN or infinite.
+        Returns:
+            This rank's loss, scalar, detached.
         """
-        if not math.isfinite(float(loss)):
-            raise DivergedError(
-                f"step {self.step}: train/loss is {float(loss)}: the model has diverged; go back to "
-                "an earlier checkpoint and lower lr, set max_grad_norm, or use another precision"
-            )
+        return self._run_step(batch)
 
-    def _report(self, metrics: Mapping[str, float]) -> None:
-        if self.tracker is None:
-            return
-        self.tracker.log(metrics, step=self.step)
-        if self._progress is not None and "train/loss" in metrics:
-            shown = ("loss", "lr", "grad_norm", "samples_per_second")
-            self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})
-        line = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
-        logger.info("step %d: %s", self.step, line)
+    def _step_with_gradient_cache(self, batch: TensorBatch) -> Tensor:
+        """As :meth:`_step_standard`, in chunks of ``gradient_cache_chunk_size``. Collective."""
+        return self._run_step(batch)
+
+    def _run_step(self, tensors: TensorBatch) -> Tensor:
+        batch = self._itemized(tensors)
+        self._items.remember(batch)
+        self._result = super().compute_gradient(batch)
+        return self._result.loss
+
+    def _itemized(self, tensors: TensorBatch) -> ItemizedBatch:
+        return itemize(tensors, retrieval_mode=self.retrieval_mode, streams=self.model.streams)
+
+    def _val_loss(self, batches: Iterable[TensorBatch]) -> dict[str, float]:
+        if self.evaluator is None:
+            self.evaluator = Evaluator(
+                self.model,
+                criterion=self.loss_functions[0],
+                engine=self.engine,
+                retrieval_mode=self.retrieval_mode,
+                chunk_size=self.chunk_size,
+            )
+        return {"loss": self.evaluator.evaluate(batches, global_step=self.step)}
+
+
+def _intervals(config: Config, *, steps_per_epoch: int) -> Intervals:
+    """As in vembed-factory, every epoch is evaluated and saved, unless other steps are given."""
+    if not steps_per_epoch:
+        raise ConfigError("dataloader: has no batch; give training data")
+    run = config.run
+    return Intervals(
+        num_steps=config.training.max_steps or config.training.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        logging_steps=run.logging_steps,
+        eval_steps=run.eval_steps or steps_per_epoch,
+        save_steps=run.save_steps or steps_per_epoch,
+        eval_on_start=run.eval_on_start,
+    )
+
+
+def _items_of(
+    dataloader: Any, itemized: Callable[[TensorBatch], ItemizedBatch], *, num_steps: int
+) -> Iterator[ItemizedBatch]:
+    """The batches of all epochs; a sampler that shuffles by epoch is told which one it is."""
+    step = epoch = 0
+    while step < num_steps:
+        sampler: Any = getattr(dataloader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        for tensors in dataloader:
+            if step == num_steps:
+                return
+            yield itemized(tensors)
+            step += 1
+        epoch += 1
+
+
+def _tracker(config: Config) -> Tracker | None:
+    if not comm.is_main():
+        return None
+    return build_tracker(
+        config.run.report_to,
+        folder=config.run.output_dir,
+        run_name=config.run.run_name,
+        config=config.model_dump(mode="json"),
+    )

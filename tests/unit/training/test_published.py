@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
 import sys
@@ -37,6 +38,52 @@ def test_every_name_is_there_and_importing_them_costs_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'accelerator'"):
         published.accelerator  # noqa: B018
+
+
+# Module of vembed-factory's snippets, and what they import from it.
+IMPORTS = {
+    "training": ["load_and_parse_config", "Trainer"],
+    "training.config": ["load_and_parse_config", "get_distributed_config"],
+    "training.data_utils": [
+        *("unpack_query_batch", "unpack_positive_batch", "concat_batches", "maybe_first"),
+    ],
+    "training.optimizer_builder": ["build_optimizer", "build_scheduler", "resolve_tracker"],
+    "training.model_builder": [
+        *("build_model", "build_teacher_model", "apply_lora", "enable_static_graph"),
+    ],
+    "training.checkpoint": ["save_checkpoint"],
+    "training.evaluator": ["Evaluator"],
+    "training.trainer": ["Trainer"],
+    "training.training_loop": ["Trainer"],
+}
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_every_import_of_the_snippets_is_the_published_name(module: str) -> None:
+    found = importlib.import_module(f"vembed_ds.{module}")
+    for name in IMPORTS[module]:
+        assert getattr(found, name) is getattr(published, name)
+
+
+def test_a_script_changes_settings_as_the_snippets_do(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name: a/b\ndata_path: c/d\nnum_workers: 0\nlearning_rate: 1.0e-4\n")
+    config = published.load_and_parse_config(config=path)
+    assert published.get_distributed_config(config) == (False, False, False)
+    config["use_gradient_cache"] = True
+    config["gradient_checkpointing"] = True
+    config["ddp_find_unused_parameters"] = True  # as in a file: accepted, means nothing here
+    config["learning_rate"] = 3e-4
+    assert published.get_distributed_config(config) == (True, True, False)
+    assert (config["lr"], config.get("learning_rate"), "learning_rate" in config) == (
+        *(3e-4, 3e-4),
+        True,
+    )
+    assert "nothing" not in config
+    assert config.get("nothing", 5) == 5
+    config["lora_r"] = 0
+    with pytest.raises(ConfigError, match=r"lora_r=0 \(config\): expected a whole number > 0"):
+        published.get_distributed_config(config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,291 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.collators import Batch
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.distributed import comm
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import DivergedError
+from vembed_ds.losses import LossFunction
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.similarity import Embeddings
+from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
+from vembed_ds.tracking.trackers import Tracker
+from vembed_ds.training.loss_inputs import loss_inputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often things happen, in optimizer steps; 0: only at the end."""
+
+    num_steps: int
+    steps_per_epoch: int
+    logging_steps: int
+    eval_steps: int = 0
+    save_steps: int = 0
+    eval_on_start: bool = True
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens every ``every`` steps happens after ``step``."""
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+
+@dataclass
+class _Window:
+    """What was seen since the last log line; tensors stay on the device until it is written."""
+
+    loss: Tensor | float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+
+class TrainingLoop:
+    """Trains to the end, then evaluates and saves.
+
+    Args:
+        engine: Wraps ``model``.
+        model: The model inside the engine.
+        loader: Batches of this rank from ``step`` on.
+        processor: Pads chunks.
+        loss_functions: From :func:`build_loss`, of every data set.
+        chunk_size: Items of each stream per chunk; ``None``: the standard step.
+        intervals: When to log, evaluate, save and stop.
+        tracker: Gets the metrics; ``None`` on all ranks but 0.
+        save: Writes a checkpoint after a step; collective.
+        evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
+        step: Optimizer steps already done.
+        pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
+        attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: TrainEngine,
+        model: EmbeddingModel,
+        loader: Iterable[Batch],
+        processor: ItemProcessor,
+        loss_functions: Sequence[LossFunction],
+        chunk_size: int | None,
+        intervals: Intervals,
+        tracker: Tracker | None,
+        save: Callable[[int], Path],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        step: int = 0,
+        pin_memory: bool = False,
+        attach: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
+        self.engine, self.model, self.processor = engine, model, processor
+        self.loader, self.chunk_size = loader, chunk_size
+        self.loss_functions = list(loss_functions)
+        self.intervals, self.tracker = intervals, tracker
+        self._save, self._evaluate, self.attach = save, evaluate, attach
+        self.step = step
+        self._pin_memory = pin_memory and engine.device.type != "cpu"
+        self._fillers: dict[str, EncodedItem] = {}
+        self._window = _Window()
+        self._progress: tqdm[Any] | None = None
+
+    def train(self) -> dict[str, float]:
+        """Run to the last step. Collective.
+
+        Returns:
+            The last evaluation's metrics; empty without validation data.
+        """
+        try:
+            with logging_redirect_tqdm():
+                return self._train()
+        finally:
+            if self.tracker is not None:
+                self.tracker.close()
+
+    def _train(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.step == 0 and self.intervals.eval_on_start:
+            metrics = self.evaluate()
+        self.model.train()
+        progress: tqdm[Any] = tqdm(
+            initial=self.step,
+            total=self.intervals.num_steps,
+            disable=None if comm.is_main() else True,  # None: only on a terminal
+        )
+        self._progress = progress
+        for batch in self.batches():
+            result, rate = self.compute_gradient(batch), self.engine.learning_rate()
+            norm = self.engine.step()
+            self.step += 1
+            self.log(result, norm, rate, num_pairs=len(batch.indices))
+            if self.intervals.due(self.intervals.eval_steps, self.step):
+                metrics = self.evaluate()
+            if self.intervals.due(self.intervals.save_steps, self.step):
+                self.require_finite(comm.mean_over_ranks(result.loss))
+                self.save()
+        progress.close()
+        return metrics
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches, and the time they were waited for."""
+        self._window.started = waited = time.perf_counter()
+        for batch in self.loader:
+            self._window.waited += time.perf_counter() - waited
+            yield self.attach(batch)
+            waited = time.perf_counter()
+
+    def compute_gradient(self, batch: Batch) -> StepResult:
+        """Gradient of the global batch, reduced, left in the engine. Collective."""
+        counts = self.agree_on_counts(batch)
+        plan = plan_step(
+            batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=self.fillers(counts)
+        )
+        return compute_gradient(
+            self.engine,
+            plan,
+            loss_function=self.batch_loss(batch),
+            pad=self.pad,
+            trainable=self.model.trainable,
+        )
+
+    def agree_on_counts(self, batch: Batch) -> dict[str, int]:
+        """Per stream, the largest number of items on any rank. Collective.
+
+        Raises:
+            VembedError: On every rank, when any rank's batch could not be read.
+        """
+        streams = self.model.streams
+        failed = int(batch.error is not None)
+        # One host-side reduction tells both.
+        any_failed, *counts = comm.all_max([failed, *count_streams(batch.roles, streams)])
+        if any_failed:
+            comm.raise_together(batch.error)
+        return dict(zip(streams, counts, strict=True))
+
+    def batch_loss(self, batch: Batch) -> BatchLoss:
+        """The loss as a function of the embeddings of one batch; collective when called."""
+
+        def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
+            return self.loss_functions[batch.member](loss_inputs(batch, rows, learned))
+
+        return loss
+
+    def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
+        """Items of a chunk to one batch on the host."""
+        inputs = self.processor.pad(stream, items)
+        return {k: v.pin_memory() for k, v in inputs.items()} if self._pin_memory else inputs
+
+    def fillers(self, counts: Mapping[str, int]) -> dict[str, EncodedItem]:
+        """One valid item per stream in use, for ranks that have fewer chunks than others."""
+        for stream, count in counts.items():
+            if count and stream not in self._fillers:
+                self._fillers[stream] = self.processor.filler(stream)
+        return self._fillers
+
+    def embed(self, items: Sequence[EncodedItem]) -> Embeddings:
+        """Embeddings of items of any streams, float32, without gradient. Collective."""
+        batch = Batch(indices=[], roles={"items": list(items)})
+        counts = self.agree_on_counts(batch)
+        plan = plan_step(batch.roles, chunk_size=None, counts=counts, fillers=self.fillers(counts))
+        rows = embed_plan(self.engine, plan, pad=self.pad)["items"]
+        return rows.dims(rows.width - rows.width // self.model.num_layers, rows.width)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate, log and return the metrics; the model is in training mode afterwards."""
+        if self._evaluate is None:
+            return {}
+        with self._clock_stopped():
+            self.model.eval()
+            metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
+            self.model.train()
+            self._report(metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective."""
+        with self._clock_stopped():
+            folder = self._save(self.step)
+        if comm.is_main():
+            logger.info("step %d: saved %s", self.step, folder)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Time inside counts neither as training nor as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._window.started += time.perf_counter() - started
+
+    def log(
+        self, result: StepResult, norm: Tensor | None, learning_rate: float, *, num_pairs: int
+    ) -> None:
+        """Add a step to the window; write the window when it is due (first and last step too)."""
+        window = self._window
+        window.loss = window.loss + result.loss
+        window.steps += 1
+        window.skipped += norm is None
+        if self._progress is not None:
+            self._progress.update()
+        due = self.step == 1 or self.intervals.due(self.intervals.logging_steps, self.step)
+        if not due:
+            return
+        seconds = time.perf_counter() - window.started
+        pairs = num_pairs * comm.world_size() * window.steps
+        loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / window.steps)
+        metrics = {
+            "train/loss": float(loss),
+            "train/lr": learning_rate,
+            "train/grad_norm": float("nan") if norm is None else float(norm),
+            "train/epoch": self.step / self.intervals.steps_per_epoch,
+            "train/samples_per_second": pairs / seconds,
+            "train/data_wait_seconds": window.waited / window.steps,
+            "train/skipped_steps": float(window.skipped),
+        }
+        if "logit_scale" in result.learned:
+            metrics["train/temperature"] = float(1 / result.learned["logit_scale"].exp())
+        if "logit_bias" in result.learned:
+            metrics["train/logit_bias"] = float(result.learned["logit_bias"])
+        self._window = _Window()
+        self._report(metrics)
+        self.require_finite(loss)
+
+    def require_finite(self, loss: Tensor) -> None:
+        """Stop a run that can only get worse.
+
+        Args:
+            loss: Scalar, mean over the ranks: every rank stops, or none.
+
+        Raises:
+            DivergedError: The loss is NaN or infinite.
+        """
+        if not math.isfinite(float(loss)):
+            raise DivergedError(
+                f"step {self.step}: train/loss is {float(loss)}: the model has diverged; go back to "
+                "an earlier checkpoint and lower lr, set max_grad_norm, or use another precision"
+            )
+
+    def _report(self, metrics: Mapping[str, float]) -> None:
+        if self.tracker is None:
+            return
+        self.tracker.log(metrics, step=self.step)
+        if self._progress is not None and "train/loss" in metrics:
+            shown = ("loss", "lr", "grad_norm", "samples_per_second")
+            self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})
+        line = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
+        logger.info("step %d: %s", self.step, line)
