@@ -439,8 +439,17 @@ class OptimizerConfig(Section):
     max_grad_norm: NonNegativeFloat = Field(
         default=1.0, description="Clip the gradient to this norm; 0: off."
     )
-    scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        default="cosine", description="Learning rate after the warm-up."
+    scheduler_type: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = Field(
+        default="cosine",
+        description="Learning rate after the warm-up; transformers' schedules of that name.",
     )
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Share of all steps that warm up."

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up, then cosine, linear or constant."""
+"""Learning-rate schedules: warm-up, then one of transformers' ways down."""
 
 from __future__ import annotations
 

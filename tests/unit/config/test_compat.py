@@ -91,7 +91,10 @@ VALUES = {
     "retrieval_mode": ["t2i", "i2i", "i2t", "t2t", "m2i", "m2t"],
     "pooling_method": ["cls", "mean", "last_token", "none"],
     "attn_implementation": ["sdpa", "eager"],
-    "scheduler_type": ["cosine", "linear", "constant", "constant_with_warmup"],
+    "scheduler_type": [
+        *("cosine", "linear", "constant", "constant_with_warmup"),
+        *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    ],
     "report_to": ["none", "wandb", "tensorboard", "all"],
 }
 
