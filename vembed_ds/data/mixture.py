@@ -10,9 +10,10 @@ from itertools import accumulate
 import numpy as np
 from torch.utils.data import Dataset
 
+from vembed_ds.data.columns import Part
 from vembed_ds.data.dataset import PairDataset, Sample
 from vembed_ds.data.processors import content_key
-from vembed_ds.data.records import Part, Record, content_number
+from vembed_ds.data.records import Record, content_number
 from vembed_ds.data.sampler import SampleKey
 from vembed_ds.distributed import comm
 from vembed_ds.errors import DataError, VembedError

@@ -10,38 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
+from vembed_ds.data.columns import (
+    IMAGE,
+    REQUIRED,
+    TEXT,
+    ColumnChooser,
+    Part,
+    column_names,
+    listed,
+    read_mode,
+    refuse_videos,
+)
 from vembed_ds.data.image_paths import resolve_image_path
-from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.errors import DataError
 
-Part = Literal["text", "image"]
 ImageSource = str | bytes | Image.Image | dict[str, Any]
 
-TEXT: Part = "text"
-IMAGE: Part = "image"
-
-# What each letter of a retrieval mode asks of its side: parts that a record must have, and may.
-REQUIRED: dict[str, tuple[Part, ...]] = {
-    "t": (TEXT,),
-    "i": (IMAGE,),
-    "m": (TEXT, IMAGE),
-    "x": (),
-}
-LETTERS = {"t": "a text", "i": "an image", "m": "a text and an image", "x": "either or both"}
-
-# role, part -> (column_mapping key, default names), names in order of preference. What only one
-# side of a mode can mean (`query` is an image in i2t) is added by `_names`.
-_COLUMNS: dict[tuple[str, Part], tuple[str, tuple[str, ...]]] = {
-    ("query", TEXT): ("query", ("query", "caption")),
-    ("query", IMAGE): ("query_image", ("query_image",)),
-    ("positive", TEXT): ("positive", ("positive",)),
-    ("positive", IMAGE): ("positive_image", ("positive_image", "image")),
-    ("negative", TEXT): ("negatives", ("negatives",)),
-    ("negative", IMAGE): ("negative_images", ("negative_images",)),
-}
 _LABEL_COLUMNS = ("label", "class_id")  # not `id`, which numbers records more often than classes
 _SCORE_COLUMNS = ("score",)
 
@@ -123,8 +111,8 @@ class RecordReader:
         self.retrieval_mode = retrieval_mode
         self.column_mapping = dict(column_mapping)
         self.letters = read_mode(retrieval_mode)
-        _refuse_videos(columns, column_mapping, origin=origin)
-        chooser = _Columns(
+        refuse_videos(columns, column_mapping, origin=origin)
+        chooser = ColumnChooser(
             columns, column_mapping, place=f"{origin} (retrieval_mode={retrieval_mode})"
         )
         self.role_columns = {role: self._choose(chooser, role) for role in ("query", "positive")}
@@ -183,10 +171,10 @@ class RecordReader:
             score=None if self.score_column is None else self._score(row, index),
         )
 
-    def _choose(self, chooser: _Columns, role: str) -> dict[Part, str]:
+    def _choose(self, chooser: ColumnChooser, role: str) -> dict[Part, str]:
         letter = self.letters["query" if role == "query" else "positive"]
         wanted: tuple[Part, ...] = REQUIRED[letter] or (TEXT, IMAGE)
-        found = {part: chooser.find(*_names(role, part, letter)) for part in wanted}
+        found = {part: chooser.find(*column_names(role, part, letter)) for part in wanted}
         present = {part: name for part, name in found.items() if name is not None}
         if role != "negative":
             for part in REQUIRED[letter]:
@@ -209,7 +197,7 @@ class RecordReader:
         if all(value is None for value in values.values()):
             raise DataError(
                 f"{self.origin}, record {index}: the {role} has neither text nor image (columns "
-                f"{_listed(list(columns.values()))}); remove the record or fill one in"
+                f"{listed(list(columns.values()))}); remove the record or fill one in"
             )
         return Item(values.get(TEXT), values.get(IMAGE), self.instruction(role))
 
@@ -295,80 +283,9 @@ class RecordReader:
         return number
 
 
-def read_mode(retrieval_mode: str) -> dict[str, str]:
-    """The letters of a mode, by role.
-
-    Raises:
-        ConfigError: When it is not two of the letters around a 2.
-    """
-    first, _, last = retrieval_mode.partition("2")
-    if first not in LETTERS or last not in LETTERS:
-        known = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
-        raise ConfigError(
-            f"retrieval_mode={retrieval_mode!r}: not a known mode; write QUERY2POSITIVE with "
-            f"{known}, for example t2i"
-        )
-    return {"query": first, "positive": last}
-
-
 def content_number(data: bytes) -> int:
     """A stable signed 64-bit hash."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def _refuse_videos(
-    columns: Sequence[str], column_mapping: Mapping[str, str], *, origin: str
-) -> None:
-    """A record's video would be left out without a word."""
-    for name in (*columns, *column_mapping):
-        if name == "video" or name.endswith("_video"):
-            raise DataError(
-                f"{origin}: column {name!r}: video is not supported, only texts and images; remove "
-                "or rename the column, or save frames as images"
-            )
-
-
-class _Columns:
-    """Finds the column of a role, by the mapping or by its default names."""
-
-    def __init__(
-        self, columns: Sequence[str], column_mapping: Mapping[str, str], *, place: str
-    ) -> None:
-        self.columns, self.mapping, self.place = list(columns), column_mapping, place
-
-    def find(self, keys: Sequence[str], names: Sequence[str]) -> str | None:
-        for key in keys:
-            if key in self.mapping:
-                return self._mapped(key)
-        return next((name for name in names if name in self.columns), None)
-
-    def _mapped(self, key: str) -> str:
-        column = self.mapping[key]
-        if column in self.columns:
-            return column
-        raise DataError(
-            f"{self.place}: column_mapping {key}={column!r} names a missing column; "
-            f"the columns are {_listed(self.columns)}; correct column_mapping"
-        )
-
-    def missing(self, role: str, part: Part, letter: str) -> DataError:
-        keys, names = _names(role, part, letter)
-        what = "text or image" if letter == "x" else part
-        return DataError(
-            f"{self.place}: no column holds the {what} of the {role}: looked for "
-            f"{_listed(names)}, the columns are {_listed(self.columns)}; "
-            f"name the column with column_mapping: {{{keys[0]}: COLUMN}}"
-        )
-
-
-def _names(role: str, part: Part, letter: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The keys and the default names of a column, in order of preference."""
-    key, names = _COLUMNS[role, part]
-    if part == IMAGE and letter == "i":
-        # An image alone may also stand in the role's plain column (vembed-factory: `positive`).
-        plain, _ = _COLUMNS[role, TEXT]
-        return (key, plain), (*names, plain)
-    return (key,), names
 
 
 def _as_list(value: Any, *, place: str) -> list[Any]:
@@ -418,10 +335,6 @@ def _checked_image(value: object, *, place: str) -> ImageSource:
         f"{place}: {_shortened(value)} is {type(value).__name__}, not an image; give a path, "
         "encoded bytes or an image column, or name the image column with column_mapping"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
 
 
 def _shortened(value: object, *, length: int = 80) -> str:

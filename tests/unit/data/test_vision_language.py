@@ -25,9 +25,10 @@ from transformers import (
 
 from tests.parity.families import FAMILIES
 from tests.tokenizers import gemma_tokenizer, qwen_tokenizer
+from vembed_ds.data.layouts import punctuated
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.records import Item
-from vembed_ds.data.vision_language import VisionLanguageProcessor, punctuated
+from vembed_ds.data.vision_language import VisionLanguageProcessor
 from vembed_ds.errors import ConfigError, DataError
 
 IMAGE_PAD = "<|image_pad|>"
