@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from tests.parity.cases import make_engine, reference_name, whole_parameters
-from tests.parity.family_reference import RANK_SHARE, TEMPERATURE
+from tests.parity.family_reference import NEGATIVES, RANK_SHARE, TEMPERATURE
 from tests.parity.lora_cases import ALPHA, RANK, start_value
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.export import describe_model
@@ -74,8 +73,9 @@ def train(
     engine = make_engine(model, ds_config=ds_config)
     model.train()
     losses, norms = [], []
-    for step in saved["steps"]:
-        losses.append(_step(engine, model, processor, _share(step), fillers, chunk_size))
+    for step, counts in zip(saved["steps"], NEGATIVES, strict=True):
+        share = _share(step, counts)
+        losses.append(_step(engine, model, processor, *share, fillers, chunk_size))
         norms.append(float(engine.step()))
     found = {_name(name, composed=composed): p for name, p in whole_parameters(engine).items()}
     result: dict[str, Any] = {"losses": losses, "norms": norms, "after": found}
@@ -94,12 +94,18 @@ def add_started_adapters(model: EmbeddingModel) -> None:
             parameter.data.copy_(start_value(plain, parameter.shape))
 
 
-def _share(step: Mapping[str, list[Any]]) -> dict[str, list[EncodedItem]]:
+def _share(
+    step: Mapping[str, list[Any]], counts: Sequence[int]
+) -> tuple[dict[str, list[EncodedItem]], list[int]]:
+    """This rank's items, and how many negatives each of its records has."""
     start = comm.rank() * RANK_SHARE
-    return {
-        role: [EncodedItem(*item) for item in items[start : start + RANK_SHARE]]
-        for role, items in step.items()
+    mine = slice(start, start + RANK_SHARE)
+    before, own = sum(counts[:start]), list(counts[mine])
+    places = {"query": mine, "positive": mine, "negative": slice(before, before + sum(own))}
+    roles = {
+        role: [EncodedItem(*item) for item in items[places[role]]] for role, items in step.items()
     }
+    return roles, own
 
 
 def _plan(
@@ -118,40 +124,22 @@ def _step(
     model: EmbeddingModel,
     processor: ItemProcessor,
     roles: dict[str, list[EncodedItem]],
+    negative_counts: list[int],
     fillers: Mapping[str, EncodedItem],
     chunk_size: int,
 ) -> float:
-    info_nce = build_loss("infonce", temperature=TEMPERATURE, loss_bidirectional=True)
-    batch = Batch(indices=[], roles=roles)
-
-    def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
-        if rows["query"].mask is not None:
-            return _loss_of_pairs(rows["query"], rows["positive"])
-        return info_nce(loss_inputs(batch, rows, learned))
-
+    late = next(iter(model.pooling().values())) == "none"
+    loss_type = "colbert" if late else "infonce"
+    loss = build_loss(loss_type, temperature=TEMPERATURE, loss_bidirectional=True)
+    batch = Batch(indices=[], roles=roles, negative_counts=negative_counts)
     result = compute_gradient(
         engine,
         _plan(model, roles, fillers, chunk_size),
-        loss_function=loss,
+        loss_function=lambda rows, learned: loss(loss_inputs(batch, rows, learned)),
         pad=processor.pad,
         trainable=model.trainable,
     )
     return float(comm.mean_over_ranks(result.loss))
-
-
-def _loss_of_pairs(query: Embeddings, positive: Embeddings) -> Tensor:
-    scores = _maxsim(_unit(query), _unit(positive)) / TEMPERATURE
-    index = torch.arange(len(scores))
-    wrong = scores[index, (index + 1) % len(scores)]
-    return functional.softplus(wrong - scores[index, index]).mean()
-
-
-def _maxsim(query: Embeddings, positive: Embeddings) -> Tensor:
-    """Mean over a query's tokens of the best of the positive's; padding of neither counts."""
-    pairs = torch.einsum("qld,pmd->qplm", query.values, positive.values)
-    best = pairs.masked_fill(~positive.mask[None, :, None], -torch.inf).amax(dim=-1)
-    real = query.mask[:, None].float()
-    return (best * real).sum(dim=-1) / real.sum(dim=-1)
 
 
 def _unit(rows: Embeddings) -> Embeddings:

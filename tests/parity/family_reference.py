@@ -15,6 +15,12 @@ from tests.parity.lora_cases import PlainAdapter
 COMPOSED = {"text": "bert", "image": "convnext"}
 TEMPERATURE = 0.1
 RANK_SHARE = 6
+# Explicit negatives of every record, by step; the second rank has none in the first.
+NEGATIVES = (
+    (2, 0, 1, 0, 0, 0, *[0] * RANK_SHARE),
+    (0, 1, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0),
+    (0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0),
+)
 
 
 class PlainFamily(nn.Module):
@@ -75,7 +81,7 @@ def train_plain(
     losses, norms = [], []
     for roles in steps:
         rows = {role: [model(item) for item in items] for role, items in roles.items()}
-        loss = plain_loss(rows["query"], rows["positive"])
+        loss = plain_loss(rows["query"], rows["positive"], rows["negative"])
         model.zero_grad()
         loss.backward()
         for parameter in trained.values():  # what the batch does not touch has gradient zero
@@ -100,24 +106,17 @@ def adapt_blocks(model: PlainFamily) -> None:
         setattr(model.get_submodule(owner), leaf, adapter)
 
 
-def plain_loss(query: list[Tensor], positive: list[Tensor]) -> Tensor:
-    """InfoNCE in both directions over all rows; of token embeddings, a loss of pairs."""
+def plain_loss(query: list[Tensor], positive: list[Tensor], negative: list[Tensor]) -> Tensor:
+    """InfoNCE in both directions over all rows, the negatives behind the positives.
+
+    Of token embeddings s is MaxSim, the mean over the query's tokens.
+    """
+    documents = [*positive, *negative]
     if query[0].dim() == 2:
-        return _loss_of_pairs(query, positive)
-    logits = torch.stack(query) @ torch.stack(positive).T / TEMPERATURE
-    target = torch.arange(len(logits))
-    both = functional.cross_entropy(logits, target), functional.cross_entropy(logits.T, target)
-    return (both[0] + both[1]) / 2
-
-
-def _loss_of_pairs(query: list[Tensor], positive: list[Tensor]) -> Tensor:
-    """The positive, and the next one of the same rank's share as a negative."""
-    terms = []
-    for index, row in enumerate(query):
-        start = index // RANK_SHARE * RANK_SHARE
-        other = positive[start + (index - start + 1) % RANK_SHARE]
-        found, wrong = (
-            (row @ column.T).max(dim=1).values.mean() for column in (positive[index], other)
-        )
-        terms.append(functional.softplus((wrong - found) / TEMPERATURE))
-    return torch.stack(terms).mean()
+        scores = [[(q @ d.T).amax(dim=1).mean() for d in documents] for q in query]
+        logits = torch.stack([torch.stack(row) for row in scores]) / TEMPERATURE
+    else:
+        logits = torch.stack(query) @ torch.stack(documents).T / TEMPERATURE
+    target = torch.arange(len(query))
+    back = logits[:, : len(query)].T
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(back, target)) / 2

@@ -1,7 +1,7 @@
 """Every model family: three cached steps of two ranks equal plain steps, item by item; then export.
 
-One rank's share of the first step has no image, the second step mixes items of all kinds, the
-third has no image at all, so that chunks of filler run and a tower is skipped. The export is read
+One rank's share of the first step has no image and no explicit negative, the second step mixes items
+of all kinds, the third has no image at all, so that chunks of filler run and a tower is skipped. The export is read
 by the project and by transformers alone.
 """
 
@@ -23,7 +23,13 @@ from tests.parity.conftest import OPTIMIZER, ds_config
 from tests.parity.data import GLOBAL_BATCH
 from tests.parity.families import FAMILIES
 from tests.parity.family_cases import load_processor
-from tests.parity.family_reference import COMPOSED, RANK_SHARE, PlainFamily, train_plain
+from tests.parity.family_reference import (
+    COMPOSED,
+    NEGATIVES,
+    RANK_SHARE,
+    PlainFamily,
+    train_plain,
+)
 from tests.parity.test_step_matrix import check
 from tests.worlds import World
 from vembed_ds import Encoder
@@ -33,6 +39,9 @@ from vembed_ds.data.records import Item
 
 NAMES = [*(name for name in FAMILIES if name != "convnext"), "composed"]
 ADAPTED = ("qwen2_vl", "qwen3_vl", "colpali", "colqwen2")  # with LoRA, in both their parts
+# With seed 0 two tokens are so nearly the best of one query token that plain steps on weights changed
+# by 1e-7 choose the other one, and their gradient norm moves by 5e-5.
+OTHER_SEEDS = {"colpali": 20}
 CHUNK_SIZE = 4  # of 6 or 12 items: uneven
 WORDS = [
     "a",
@@ -68,15 +77,16 @@ def images(generator: np.random.Generator) -> Item:
 
 def make_items(name: str, step: int) -> dict[str, list[Item]]:
     """The global batch of a step."""
-    generator = np.random.default_rng(step)
+    generator = np.random.default_rng(step + OTHER_SEEDS.get(name, 0))
     streams = ("text", "image") if name == "composed" else FAMILIES[name].streams
-    roles: dict[str, list[Item]] = {"query": [], "positive": []}
+    roles: dict[str, list[Item]] = {"query": [], "positive": [], "negative": []}
     for index in range(GLOBAL_BATCH):
-        for role, items in roles.items():
+        for role in ("query", "positive", *["negative"] * NEGATIVES[step][index]):
+            items = roles[role]
             text, image = texts(generator), images(generator)
             if role == "query" and name.startswith("qwen"):
                 text = replace(text, instruction="Find the picture")
-            shown = role == "positive" and (index < RANK_SHARE, index % 2, False)[step]
+            shown = role != "query" and (index < RANK_SHARE, index % 2, False)[step]
             if len(streams) == 1:
                 items.append(text if streams == ("text",) else image)
             elif "both" in streams and step == 1 and index % 3 == 0:
