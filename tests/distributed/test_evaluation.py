@@ -100,7 +100,8 @@ def brute_force(pairs: Sequence[tuple[str, str]], *, mode: str) -> dict[str, flo
             for key, d in vectors[1].items()
         }
         best = max(cosine[document] for document in right)
-        ranks.append(1 + sum(cosine[key] >= best for key in cosine if key not in right))
+        others = [key for key in cosine if key not in right and (mode, key) != ("i2i", query)]
+        ranks.append(1 + sum(cosine[key] >= best for key in others))
     return {
         **{f"recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in RECALL_K},
         "mrr": sum(1 / rank for rank in ranks) / len(ranks),
@@ -134,6 +135,21 @@ def test_equals_brute_force(
         assert result["calls"] == results[0]["calls"]  # equal numbers of forward passes
     share = -(-5 // world_size)  # of the distinct queries, and of the distinct documents
     assert len(results[0]["calls"]) == 2 * -(-share // batch_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_query_does_not_find_itself(world: Callable[[int], World], world_size: int) -> None:
+    """Images of one thing, each searched with the one before: every query is a document too."""
+    pairs = [(str(number), str((number + 1) % 6)) for number in range(6)]
+    for result in on_ranks(world, world_size, pairs, mode="i2i"):
+        assert result["metrics"] == pytest.approx(brute_force(pairs, mode="i2i"))
+        assert result["metrics"]["recall@1"] > 0  # nothing would be found before the query itself
+    same = [*pairs, ("9", "9")]
+    for result in on_ranks(world, world_size, same, mode="i2i"):
+        assert result["error"] == (
+            "DataError: val.jsonl, record 6: query and positive hold the same, so that every "
+            "model finds it; evaluate on other pairs"
+        )
 
 
 def test_more_ranks_than_queries(world: Callable[[int], World]) -> None:

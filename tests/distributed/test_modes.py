@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,62 @@ def test_every_mode_trains_alike_at_every_stage_and_converts(
     trained = {k.removeprefix("eval/"): v for k, v in results[0]["metrics"].items()}
     assert metrics == pytest.approx(trained, rel=1e-4)
     assert metrics["num_queries"] == NUM_RECORDS
+
+
+@pytest.mark.parametrize("mode", ["t2t", "t2i"])
+def test_explicit_negatives_are_in_the_loss(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    clip_folder: Path,
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    """Texts, then images: beside the in-batch negatives, in one step of all records."""
+    quiet = shutil.copytree(
+        clip_folder, tmp_path / "quiet"
+    )  # no dropout, so that it can be compared
+    config = (quiet / "config.json").read_text()
+    (quiet / "config.json").write_text(
+        config.replace('attention_dropout": 0.1', 'attention_dropout": 0.0')
+    )
+    rows = [json.loads(line) for line in (records / "all.jsonl").read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["positive"] = row["positive_image"] if mode == "t2i" else row["positive"]
+        others = [(index + step) % NUM_RECORDS for step in range(1, 1 + index % 3)]
+        row["negatives"] = [f"q{i}.png" if mode == "t2i" else f"no {caption(i)}" for i in others]
+        for name in ("query_image", "positive_image"):
+            del row[name]
+    path = make_config(
+        model_name=str(quiet),
+        data_path=write_rows(tmp_path / "rows.jsonl", rows),
+        val_data_path=None,
+        image_root=str(records),
+        retrieval_mode=mode,
+        batch_size=NUM_RECORDS // 2,
+        max_steps=1,
+        temperature=0.1,
+        learnable_temperature=None,
+        loss_bidirectional=None,
+    )
+    run(world(2), path, 2)
+    encoder = Encoder(quiet, device="cpu")
+
+    def embed(names: list[str]) -> Any:
+        if mode == "t2i":
+            return encoder.encode_image([str(records / name) for name in names])
+        return encoder.encode_text(names)
+
+    negatives = [name for row in rows for name in row["negatives"]]
+    documents = embed([row["positive"] for row in rows] + negatives)
+    logits = encoder.encode_text([row["query"] for row in rows]) @ documents.T / 0.1
+    expected = {
+        number: float(np.mean(np.log(np.exp(logits[:, :number]).sum(1)) - np.diag(logits)))
+        for number in (NUM_RECORDS, len(documents))
+    }
+    assert expected[len(documents)] - expected[NUM_RECORDS] > 0.1
+    loss = losses_of(tmp_path / "out")[1]
+    assert loss == pytest.approx(expected[len(documents)], rel=1e-5)
 
 
 def test_a_record_that_lacks_what_the_mode_needs_is_named_on_every_rank(

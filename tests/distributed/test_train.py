@@ -79,6 +79,17 @@ def test_every_shipped_ds_config_follows_the_same_losses(
     assert losses[1] == pytest.approx(stage_0[1], rel=1e-6)
 
 
+def test_the_seed_decides_a_run(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    losses = []
+    for number, seed in enumerate((42, 42, 43)):
+        out = tmp_path / str(number)
+        run(world(2), make_config(output_dir=str(out), seed=seed, val_data_path=None), 2)
+        losses.append(losses_of(out))
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_what_a_run_writes(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:

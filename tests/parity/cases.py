@@ -121,6 +121,20 @@ def train_step(
     return float(comm.mean_over_ranks(result.loss))
 
 
+def count_reductions(
+    *, folder: str, kind: str, ds_config: dict[str, Any], chunk_size: int | None
+) -> dict[str, int]:
+    """How often this rank reduced something over the ranks until a step's gradient was there."""
+    model = make_model(Path(folder), kind=kind, temperature=0.1)
+    engine = make_engine(model, ds_config=ds_config)
+    model.train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_step(engine, model, kind, 0, chunk_size, True, 0.1)
+    engine.engine.destroy()
+    counts = {event.key: int(event.count) for event in profile.key_averages()}
+    return {name: n for name, n in counts.items() if "c10d::" in name and "reduce" in name}
+
+
 def rank_roles(kind: str, step: int) -> dict[str, list[EncodedItem]]:
     """This rank's contiguous share of the global batch."""
     records = _rank_records(kind, step)

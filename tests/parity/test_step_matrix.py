@@ -81,6 +81,24 @@ def test_plain(
     check(reference(kind), results)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_chunks_are_reduced_once(
+    world: Callable[[int], World], folders: dict[float, Path], stage: int
+) -> None:
+    counts = [
+        world(2).run(
+            "tests.parity.cases:count_reductions",
+            folder=str(folders[0.0]),
+            kind="composed",
+            ds_config=ds_config(stage, 2),
+            chunk_size=chunk_size,
+        )
+        for chunk_size in (None, 1)
+    ]
+    assert counts[0] == counts[1]
+    assert all(sum(of_rank.values()) for of_rank in counts[0])
+
+
 @pytest.mark.parametrize("chunk", ["one", "uneven"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)

@@ -164,6 +164,18 @@ def test_reference_to_a_package() -> None:
     assert rows[0] @ rows[1] > rows[0] @ rows[2]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_sentence_transformers_folder_embeds_as_there() -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["a cat", "a tax form that is somewhat longer", "rain"]
+    peer = SentenceTransformer(resolve_model_reference(MINILM), device="cpu")
+    expected = peer.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(
+        Encoder(MINILM, device="cpu").encode_text(texts), expected, atol=1e-6
+    )
+
+
 def test_16_bit_weights_give_float32_rows(folders: Path, text_encoder: Encoder) -> None:
     half = Encoder(folders / "text", device="cpu", dtype=torch.bfloat16)
     rows = half.encode_text(cases.TEXTS)

@@ -97,7 +97,9 @@ def _decoded(source: str | bytes | Image.Image, *, place: str) -> Image.Image:
                 return _to_rgb(ImageOps.exif_transpose(source))
             file = BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=FORMATS) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)  # else it makes a copy
+                rgb = _to_rgb(image)
+                return image.copy() if rgb is image else rgb
     except UnidentifiedImageError as error:
         raise DataError(
             f"{place} cannot be read: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or "
@@ -118,7 +120,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")

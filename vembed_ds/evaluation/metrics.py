@@ -22,6 +22,7 @@ def first_relevant_rank(
     relevant: Sequence[Sequence[int]],
     *,
     chunk_size: int,
+    ignored: Sequence[int | None] = (),
     reduction: str = "mean",
 ) -> Tensor:
     """Rank of the best-ranked relevant document of every query, by cosine or MaxSim.
@@ -34,6 +35,7 @@ def first_relevant_rank(
         corpus_emb: C embeddings, on the device of ``query_emb``.
         relevant: Per query, the rows of ``corpus_emb`` that answer it; at least one.
         chunk_size: Queries compared at a time; memory is ``chunk_size * C`` floats.
+        ignored: Per query, a row of ``corpus_emb`` that does not compete, if there is one.
         reduction: Of MaxSim.
 
     Returns:
@@ -53,7 +55,11 @@ def first_relevant_rank(
         return torch.empty(0, dtype=torch.int64)
     return torch.cat(
         [
-            _ranks(cosine, relevant[start : start + len(cosine)])
+            _ranks(
+                cosine,
+                relevant[start : start + len(cosine)],
+                ignored[start : start + len(cosine)],
+            )
             for start, cosine in _similarities(
                 query_emb, corpus_emb, chunk_size=chunk_size, reduction=reduction
             )
@@ -138,7 +144,9 @@ def _similarities(
         yield start, similarity(chunk, corpus, reduction=reduction)
 
 
-def _ranks(cosine: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
+def _ranks(
+    cosine: Tensor, relevant: Sequence[Sequence[int]], ignored: Sequence[int | None]
+) -> Tensor:
     """Ranks ``[c]`` of a chunk; overwrites ``cosine`` ``[c, C]``."""
     columns = torch.tensor([column for documents in relevant for column in documents])
     counts = torch.tensor([len(documents) for documents in relevant])
@@ -146,4 +154,7 @@ def _ranks(cosine: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
     found = cosine[rows, columns.to(cosine.device)]
     best = cosine.new_full((len(relevant),), -torch.inf).scatter_reduce(0, rows, found, "amax")
     cosine[rows, columns.to(cosine.device)] = -torch.inf  # they do not compete with each other
+    for row, column in enumerate(ignored):
+        if column is not None:
+            cosine[row, column] = -torch.inf
     return 1 + (cosine >= best[:, None] - TIE).sum(dim=1)

@@ -43,11 +43,14 @@ class Judgments:
         query_records: For each distinct query, the first record that holds it.
         document_records: For each distinct document, the first record that holds it.
         relevant: For each distinct query, its documents as positions in ``document_records``.
+        same: For each distinct query, the document that holds the same, in image-to-image
+            search for example: it neither answers the query nor competes. ``None``: there is none.
     """
 
     query_records: list[int]
     document_records: list[int]
     relevant: list[list[int]]
+    same: list[int | None]
 
 
 def evaluate_retrieval(
@@ -130,7 +133,7 @@ def read_judgments(dataset: PairDataset) -> Judgments:
     Collective: every rank reads its shard; the result is the same on every rank.
 
     Raises:
-        DataError: When a record cannot be used.
+        DataError: When a record cannot be used, or holds the same as query and as positive.
         DistributedError: When a record of another rank cannot be used.
     """
     keys: list[list[str]] = []
@@ -143,6 +146,12 @@ def read_judgments(dataset: PairDataset) -> Judgments:
     comm.raise_together(error)
     shards = comm.all_gather_objects(np.array(keys, dtype=np.bytes_))
     queries, documents = np.concatenate(shards)[: len(dataset)].T  # without padding, see _gathered
+    if (same := np.flatnonzero(queries == documents)).size:
+        record = dataset.record(int(same[0])).index
+        raise DataError(
+            f"{dataset.reader.origin}, record {record}: query and positive hold the same, so that "
+            "every model finds it; evaluate on other pairs"
+        )
     return _judgments(queries.tolist(), documents.tolist())
 
 
@@ -244,6 +253,7 @@ def retrieval_metrics(
         query_emb.rows(share),
         corpus_emb,
         [judgments.relevant[row] for row in share],
+        ignored=[judgments.same[row] for row in share],
         chunk_size=query_chunk(num_documents),
         reduction=reduction,
     )
@@ -293,7 +303,8 @@ def _judgments(queries: Sequence[bytes], documents: Sequence[bytes]) -> Judgment
     relevant: list[dict[int, None]] = [{} for _ in query_records]
     for query, document in zip(queries, documents, strict=True):
         relevant[query_places[query]][document_places[document]] = None
-    return Judgments(query_records, document_records, [list(found) for found in relevant])
+    same = [document_places.get(queries[record]) for record in query_records]
+    return Judgments(query_records, document_records, [list(found) for found in relevant], same)
 
 
 def _distinct(keys: Sequence[bytes]) -> tuple[dict[bytes, int], list[int]]:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from tests.memory import measure
 from vembed_ds.config.compat import ENCODER_FAMILIES
 from vembed_ds.config.loading import dump_config, load_config, parse_config
 from vembed_ds.config.schema import Config
@@ -382,6 +383,13 @@ def test_tags_make_no_python_objects(tmp_path, text):
         load_config(path, [])
 
 
+LOAD = """
+from pathlib import Path
+try:
+    outcome = load_config(Path(sys.argv[1]), [])
+except Exception as error:
+    outcome = type(error).__name__
+"""
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
 )
@@ -404,6 +412,8 @@ def test_yaml_that_would_fill_the_memory(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(path, [])
     assert time.monotonic() - started < 10
+    megabytes, _ = measure("from vembed_ds.config.loading import load_config", LOAD, str(path))
+    assert megabytes < 50
 
 
 def test_aliases_work(write):

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.memory import measure
 from vembed_ds.data.image_paths import MAX_FILE_BYTES
 from vembed_ds.data.images import first_missing_image, open_image
 from vembed_ds.data.records import Item, Record
@@ -246,50 +245,57 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
 }
 
-MEASURE = """
-import resource, sys
-from vembed_ds.data.images import open_image
-from vembed_ds.errors import DataError
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
+
+def opened_in_a_process(path: Path) -> tuple[int, str]:
+    """Megabytes, and the mode of the image or the error."""
+    return measure(
+        "from vembed_ds.data.images import open_image\nfrom vembed_ds.errors import DataError",
+        """
 try:
     outcome = open_image(sys.argv[1], origin="a").mode
 except DataError as error:
     outcome = str(error)
-print((peak() - before) // 1024, outcome)
-"""
+""",
+        str(path),
+    )
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_in_bounded_memory(tmp_path: Path, name: str) -> None:
-    """Measured in a process of its own; the pixels of the PNG alone would be 2.5 GB."""
+    """The pixels of the PNG alone would be 2.5 GB."""
     make, message = BOMBS[name]
     (tmp_path / "bomb").write_bytes(make())
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "bomb")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    megabytes, _, outcome = done.stdout.strip().partition(" ")
-    assert int(megabytes) < 100
+    megabytes, outcome = opened_in_a_process(tmp_path / "bomb")
+    assert megabytes < 100
     assert (message in outcome and "cannot be read" in outcome) if message else outcome == "RGB"
 
 
-def test_the_largest_image_takes_bounded_memory(tmp_path: Path) -> None:
-    """Pillow's limit of 89 million pixels; transparency needs four copies of four bytes each."""
-    Image.new("RGBA", (9400, 9400)).save(tmp_path / "bomb", "PNG")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "bomb")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    megabytes, _, outcome = done.stdout.strip().partition(" ")
+def animation(size: tuple[int, int]) -> bytes:
+    frames = [Image.new("P", size, index) for index in range(3)]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+LARGEST = (9400, 9400)  # Pillow's limit is 89 million pixels
+
+
+@pytest.mark.parametrize(
+    ("make", "limit"),
+    [
+        # On white: the image, the white, both together, and the RGB of it; four bytes a pixel.
+        (lambda: encoded(Image.new("RGBA", LARGEST)), 1500),
+        (lambda: encoded(Image.new("CMYK", LARGEST), "JPEG"), 800),
+        (lambda: encoded(Image.fromarray(np.zeros(LARGEST, np.uint16))), 1100),
+        (lambda: animation(LARGEST), 600),
+    ],
+    ids=["transparent", "CMYK", "16 bit", "animated"],
+)
+def test_the_largest_image_takes_bounded_memory(
+    tmp_path: Path, make: Callable[[], bytes], limit: int
+) -> None:
+    (tmp_path / "large").write_bytes(make())
+    megabytes, outcome = opened_in_a_process(tmp_path / "large")
     assert outcome == "RGB"
-    assert int(megabytes) < 1600
+    assert megabytes < limit
 
 
 def test_16_bit_colour_keeps_its_high_byte() -> None:

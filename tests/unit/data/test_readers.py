@@ -20,6 +20,7 @@ import pytest
 import xxhash
 from PIL import Image
 
+from tests.memory import measure
 from vembed_ds.data.fingerprint import _update_bytes, fingerprint
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import RecordReader
@@ -453,19 +454,12 @@ def test_mixed_types_in_a_column_are_refused_by_record(
         reader.read(table[2], 2)
 
 
-MEASURE = """
-import resource, sys
-import datasets
-from vembed_ds.data.readers import load_table
-from vembed_ds.errors import DataError
+READ = """
 datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
 try:
     outcome = len(load_table([sys.argv[1]], key="data_path")[1]["query"])
 except DataError as error:
     outcome = str(error)
-print((peak() - before) // 1024, outcome)
 """
 
 
@@ -487,16 +481,13 @@ def test_long_lines_take_bounded_memory(
         lines.insert(0, line % b"a" if name == "a.jsonl" else b"")
         lines.append((line % b"y") * 10)
     file = write(tmp_path, name, head + b"".join(lines))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(file), str(tmp_path / "cache")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        check=True,
+    imports = (
+        "import datasets\nfrom vembed_ds.data.readers import load_table\n"
+        "from vembed_ds.errors import DataError"
     )
-    megabytes, _, outcome = done.stdout.strip().partition(" ")
+    megabytes, outcome = measure(imports, READ, str(file), str(tmp_path / "cache"))
     assert outcome.endswith(expected)
-    assert int(megabytes) < limit
+    assert megabytes < limit
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.tsv.GZ"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,10 +14,10 @@ from vembed_ds.similarity import Embeddings
 
 
 def first_relevant_rank(
-    queries: torch.Tensor, corpus: torch.Tensor, relevant: list[list[int]], *, chunk_size: int
+    queries: torch.Tensor, corpus: torch.Tensor, relevant: list[list[int]], **options: Any
 ) -> torch.Tensor:
     pair = Embeddings(queries), Embeddings(corpus)
-    return metrics.first_relevant_rank(*pair, relevant, chunk_size=chunk_size)
+    return metrics.first_relevant_rank(*pair, relevant, **options)
 
 
 def top_documents(
@@ -64,6 +66,15 @@ def test_equally_similar_relevant_documents_do_not_compete() -> None:
     corpus = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     ranks = first_relevant_rank(torch.tensor([[2.0, 0.1]]), corpus, [[0, 1]], chunk_size=1)
     assert ranks.tolist() == [1]
+
+
+def test_an_ignored_document_does_not_compete() -> None:
+    queries, corpus = torch.eye(3)[[0, 1, 0]], torch.eye(3)
+    relevant = [[1], [0], [2]]
+    plain = first_relevant_rank(queries, corpus, relevant, chunk_size=2)
+    assert plain.tolist() == [3, 3, 3]
+    found = first_relevant_rank(queries, corpus, relevant, chunk_size=2, ignored=[0, None, 0])
+    assert found.tolist() == [2, 3, 2]
 
 
 def test_half_precision_is_compared_in_float32(generator: torch.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import pytest
@@ -20,7 +21,7 @@ from vembed_ds.losses import (
     check_mrl_dims,
     ignored_data,
 )
-from vembed_ds.training.loss_setup import build_losses
+from vembed_ds.training.loss_setup import build_losses, learned_scalars
 
 
 def vectors(number: int, width: int = 4) -> Embeddings:
@@ -118,6 +119,7 @@ def test_the_configuration_knows_the_losses_and_their_options() -> None:
     assert set(get_args(fields["loss_type"].annotation)) == set(LOSSES)
     of_the_model = {"learnable_temperature", "guide_model_name"}
     of_the_model |= {"init_logit_scale", "init_logit_bias"}
+    of_the_model |= {"guide_query_instruction", "guide_document_instruction"}
     read = MATRYOSHKA_OPTIONS | {"loss_type"} | of_the_model
     assert set(fields) == read.union(*(spec.options for spec in LOSSES.values()))
     for key, losses in ONLY_WITH.items():
@@ -139,3 +141,82 @@ def test_every_loss_is_built_from_the_defaults_of_the_configuration(loss_type: s
     learned = {"logit_scale": torch.tensor([2.0]), "logit_bias": torch.tensor([-10.0])}
     (loss,) = build_losses([config])
     assert loss(LossInputs(tokens, tokens.rows([1, 0]), **learned)) > 0
+
+
+# Option: settings it needs to act, and a value that is not its default.
+CHANGED: dict[str, tuple[dict[str, Any], Any]] = {
+    "temperature": ({}, 0.5),
+    "loss_bidirectional": ({}, True),
+    "loss_directions": ({}, ["query_to_doc", "query_to_query"]),
+    "loss_partition": ({"loss_directions": ["query_to_doc", "doc_to_query"]}, "per_direction"),
+    "negatives_scope": ({}, "own"),
+    "label_mode": ({}, "ignore"),
+    "mask_duplicates": ({}, True),
+    "guide_margin": ({}, 0.4),
+    "guide_margin_type": ({"guide_margin": 0.4}, "relative"),
+    "maxsim_reduction": ({}, "sum"),
+    "triplet_margin": ({}, 0.1),
+    "cosent_scale": ({}, 5.0),
+    "hard_mining_topk": ({}, 2),
+    "use_all_negatives": ({"hard_mining_topk": 2}, True),
+    "use_mrl": ({"mrl_dims": [8, 4]}, True),
+    "mrl_dims": ({"mrl_dims": [8, 4], "use_mrl": True}, [8, 2]),
+    "mrl_weights": ({"mrl_dims": [8, 4], "use_mrl": True}, [0.5, 1.0]),
+    "mrl_layers": ({"mrl_dims": [4], "use_mrl": True}, [1, 2]),
+    "mrl_layer_weights": ({"mrl_dims": [4], "use_mrl": True, "mrl_layers": [1, 2]}, [0.5, 1.0]),
+}
+
+
+def full_inputs(*, tokens: bool, guided: bool, learned: bool) -> LossInputs:
+    """Every field; rows 0, 2 and 5, and rows 1 and 4 have one label."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 8) if tokens else (8,)
+    query, positive, negative = (torch.randn(6, *shape, generator=generator) for _ in range(3))
+    positive[4] = query[1] + 0.2 * positive[4]  # the hardest of row 1, and of its label
+    negative[1] = query[0] + 0.2 * negative[1]  # the hardest of row 0, and the same as its positive
+    guide = Guide(*(torch.randn(6, 3, generator=generator) for _ in range(3)))
+    mask = torch.ones(6, 3, dtype=torch.bool) if tokens else None
+    return LossInputs(
+        *(Embeddings(rows, mask) for rows in (query, positive, negative)),
+        negative_counts=torch.tensor([2, 0, 2, 1, 0, 1]),
+        labels=torch.tensor([0, 1, 0, 2, 1, 0]),
+        query_keys=torch.arange(6),
+        positive_keys=torch.tensor([11, 12, 13, 14, 12, 16]),
+        negative_keys=torch.tensor([21, 11, 22, 23, 24, 25]),
+        guide=guide if guided else None,
+        logit_scale=torch.tensor([1.0]) if learned else None,
+        logit_bias=torch.tensor([-2.0]) if learned else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "option"),
+    [
+        (name, option)
+        for name, spec in LOSSES.items()
+        for option in sorted(spec.options | MATRYOSHKA_OPTIONS)
+    ],
+)
+def test_every_key_of_a_loss_reaches_it(loss_type: str, option: str) -> None:
+    needed, value = CHANGED[option]
+    configs = [
+        LossConfig.model_validate({"loss_type": loss_type, **needed, **changed})
+        for changed in ({}, {option: value})
+    ]
+    inputs = full_inputs(
+        tokens=loss_type == "colbert",
+        guided=option.startswith("guide"),
+        learned=loss_type == "sigmoid",
+    )
+    before, after = (float(loss(inputs)) for loss in build_losses(configs))
+    assert abs(before - after) > 1e-3
+
+
+def test_the_start_of_what_a_loss_learns() -> None:
+    def start(**values: Any) -> tuple[float | None, float | None]:
+        return learned_scalars(LossConfig.model_validate(values))
+
+    assert start() == (None, None)
+    assert start(learnable_temperature=True, temperature=0.25) == (pytest.approx(math.log(4)), None)
+    sigmoid = {"loss_type": "sigmoid", "init_logit_scale": 1.5, "init_logit_bias": -3.0}
+    assert start(**sigmoid) == (1.5, -3.0)

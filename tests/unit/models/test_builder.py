@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.parity.data import CLIP, IMAGE, TEXT, save_backbone
+from vembed_ds.engine.activation import enable_activation_checkpointing
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import (
@@ -111,6 +113,35 @@ def test_a_composed_encoder_projects_both_towers_to_one_width() -> None:
         {"text": {"input_ids": IDS, "attention_mask": MASK}, "image": {"pixel_values": PIXELS}}
     )
     assert out["text"].shape == out["image"].shape == (2, COMPOSED_PROJECTION_DIM)
+
+
+@pytest.mark.parametrize("sources", [{"one": CLIP}, {"text": TEXT, "image": IMAGE}])
+def test_a_chunk_of_texts_leaves_the_image_tower_alone(sources: dict[str, Any]) -> None:
+    model = build_model(spec(**sources))
+    model({"text": {"input_ids": IDS, "attention_mask": MASK}})["text"].sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("text" in name for name in reached)
+    assert not [name for name in reached if "image" in name or "visi" in name or "visual" in name]
+
+
+def test_both_towers_of_a_composed_encoder_are_recomputed() -> None:
+    model = build_model(spec(text=TEXT, image=IMAGE))
+    towers = [model.encoder.tower(stream).backbone for stream in ("text", "image")]
+    assert model.trained_backbones() == towers
+    for backbone in model.trained_backbones():
+        enable_activation_checkpointing(backbone, mechanism="huggingface")
+        layers = [
+            layer for layer in backbone.modules() if isinstance(layer, GradientCheckpointingLayer)
+        ]
+        assert layers
+        assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_the_attention_kernel_does_not_change_the_precision() -> None:
+    sources = {"": BackboneSource(config=TEXT)}
+    model = build_model(ModelSpec(sources, attn_implementation="sdpa", projection_dim=4))
+    assert model.encoder.tower("text").backbone.config._attn_implementation == "sdpa"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_the_unused_pooler_is_not_trained() -> None:
