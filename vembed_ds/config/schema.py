@@ -252,6 +252,14 @@ class DataConfig(Section):
         default="mixed",
         description="Of several data sets: every global batch mixes them, or comes from one.",
     )
+    streaming: bool = Field(
+        default=False,
+        description="Read the training data row by row instead of converting it first; needs max_steps. docs/streaming.md says what it cannot do.",
+    )
+    shuffle_buffer: PositiveInt = Field(
+        default=10_000,
+        description="With streaming, rows held in memory by each rank, among which the next one is drawn; 1: the order of each file.",
+    )
     no_duplicates: bool = Field(
         default=False,
         description="No query, positive or negative twice in a global batch; reads every record once at the start.",

@@ -11,7 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
-from vembed_ds.config.schema import ALIASES, Config, DatasetEntry, LossConfig, ScratchModel
+from vembed_ds.config.schema import (
+    ALIASES,
+    Config,
+    DataConfig,
+    DatasetEntry,
+    LossConfig,
+    ScratchModel,
+)
 from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
@@ -256,6 +263,48 @@ def _batching(config: Config) -> Iterator[str]:
         )
 
 
+def _streaming(config: Config) -> Iterator[str]:
+    """What needs to know all records before the first step."""
+    data, model = config.data, config.model
+    if not data.streaming:
+        if data.shuffle_buffer != DataConfig.model_fields["shuffle_buffer"].default:
+            yield (
+                f"shuffle_buffer={data.shuffle_buffer}: has no effect without streaming; "
+                "remove it, or set streaming: true"
+            )
+        return
+    if config.training.max_steps is None:
+        yield (
+            "streaming=True: how many records there are is not known, so epochs cannot be planned; "
+            "set max_steps"
+        )
+    if data.no_duplicates:
+        yield (
+            "no_duplicates=True: compares all records before training, which streaming does not "
+            "read; remove one of the two (mask_duplicates works)"
+        )
+    if data.on_bad_record == "skip":
+        yield (
+            "on_bad_record='skip': tries all records before training, which streaming does not "
+            "read; set on_bad_record: fail, or streaming: false"
+        )
+    if len(data.datasets) > 1:
+        yield (
+            "datasets: are mixed by their numbers of records, which streaming does not know; give "
+            "one data_path, which may be a list, or set streaming: false"
+        )
+    if model.freeze_text_encoder and model.cache_frozen_encoder:
+        yield (
+            "cache_frozen_encoder=True: computes the features of all texts before training, which "
+            "streaming does not read; set cache_frozen_encoder: false, or streaming: false"
+        )
+    if config.loss.guide_model_name is not None:
+        yield (
+            f"guide_model_name={config.loss.guide_model_name!r}: embeds all items before training, "
+            "which streaming does not read; remove it, or set streaming: false"
+        )
+
+
 def _validation_data(config: Config) -> Iterator[str]:
     yield from _data_problems("val_data_path", config.data.val_data_path or ())
 
@@ -328,6 +377,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("datasets", "batching", "pooling_method", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),
     (("mrl_layers", "retrieval_mode", "datasets"), _inner_layers),
+    (
+        (
+            *("streaming", "shuffle_buffer", "max_steps", "no_duplicates", "on_bad_record"),
+            *("datasets", "freeze_text_encoder", "cache_frozen_encoder", "guide_model_name"),
+        ),
+        _streaming,
+    ),
     (("val_data_path",), _validation_data),
     (("image_root",), _image_root),
     (("output_dir",), _output),

@@ -1,4 +1,4 @@
-"""The map-style dataset: one row in, one encoded sample out."""
+"""Encoding of records, and the map-style dataset: one row in, one encoded sample out."""
 
 from __future__ import annotations
 
@@ -42,17 +42,103 @@ class Sample:
     member: int = 0
 
 
-class PairDataset(Dataset[Sample | VembedError]):
-    """Reads, decodes and encodes records on demand.
+class PairEncoder:
+    """Encodes records: what a table and a stream have in common.
 
     Args:
-        table: Memory-mapped table; only the reader's columns are kept.
         reader: Turns rows into records.
         processor: Encodes items.
         seed: Run seed, >= 0; seeds augmentation together with epoch, row and role.
         max_negatives: Most negatives of one record; of more, others are drawn in every epoch.
             ``None``: all.
         read_files: In ``Sample.keys``, an image path counts as the bytes of its file.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: RecordReader,
+        processor: ItemProcessor,
+        seed: int,
+        max_negatives: int | None = None,
+        read_files: bool = False,
+    ) -> None:
+        self.reader = reader
+        self.processor = processor
+        self.seed = seed
+        self.max_negatives = max_negatives
+        self.read_files = read_files
+        self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
+
+    def encode(
+        self, record: Record, *, index: int, number: int, epoch: int | None, origin: str
+    ) -> Sample:
+        """Encodes a record's items.
+
+        Args:
+            record: The record.
+            index: Of the sample.
+            number: Which record it is, for everything that is drawn.
+            epoch: ``None``: nothing is augmented.
+            origin: Name of the record in messages.
+
+        Raises:
+            VembedError: An item cannot be encoded.
+        """
+        items = {role: self._items(record, role, number=number, epoch=epoch) for role in self.roles}
+        return Sample(
+            index,
+            roles={
+                role: [
+                    self.processor.encode(
+                        item,
+                        origin=f"{origin}, {role}",
+                        augment_seed=self._augment_seed(role, number, place, epoch=epoch),
+                    )
+                    for place, item in enumerate(found)
+                ]
+                for role, found in items.items()
+            },
+            keys={
+                role: [
+                    content_number(content_key(item, read_files=self.read_files).encode())
+                    for item in found
+                ]
+                for role, found in items.items()
+            },
+            label=record.label,
+            score=record.score,
+        )
+
+    def _items(
+        self, record: Record, role: str, *, number: int, epoch: int | None
+    ) -> Sequence[Item]:
+        if role != NEGATIVE:
+            return [getattr(record, role)]
+        total, limit = len(record.negatives), self.max_negatives
+        if limit is None or total <= limit:
+            return record.negatives
+        seed = item_seed(self.seed, epoch=epoch or 0, index=number, role=NEGATIVE)
+        chosen = np.argsort(np.random.PCG64(seed).random_raw(total), kind="stable")[:limit]
+        return [record.negatives[place] for place in sorted(chosen)]
+
+    def _augment_seed(self, role: str, number: int, place: int, *, epoch: int | None) -> int | None:
+        if epoch is None:
+            return None
+        name = role if place == 0 else f"{role} {place}"
+        return item_seed(self.seed, epoch=epoch, index=number, role=name)
+
+
+class PairDataset(PairEncoder, Dataset[Sample | VembedError]):
+    """Reads, decodes and encodes records on demand.
+
+    Args:
+        table: Memory-mapped table; only the reader's columns are kept.
+        reader: Turns rows into records.
+        processor: Encodes items.
+        seed: Run seed, >= 0.
+        max_negatives: Most negatives of one record; ``None``: all.
+        read_files: As of :class:`PairEncoder`.
     """
 
     def __init__(
@@ -65,13 +151,14 @@ class PairDataset(Dataset[Sample | VembedError]):
         max_negatives: int | None = None,
         read_files: bool = False,
     ) -> None:
+        super().__init__(
+            reader=reader,
+            processor=processor,
+            seed=seed,
+            max_negatives=max_negatives,
+            read_files=read_files,
+        )
         self.table = table.select_columns(reader.columns)
-        self.reader = reader
-        self.processor = processor
-        self.seed = seed
-        self.max_negatives = max_negatives
-        self.read_files = read_files
-        self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
         self._rows: Sequence[int] = range(table.num_rows)
 
     def only(self, role: str) -> Self:
@@ -120,46 +207,13 @@ class PairDataset(Dataset[Sample | VembedError]):
     def _encoded(self, key: SampleKey | int) -> Sample:
         index, epoch = (key.index, key.epoch) if isinstance(key, SampleKey) else (key, None)
         record = self.record(index)
-        items = {role: self._items(record, role, epoch=epoch) for role in self.roles}
-        return Sample(
-            index,
-            roles={
-                role: [
-                    self.processor.encode(
-                        item,
-                        origin=f"{self.reader.origin}, record {record.index}, {role}",
-                        augment_seed=self._augment_seed(role, record.index, place, epoch=epoch),
-                    )
-                    for place, item in enumerate(found)
-                ]
-                for role, found in items.items()
-            },
-            keys={
-                role: [
-                    content_number(content_key(item, read_files=self.read_files).encode())
-                    for item in found
-                ]
-                for role, found in items.items()
-            },
-            label=record.label,
-            score=record.score,
+        return self.encode(
+            record,
+            index=index,
+            number=record.index,
+            epoch=epoch,
+            origin=f"{self.reader.origin}, record {record.index}",
         )
-
-    def _items(self, record: Record, role: str, *, epoch: int | None) -> Sequence[Item]:
-        if role != NEGATIVE:
-            return [getattr(record, role)]
-        number, limit = len(record.negatives), self.max_negatives
-        if limit is None or number <= limit:
-            return record.negatives
-        seed = item_seed(self.seed, epoch=epoch or 0, index=record.index, role=NEGATIVE)
-        chosen = np.argsort(np.random.PCG64(seed).random_raw(number), kind="stable")[:limit]
-        return [record.negatives[place] for place in sorted(chosen)]
-
-    def _augment_seed(self, role: str, index: int, place: int, *, epoch: int | None) -> int | None:
-        if epoch is None:
-            return None
-        name = role if place == 0 else f"{role} {place}"
-        return item_seed(self.seed, epoch=epoch, index=index, role=name)
 
 
 def item_seed(seed: int, *, epoch: int, index: int, role: str) -> int:

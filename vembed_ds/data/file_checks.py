@@ -1,6 +1,6 @@
 """What would crash, fill the memory or mislead the libraries that read data files.
 
-Run once per file, when it is converted: Arrow's JSON parser ends the process without a word
+Run once per file, when it is converted, or line by line while it is streamed: Arrow's JSON parser ends the process without a word
 (a stack overflow) on deep nesting, and a compressed or sparse member of an archive can be a
 thousand times larger than the archive.
 """
@@ -27,6 +27,10 @@ COMPRESSED_MEMBERS = (".gz", ".bz2", ".xz", ".lz4", ".zst")
 # A string, whose brackets do not count, or a bracket. Possessive, so that a long string costs
 # no memory.
 JSON_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+
+class BadLineError(ValueError):
+    """A line, or what a file grows to, must not be handed to a parser."""
 
 
 def data_suffix(file: Path) -> str:
@@ -57,7 +61,7 @@ def file_problem(file: Path) -> str | None:
             return _tar_problem(file)
         if suffix not in TEXT_SUFFIXES:
             return None
-        if suffix == ".json" and _starts_with_bracket(file):
+        if suffix == ".json" and starts_with_bracket(file):
             return _array_problem(file)
         return _text_problem(file, is_json=suffix in (".jsonl", ".json"))
     except (OSError, EOFError, tarfile.TarError) as error:
@@ -82,20 +86,45 @@ def first_json_problem(file: Path) -> str | None:
     return None
 
 
-def _text_problem(file: Path, *, is_json: bool) -> str | None:
+def checked_lines(file: Path, *, is_json: bool) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text file, each looked at before anybody parses it.
+
+    Args:
+        file: Plain, or compressed with gzip.
+        is_json: Whether brackets nest.
+
+    Yields:
+        Number, from 1, and bytes of each line, its end included.
+
+    Raises:
+        BadLineError: A rule and a remedy, with the line where there is one.
+    """
     depth = total = 0
     largest = MAX_RATIO * file.stat().st_size
     with open_plain(file) as stream:
         for number, line in _bounded_lines(stream):
             total += len(line)
             if file.suffix.lower() == ".gz" and total > largest:
-                return f"grows to more than {MAX_RATIO} times its size; decompress it yourself"
+                raise BadLineError(
+                    f"grows to more than {MAX_RATIO} times its size; decompress it yourself"
+                )
             if problem := _line_problem(line, is_first=number == 1):
-                return f"line {number} {problem}"
+                raise BadLineError(f"line {number} {problem}")
             if is_json:
                 depth, deepest = _depths(line, depth)
                 if deepest > MAX_DEPTH:
-                    return f"line {number} is nested more than {MAX_DEPTH} levels deep; flatten it"
+                    raise BadLineError(
+                        f"line {number} is nested more than {MAX_DEPTH} levels deep; flatten it"
+                    )
+            yield number, line
+
+
+def _text_problem(file: Path, *, is_json: bool) -> str | None:
+    try:
+        for _ in checked_lines(file, is_json=is_json):
+            pass
+    except BadLineError as error:
+        return str(error)
     return None
 
 
@@ -136,7 +165,8 @@ def _depths(line: bytes, depth: int) -> tuple[int, int]:
     return depth, deepest
 
 
-def _starts_with_bracket(file: Path) -> bool:
+def starts_with_bracket(file: Path) -> bool:
+    """Whether a JSON file is one array, and not one object a line."""
     with open_plain(file) as stream:
         return stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
@@ -159,13 +189,18 @@ def _tar_problem(file: Path) -> str | None:
     """Nothing is ever extracted: names are only keys, links and devices are passed over."""
     with tarfile.open(file, "r:") as archive:
         for member in archive:
-            if not member.isreg() and not member.issparse():
-                continue
-            if member.issparse() or member.size > MAX_MEMBER_BYTES:
-                return (
-                    f"member {member.name!r} is sparse or larger than "
-                    f"{MAX_MEMBER_BYTES >> 30} GiB; remove it"
-                )
-            if member.name.lower().endswith(COMPRESSED_MEMBERS):
-                return f"member {member.name!r} is compressed; store it as it is"
+            if problem := member_problem(member):
+                return problem
+    return None
+
+
+def member_problem(member: tarfile.TarInfo) -> str | None:
+    """Why a member of an archive must not be read, or None; also for what is no file."""
+    if member.issparse() or (member.isreg() and member.size > MAX_MEMBER_BYTES):
+        return (
+            f"member {member.name!r} is sparse or larger than "
+            f"{MAX_MEMBER_BYTES >> 30} GiB; remove it"
+        )
+    if member.isreg() and member.name.lower().endswith(COMPRESSED_MEMBERS):
+        return f"member {member.name!r} is compressed; store it as it is"
     return None

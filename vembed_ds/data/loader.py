@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 
@@ -25,8 +26,8 @@ class BatchLoader:
 
     Args:
         dataset: The pairs.
-        batches: The keys of every batch: ``SampleKey`` for training, row numbers for evaluation
-            (never augmented). Iterated twice at a time, so not an iterator.
+        batches: The keys of every batch: ``SampleKey`` for training, ``StreamedRow`` where the data
+            is streamed, row numbers for evaluation (never augmented).
         num_workers: Worker processes; 0 encodes in this process.
         prefetch_factor: Batches that the workers together prepare ahead.
         timeout_seconds: Longest wait for a worker; shorter than that of the other ranks.
@@ -53,41 +54,47 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields whole batches."""
+        found: list[Batch] = []
         with closing(self._from_workers() if self._num_workers else self._from_here()) as parts:
-            for keys in self._batches:
-                yield join([next(parts) for _ in range(_num_parts(keys))])
+            for part, is_last in parts:
+                found.append(part)
+                if is_last:
+                    yield join(found)
+                    found = []
 
-    def _from_here(self) -> Generator[Batch]:
-        for keys in _parts(self._batches):
-            yield collate([self._dataset[key] for key in keys])
+    def _from_here(self) -> Generator[tuple[Batch, bool]]:
+        for keys, is_last in _parts(self._batches):
+            yield collate([self._dataset[key] for key in keys]), is_last
 
-    def _from_workers(self) -> Generator[Batch]:
-        parts = _parts(self._batches)
-        ahead = _parts_ahead(self._batches, self._prefetch_factor, self._num_workers)
+    def _from_workers(self) -> Generator[tuple[Batch, bool]]:
+        batches = iter(self._batches)
+        first = next(batches, ())
+        parts = _parts(itertools.chain([first], batches))
+        ahead = _parts_ahead(first, self._prefetch_factor, self._num_workers)
+        submitted: deque[bool] = deque()  # of every part that is out, whether it is a batch's last
         with WorkerPool(
             self._dataset, num_workers=self._num_workers, timeout_seconds=self._timeout_seconds
         ) as pool:
-            for keys in itertools.islice(parts, ahead):
-                pool.submit(keys)
-            while pool.outstanding:
-                part = pool.result()
-                for keys in itertools.islice(parts, 1):
+
+            def submit(number: int) -> None:
+                for keys, is_last in itertools.islice(parts, number):
                     pool.submit(keys)
-                yield part
+                    submitted.append(is_last)
+
+            submit(ahead)
+            while submitted:
+                part = pool.result()
+                submit(1)
+                yield part, submitted.popleft()
 
 
-def _parts(batches: Iterable[Keys]) -> Iterator[Keys]:
-    """The keys of all batches, cut into parts."""
+def _parts(batches: Iterable[Keys]) -> Iterator[tuple[Keys, bool]]:
+    """The keys of all batches, cut into parts, and whether each is its batch's last."""
     for keys in batches:
         for start in range(0, len(keys), PART_SIZE):
-            yield keys[start : start + PART_SIZE]
+            yield keys[start : start + PART_SIZE], start + PART_SIZE >= len(keys)
 
 
-def _num_parts(keys: Keys) -> int:
-    return -(-len(keys) // PART_SIZE)
-
-
-def _parts_ahead(batches: Iterable[Keys], prefetch_factor: int, num_workers: int) -> int:
+def _parts_ahead(first: Keys, prefetch_factor: int, num_workers: int) -> int:
     """Parts that are prepared ahead, by all workers together; each has one at least."""
-    first = next(iter(batches), ())
-    return max(num_workers, prefetch_factor * _num_parts(first))
+    return max(num_workers, prefetch_factor * -(-len(first) // PART_SIZE))

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import datasets
 import pandas as pd  # type: ignore[import-untyped]
@@ -28,6 +28,8 @@ BUILDERS = {
     ".tar": "webdataset",
 }
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+Table = TypeVar("Table", datasets.Dataset, datasets.IterableDataset)
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -66,8 +68,8 @@ def load_table(paths: Sequence[str], *, key: str) -> datasets.Dataset:
     """
     if not paths:
         raise DataError(f"{key} names no data; give at least one file, folder or hub name")
-    with _quiet_datasets():
-        tables = [_undecoded(_flat(_load_one(path, key=key))) for path in paths]
+    with quiet_datasets():
+        tables = [undecoded(_flat(_load_one(path, key=key))) for path in paths]
         for path, table in zip(paths, tables, strict=True):
             if not table.num_rows:
                 raise DataError(f"{key}={path}: holds no records; give data or remove it")
@@ -79,12 +81,31 @@ def _load_one(path: str, *, key: str) -> datasets.Dataset:
     file = Path(path).expanduser()
     if file.is_dir():
         return _load_folder(file, place=place, key=key)
-    if not file.exists() and (pattern := _expanded(str(file))):
+    if not file.exists() and (pattern := expanded(str(file))):
         return _load_pattern(pattern, place=place, key=key)
-    builder = BUILDERS.get(data_suffix(file))
-    if builder is None and not file.exists():
+    if is_hub_name(file):
         return _load_hub(path, place=place, key=key)
-    if builder is None:
+    check_file(file, place=place, key=key)
+    return _load_file(file, builder=BUILDERS[data_suffix(file)], place=place)
+
+
+def is_hub_name(file: Path) -> bool:
+    """Whether it can only be the name of a data set: no file, and no suffix of one."""
+    return data_suffix(file) not in BUILDERS and not file.exists()
+
+
+def check_file(file: Path, *, place: str, key: str) -> None:
+    """Refuse what cannot be a data file, before anything opens it.
+
+    Args:
+        file: The file.
+        place: Key and value, for messages.
+        key: The key to correct.
+
+    Raises:
+        DataError: It is missing, empty, no regular file or of an unknown suffix.
+    """
+    if data_suffix(file) not in BUILDERS:
         raise DataError(
             f"{place}: suffix {data_suffix(file)!r} is not one of {', '.join(BUILDERS)}"
         )
@@ -94,10 +115,9 @@ def _load_one(path: str, *, key: str) -> datasets.Dataset:
         raise DataError(f"{place}: is no regular file; give a file, a folder or a hub name")
     if not file.stat().st_size:
         raise DataError(f"{place}: holds no records (the file is empty); give data or remove it")
-    return _load_file(file, builder=builder, place=place)
 
 
-def _expanded(pattern: str) -> list[str]:
+def expanded(pattern: str) -> list[str]:
     """The names that a pattern means, ranges in braces counted out; empty for a plain name."""
     pieces = RANGE.split(pattern)  # text, from, to, text, from, to, ..., text
     ranges = [
@@ -119,7 +139,7 @@ def files_of(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         file = Path(path).expanduser()
-        names = [] if file.exists() else _expanded(str(file))
+        names = [] if file.exists() else expanded(str(file))
         found += map(Path, names or [str(file)])
     return found
 
@@ -147,7 +167,7 @@ def _load_file(file: Path, *, builder: str, place: str) -> datasets.Dataset:
         if _holds_no_rows(file, builder=builder, error=error):
             raise DataError(f"{place}: holds no records; give data or remove it") from error
         cause = first_json_problem(file) if builder == "json" else None
-        raise DataError(f"{place}: {cause or _cause(error)}; correct the file") from error
+        raise DataError(f"{place}: {cause or cause_of(error)}; correct the file") from error
 
 
 def _flat(table: datasets.Dataset) -> datasets.Dataset:
@@ -187,8 +207,8 @@ def _load_folder(folder: Path, *, place: str, key: str) -> datasets.Dataset:
     try:
         loaded = load(str(folder))
     except LOADING_ERRORS as error:
-        raise DataError(f"{place}: folder cannot be read as data: {_cause(error)}") from error
-    return _chosen_split(loaded, place=place, key=key)
+        raise DataError(f"{place}: folder cannot be read as data: {cause_of(error)}") from error
+    return cast(datasets.Dataset, chosen_split(loaded, place=place, key=key))
 
 
 def _load_hub(name: str, *, place: str, key: str) -> datasets.Dataset:
@@ -196,21 +216,24 @@ def _load_hub(name: str, *, place: str, key: str) -> datasets.Dataset:
         loaded = datasets.load_dataset(name)
     except LOADING_ERRORS as error:
         raise DataError(
-            f"{place}: neither a file, a folder nor a data set that the hub gives: {_cause(error)}"
+            f"{place}: neither a file, a folder nor a data set that the hub gives: {cause_of(error)}"
         ) from error
-    return _chosen_split(loaded, place=place, key=key)
+    return cast(datasets.Dataset, chosen_split(loaded, place=place, key=key))
 
 
-def _chosen_split(
-    loaded: datasets.Dataset | datasets.DatasetDict, *, place: str, key: str
-) -> datasets.Dataset:
+def chosen_split(loaded: Any, *, place: str, key: str) -> Any:
+    """The split that ``key`` means, of what is kept by split; what has no splits as it is.
+
+    Raises:
+        DataError: There is no such split.
+    """
     if isinstance(loaded, datasets.Dataset):
         return loaded
     for split in SPLITS[key]:
         if split in loaded:
             return loaded[split]
     raise DataError(
-        f"{place}: no split {' or '.join(SPLITS[key])}; it has {', '.join(loaded) or 'none'}; "
+        f"{place}: no split {' or '.join(SPLITS[key])}; it has {', '.join(map(str, loaded)) or 'none'}; "
         f"give {key} a folder or file that holds one split"
     )
 
@@ -222,7 +245,7 @@ def _csv_options(file: Path, *, place: str) -> dict[str, Any]:
         header = list(pd.read_csv(file, header=None, nrows=2, dtype=str, **options).iloc[0])
     except ValueError as error:  # ParserError, EmptyDataError, UnicodeDecodeError
         raise DataError(
-            f"{place}: {_cause(error)}; save as UTF-8 and quote texts that hold the separator"
+            f"{place}: {cause_of(error)}; save as UTF-8 and quote texts that hold the separator"
         ) from error
     if len(set(header)) != len(header):
         raise DataError(f"{place}: a column name occurs twice in {header}; rename one")
@@ -231,9 +254,9 @@ def _csv_options(file: Path, *, place: str) -> dict[str, Any]:
     }
 
 
-def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+def undecoded(table: Table) -> Table:
     """Leaves images encoded, so that only the workers decode them."""
-    for column, feature in table.features.items():
+    for column, feature in (table.features or {}).items():
         if isinstance(feature, datasets.Image) and feature.decode:
             table = table.cast_column(column, datasets.Image(decode=False))
     return table
@@ -267,13 +290,14 @@ def _types(table: datasets.Dataset) -> dict[str, str]:
     return {name: str(names[name]).removeprefix("large_") for name in sorted(names)}
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
+    """What a library says went wrong, on one line."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Hides progress bars and the log lines that repeat the error we raise."""
     bars_were_off = datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 from torch.utils.data import Sampler
 
 from vembed_ds.data.order import IndexArray, Order
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, VembedError
 
 T = TypeVar("T")
+
+ROW_BITS = 40  # rows of one shard are fewer than 2**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,28 @@ class SampleKey:
 
     index: int
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedRow:
+    """What a stream hands to the dataset: the row itself.
+
+    Args:
+        shard: Number of its shard.
+        number: Number in the shard, from 0.
+        epoch: Epoch, which seeds augmentation.
+        values: Column name to value; or why the stream ends here.
+    """
+
+    shard: int
+    number: int
+    epoch: int
+    values: dict[str, Any] | VembedError
+
+    @property
+    def index(self) -> int:
+        """A number that no other row has; in the first shard the row's own."""
+        return (self.shard << ROW_BITS) + self.number
 
 
 def rank_slice(indices: Sequence[T] | IndexArray, *, rank: int, world_size: int) -> Any:

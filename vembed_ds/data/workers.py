@@ -35,10 +35,10 @@ from torch.utils.data import Dataset
 
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
-from vembed_ds.data.sampler import SampleKey
+from vembed_ds.data.sampler import SampleKey, StreamedRow
 from vembed_ds.errors import ConfigError, DataError, VembedError
 
-Keys = Sequence[SampleKey] | Sequence[int]
+Keys = Sequence[SampleKey] | Sequence[StreamedRow] | Sequence[int]
 Samples = Dataset[Sample | VembedError]
 
 LAZY_MODULES = ("kornia.augmentation",)  # imported while unpickling: 0.6 s in every worker
@@ -211,7 +211,9 @@ def _prepared(dataset: Any, keys: Keys) -> Batch:
         return Batch([], error=VembedError(f"a loader process failed at records {rows}:\n{trace}"))
 
 
-def _row(key: SampleKey | int) -> int:
+def _row(key: SampleKey | StreamedRow | int) -> int | str:
+    if isinstance(key, StreamedRow):
+        return f"{key.number} of shard {key.shard}"
     return key.index if isinstance(key, SampleKey) else key
 
 

@@ -9,7 +9,7 @@ import datasets
 
 from vembed_ds.config.schema import Config, DataConfig, DatasetEntry
 from vembed_ds.config.validation import dataset_name
-from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.dataset import PairDataset, PairEncoder
 from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.data.images import first_missing_image
 from vembed_ds.data.mixture import Mixture
@@ -18,6 +18,7 @@ from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import RecordReader
 from vembed_ds.data.skipping import check_number, find_bad_records
+from vembed_ds.data.streaming import PairStream, RowStream
 from vembed_ds.distributed import comm
 from vembed_ds.evaluation.retrieval import Judgments, check_recall_k, read_judgments
 from vembed_ds.models.builder import ModelSpec
@@ -50,7 +51,7 @@ class RunData:
 
     Attributes:
         processor: Encodes items.
-        train: The training data.
+        train: The training data, a table or a stream.
         order: Its global batches.
         fingerprint: Of the training data.
         val: Validation data by name of the data set.
@@ -58,11 +59,32 @@ class RunData:
     """
 
     processor: ItemProcessor
-    train: Mixture
-    order: Order
+    train: Mixture | PairStream
+    order: Order | RowStream
     fingerprint: str
     val: dict[str, Validation] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+
+    @property
+    def num_records(self) -> int | None:
+        """Training records; ``None``: nobody has counted the stream."""
+        return len(self.train) if isinstance(self.train, Mixture) else None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; ``None`` for a stream."""
+        return self.order.steps_per_epoch if isinstance(self.order, Order) else None
+
+    @property
+    def members(self) -> Sequence[PairEncoder]:
+        """The training data sets."""
+        return self.train.members if isinstance(self.train, Mixture) else [self.train]
+
+    @property
+    def tables(self) -> Sequence[PairDataset]:
+        """The same, read whole; what needs that is refused for streams with the configuration."""
+        assert isinstance(self.train, Mixture)
+        return self.train.members
 
 
 def setup_data(config: Config, spec: ModelSpec) -> RunData:
@@ -71,10 +93,7 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
     sources = {
         name: open_source(entry, key=_key(name, "data_path")) for name, entry in entries.items()
     }
-    validation = {
-        name: open_source(entry, key=_key(name, "val_data_path"))
-        for name, entry in validation_entries(config.data).items()
-    }
+    validation = open_validation(config)
     opened = [*sources.values(), *validation.values()]
     processor = setup_processor(config, spec, needed=[source.reader for source in opened])
     members, skipped = [], []
@@ -107,11 +126,23 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
         order,
         fingerprint=digests[0] if len(digests) == 1 else "+".join(digests),
         val={
-            name: _setup_validation(source, processor=processor, config=config)
+            name: setup_validation(source, processor=processor, config=config)
             for name, source in validation.items()
         },
         skipped=skipped,
     )
+
+
+def open_validation(config: Config) -> dict[str, Source]:
+    """The validation data by name of the data set.
+
+    Raises:
+        DataError: A file or its columns do not fit.
+    """
+    return {
+        name: open_source(entry, key=_key(name, "val_data_path"))
+        for name, entry in validation_entries(config.data).items()
+    }
 
 
 def dataset_entries(config: DataConfig) -> dict[str, DatasetEntry]:
@@ -149,12 +180,29 @@ def open_source(entry: DatasetEntry, *, key: str) -> Source:
     Raises:
         DataError: The file or its columns do not fit.
     """
+    paths = data_paths(entry, key=key)
+    table = load_table(paths, key=key)
+    reader = build_reader(table.column_names, entry, paths=paths)
+    return Source(table, reader, paths, entry.max_negatives)
+
+
+def data_paths(entry: DatasetEntry, *, key: str) -> list[str]:
+    """What ``key`` names: ``data_path`` or ``val_data_path``, which is given."""
     value = entry.val_data_path if key.endswith("val_data_path") else entry.data_path
     assert value is not None
-    paths = [value] if isinstance(value, str) else list(value)
-    table = load_table(paths, key=key)
-    reader = RecordReader(
-        table.column_names,
+    return [value] if isinstance(value, str) else list(value)
+
+
+def build_reader(
+    columns: Sequence[str], entry: DatasetEntry, *, paths: Sequence[str]
+) -> RecordReader:
+    """What turns the rows of a data set into records.
+
+    Raises:
+        DataError: The columns do not fit.
+    """
+    return RecordReader(
+        columns,
         retrieval_mode=entry.retrieval_mode or "",
         column_mapping=entry.column_mapping or {},
         image_root=entry.image_root or "",
@@ -165,7 +213,6 @@ def open_source(entry: DatasetEntry, *, key: str) -> Source:
         },
         allow_images_outside_root=bool(entry.allow_images_outside_root),
     )
-    return Source(table, reader, paths, entry.max_negatives)
 
 
 def build_dataset(source: Source, *, processor: ItemProcessor, config: Config) -> PairDataset:
@@ -186,7 +233,12 @@ def validation_entries(config: DataConfig) -> dict[str, DatasetEntry]:
     return {name: entry for name, entry in entries.items() if entry.val_data_path is not None}
 
 
-def _setup_validation(source: Source, *, processor: ItemProcessor, config: Config) -> Validation:
+def setup_validation(source: Source, *, processor: ItemProcessor, config: Config) -> Validation:
+    """Validation data with its judgments, checked. Collective.
+
+    Raises:
+        VembedError: On every rank.
+    """
     dataset = build_dataset(source, processor=processor, config=config)
     check_records(dataset)
     comm.require_equal(len(dataset), what=f"number of records in {source.reader.origin}")

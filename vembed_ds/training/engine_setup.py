@@ -92,7 +92,7 @@ def build_engine(
     if config.model.cache_frozen_encoder and "text" in used and has_frozen_text_tower(model):
         cache_text_features(
             model,
-            [*data.train.members, *(found.dataset for found in data.val.values())],
+            [*data.tables, *(found.dataset for found in data.val.values())],
             processor=data.processor,
             folder=folder / "frozen_text_features",
             device=torch.device(get_accelerator().current_device_name()),

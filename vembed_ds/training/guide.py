@@ -95,7 +95,7 @@ def prepare_guides(
     found: dict[int, GuideVectors] = {}
     for spec in wanted:
         numbers = [number for number, own in enumerate(specs) if own == spec]
-        members = [data.train.members[number] for number in numbers]
+        members = [data.tables[number] for number in numbers]
         for member in members:
             member.read_files = True
         vectors = _prepare(spec, members, config=config, data=data, folder=folder)

@@ -37,7 +37,7 @@ class Intervals:
     """How often things happen, in optimizer steps; 0: only at the end."""
 
     num_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None  # None: a stream, whose end nobody knows
     logging_steps: int
     eval_steps: int = 0
     save_steps: int = 0
@@ -252,11 +252,12 @@ class TrainingLoop:
             "train/loss": float(loss),
             "train/lr": learning_rate,
             "train/grad_norm": float("nan") if norm is None else float(norm),
-            "train/epoch": self.step / self.intervals.steps_per_epoch,
             "train/samples_per_second": pairs / seconds,
             "train/data_wait_seconds": window.waited / window.steps,
             "train/skipped_steps": float(window.skipped),
         }
+        if self.intervals.steps_per_epoch:
+            metrics["train/epoch"] = self.step / self.intervals.steps_per_epoch
         if "logit_scale" in result.learned:
             metrics["train/temperature"] = float(1 / result.learned["logit_scale"].exp())
         if "logit_bias" in result.learned:

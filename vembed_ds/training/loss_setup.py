@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vembed_ds.config.schema import DatasetEntry, LossConfig
 from vembed_ds.config.validation import merged_loss
-from vembed_ds.data.mixture import Mixture
+from vembed_ds.data.dataset import PairEncoder
 from vembed_ds.errors import ConfigError
 from vembed_ds.losses import LOSSES, MATRYOSHKA_OPTIONS, LossFunction, build_loss, ignored_data
 
@@ -51,13 +51,13 @@ def learned_scalars(loss: LossConfig) -> tuple[float | None, float | None]:
     return (-math.log(loss.temperature) if loss.learnable_temperature else None), None
 
 
-def check_data(losses: Iterable[LossConfig], data: Mixture) -> None:
+def check_data(losses: Iterable[LossConfig], members: Sequence[PairEncoder]) -> None:
     """Refuse data that a loss would not look at, unless it stands there by chance.
 
     Raises:
         ConfigError: Explicit negatives, or labels or scores that ``column_mapping`` names.
     """
-    for loss, member in zip(losses, data.members, strict=True):
+    for loss, member in zip(losses, members, strict=True):
         reader = member.reader
         given = {
             "negatives": reader.has_negatives,

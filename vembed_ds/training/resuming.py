@@ -91,6 +91,6 @@ def run_identity(
         **{key: value for key, value in settings.items() if key not in FREE},
         "optimizer (DeepSpeed)": ds_config["optimizer"],
         "num_steps": intervals.num_steps,
-        "num_records": len(data.train),
+        "num_records": data.num_records,
         "data_fingerprint": data.fingerprint,
     }

@@ -16,10 +16,7 @@ from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.loader import BatchLoader
-from vembed_ds.data.mixture import Mixture
-from vembed_ds.data.order import permutation
 from vembed_ds.data.processors import ItemProcessor
-from vembed_ds.data.sampler import GlobalBatchSampler
 from vembed_ds.data.workers import prepare_server
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
@@ -43,6 +40,7 @@ from vembed_ds.training.loss_setup import (
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
 from vembed_ds.training.resuming import choose_checkpoint, run_identity
+from vembed_ds.training.stream_setup import setup_stream, some_samples, training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +78,11 @@ def train(
     entries = dataset_entries(config.data)
     losses = loss_configs(config.loss, entries)
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
-    data = setup_data(config, spec)
-    check_data(losses, data.train)
+    data = setup_stream(config, spec) if config.data.streaming else setup_data(config, spec)
+    check_data(losses, data.members)
     if config.data.num_workers:
         prepare_server(data.train)  # imports beside what follows here
-    intervals = plan_run(config, per_epoch=data.order.steps_per_epoch)
+    intervals = plan_run(config, per_epoch=data.steps_per_epoch)
     identity = run_identity(config, ds_config, data, intervals)
     checkpoint, step = choose_checkpoint(config, ds_config, identity, intervals, resume)
     folder = Path(config.run.output_dir)
@@ -114,21 +112,21 @@ def train(
         attach=guides.attach,
     )
     if config.training.gradient_self_test:
-        self_test(loop, data.train, precision=config.model.precision)
+        self_test(loop, data, precision=config.model.precision)
     return loop.train()
 
 
-def plan_run(config: Config, *, per_epoch: int) -> Intervals:
+def plan_run(config: Config, *, per_epoch: int | None) -> Intervals:
     """How many steps, and what happens when.
 
     Args:
         config: The configuration.
-        per_epoch: Steps of one epoch.
+        per_epoch: Steps of one epoch; ``None``: a stream, for which max_steps is set.
 
     Raises:
         ConfigError: The warm-up is longer than the run.
     """
-    num_steps = config.training.max_steps or config.training.epochs * per_epoch
+    num_steps = config.training.max_steps or config.training.epochs * (per_epoch or 0)
     run, warmup = config.run, config.optimizer.warmup_steps
     if warmup >= num_steps:
         raise ConfigError(
@@ -160,19 +158,18 @@ def build_loop(
 ) -> TrainingLoop:
     """The loop, ready to go on after ``step`` optimizer steps. Collective."""
     training, loading = config.training, config.data
-    sampler = GlobalBatchSampler(
-        data.order,
-        rank=comm.rank(),
-        world_size=comm.world_size(),
+    batches = training_batches(
+        data,
         num_steps=intervals.num_steps,
         start_step=step,
+        timeout_seconds=loader_timeout(config),
     )
     loop = TrainingLoop(
         engine=engine,
         model=model,
         loader=BatchLoader(
             data.train,
-            sampler,
+            batches,
             num_workers=loading.num_workers,
             prefetch_factor=loading.prefetch_factor,
             timeout_seconds=loader_timeout(config),
@@ -237,12 +234,9 @@ def _evaluate(config: Config, data: RunData, loop: TrainingLoop) -> dict[str, fl
     return metrics
 
 
-def self_test(loop: TrainingLoop, data: Mixture, *, precision: str) -> None:
+def self_test(loop: TrainingLoop, data: RunData, *, precision: str) -> None:
     """Stop the run when chunking changes the gradient of its own model on its own data."""
-    # From the shuffled order: neighbours in the file are often alike.
-    order = permutation(len(data), [0, 0])
-    mine = range(comm.rank() * SELF_TEST_CANDIDATES, (comm.rank() + 1) * SELF_TEST_CANDIDATES)
-    samples = [data[int(order[place % len(order)])] for place in mine]
+    samples = some_samples(data, number=SELF_TEST_CANDIDATES)
     comm.raise_together(next((s for s in samples if isinstance(s, VembedError)), None))
     chosen = _unequal([sample for sample in samples if isinstance(sample, Sample)])
     batch = loop.attach(collate(chosen))

@@ -149,6 +149,67 @@ def test_each_problem_by_its_message(values, expected):
     assert problems_of(**values) == [expected]
 
 
+STREAM = {"streaming": True, "max_steps": 5}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        STREAM,
+        STREAM | {"shuffle_buffer": 1, "val_data_path": "train.jsonl", "eval_steps": 5},
+        STREAM | {"freeze_text_encoder": True, "cache_frozen_encoder": False},
+        STREAM | {"freeze_image_encoder": True},
+        STREAM | {"data_path": ["train.jsonl", "org/data"], "mask_duplicates": True},
+        {"streaming": False, "shuffle_buffer": 10_000},
+    ],
+)
+def test_good_streams(values):
+    assert problems_of(**values) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"max_steps": None, "epochs": 2},
+            "streaming=True: how many records there are is not known, so epochs cannot be planned; "
+            "set max_steps",
+        ),
+        (
+            {"no_duplicates": True},
+            "no_duplicates=True: compares all records before training, which streaming does not "
+            "read; remove one of the two (mask_duplicates works)",
+        ),
+        (
+            {"on_bad_record": "skip"},
+            "on_bad_record='skip': tries all records before training, which streaming does not "
+            "read; set on_bad_record: fail, or streaming: false",
+        ),
+        (
+            {"data_path": ..., "datasets": [{"data_path": "train.jsonl"}, {"data_path": "a/b"}]},
+            "datasets: are mixed by their numbers of records, which streaming does not know; give "
+            "one data_path, which may be a list, or set streaming: false",
+        ),
+        (
+            {"freeze_text_encoder": True},
+            "cache_frozen_encoder=True: computes the features of all texts before training, which "
+            "streaming does not read; set cache_frozen_encoder: false, or streaming: false",
+        ),
+        (
+            {"guide_model_name": "some/guide"},
+            "guide_model_name='some/guide': embeds all items before training, which streaming does "
+            "not read; remove it, or set streaming: false",
+        ),
+        (
+            {"streaming": False, "shuffle_buffer": 5},
+            "shuffle_buffer=5: has no effect without streaming; remove it, or set streaming: true",
+        ),
+    ],
+)
+def test_what_a_stream_cannot_do(values, expected):
+    assert problems_of(**(STREAM | values)) == [expected]
+
+
 def test_composed_without_towers_names_both():
     found = problems_of(encoder_mode="composed")
     assert found == [

@@ -176,9 +176,9 @@ def test_parts_make_whole_batches(
 
 def test_workers_share_the_batches_they_prepare_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PART_SIZE", 4)
-    batches = [list(range(10))] * 3  # three parts each
-    assert loading._parts_ahead(batches, 2, 3) == 6  # two batches
-    assert loading._parts_ahead(batches, 1, 8) == 8  # no worker idles
+    first = list(range(10))  # three parts
+    assert loading._parts_ahead(first, 2, 3) == 6  # two batches
+    assert loading._parts_ahead(first, 1, 8) == 8  # no worker idles
 
 
 def test_the_first_error_of_a_part_replaces_the_batch() -> None:

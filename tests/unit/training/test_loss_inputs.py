@@ -36,7 +36,7 @@ def test_every_field_is_passed_on() -> None:
         assert getattr(found, name).dtype == torch.int64
     assert found.scores is not None
     assert found.scores.tolist() == [0.5, 0.25]
-    assert found.scores.dtype == torch.float32
+    assert found.scores.dtype == torch.float64
     assert found.logit_scale is learned["logit_scale"]
     assert found.logit_bias is learned["logit_bias"]
 
