@@ -12,7 +12,7 @@ from tests.distributed.train_cases import run_train
 from vembed_ds.data.collators import Batch
 from vembed_ds.losses import LossInputs
 from vembed_ds.similarity import Embeddings
-from vembed_ds.training import trainer
+from vembed_ds.training import loop
 from vembed_ds.training.loss_inputs import loss_inputs
 
 
@@ -41,5 +41,5 @@ def run_and_watch(**arguments: Any) -> dict[str, Any]:
         )
         return inputs
 
-    with mock.patch.object(trainer, "loss_inputs", watched):
+    with mock.patch.object(loop, "loss_inputs", watched):
         return {**run_train(**arguments), "seen": seen}
