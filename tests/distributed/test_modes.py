@@ -209,6 +209,50 @@ def test_several_data_sets(
     assert len(steps) == 2 * {"mixed": 36 // 8, "homogeneous": 24 // 8 + 12 // 8}[batching]
 
 
+def test_every_data_set_is_trained_by_its_own_loss(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    records: Path,
+    tmp_path: Path,
+) -> None:
+    """With weights that stand still, a step's loss is that of a run of this loss alone."""
+    path = str(records / "all.jsonl")
+
+    def losses(name: str, shared: str, own: dict[str, Any]) -> dict[int, float]:
+        out = tmp_path / name
+        config = make_config(
+            data_path=None,
+            val_data_path=None,
+            image_root=str(records),
+            datasets=[
+                {"name": "a", "data_path": path, "retrieval_mode": "t2i"},
+                {"name": "b", "data_path": path, "retrieval_mode": "i2t", "loss": own},
+            ],
+            batching="homogeneous",
+            loss_type=shared,
+            loss_bidirectional=None,
+            learnable_temperature=None,
+            lr=1e-12,
+            max_steps=6,
+            output_dir=str(out),
+        )
+        run(world(2), config, 0)
+        return losses_of(out)
+
+    triplet = {"loss_type": "triplet", "triplet_margin": 1.5}
+    mixed = losses("mixed", "infonce", triplet)
+    infonce, all_triplet = (
+        losses("i", "infonce", {}),
+        losses("t", "triplet", {"triplet_margin": 1.5}),
+    )
+    of_a = {step for step in mixed if mixed[step] == pytest.approx(infonce[step], rel=1e-5)}
+    of_b = {step for step in mixed if mixed[step] == pytest.approx(all_triplet[step], rel=1e-5)}
+    assert of_a | of_b == set(mixed) == set(range(1, 7))
+    assert of_a
+    assert of_b
+    assert not of_a & of_b
+
+
 def test_instructions_are_kept_with_the_model(
     world: Callable[[int], World],
     make_config: Callable[..., str],
