@@ -59,6 +59,7 @@ STORED_KEYS = (
 EVALUATION_KEYS = (
     *STORED_KEYS,
     "allow_images_outside_root",
+    "allow_image_urls",
     "eval_recall_k",
     "eval_batch_size",
     "num_workers",
@@ -218,6 +219,7 @@ def open_pairs(paths: Sequence[str], *, config: Config, encoder: Encoder) -> Pai
         column_mapping=config.data.column_mapping,
         image_root=config.data.image_root,
         allow_images_outside_root=config.data.allow_images_outside_root,
+        allow_image_urls=config.data.allow_image_urls,
         origin=", ".join(paths),
         instructions={
             "query": config.data.query_instruction,

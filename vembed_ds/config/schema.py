@@ -223,6 +223,7 @@ class DatasetEntry(Section):
     weight: PositiveFloat = 1.0
     image_root: str | None = None
     allow_images_outside_root: bool | None = None
+    allow_image_urls: bool | None = None
     column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] | None = None
     retrieval_mode: Annotated[str, AfterValidator(_known_mode)] | None = None
     query_instruction: str | None = None
@@ -246,7 +247,7 @@ class DataConfig(Section):
     )
     datasets: DatasetEntries = Field(
         default=(),
-        description="Instead of data_path, several data sets: a list of mappings with data_path and, where they differ, name, val_data_path, weight (passes per epoch), image_root, allow_images_outside_root, column_mapping, retrieval_mode, query_instruction, document_instruction, max_negatives, loss (keys of the section loss; needs batching: homogeneous).",
+        description="Instead of data_path, several data sets: a list of mappings with data_path and, where they differ, name, val_data_path, weight (passes per epoch), image_root, allow_images_outside_root, allow_image_urls, column_mapping, retrieval_mode, query_instruction, document_instruction, max_negatives, loss (keys of the section loss; needs batching: homogeneous).",
     )
     batching: Literal["mixed", "homogeneous"] = Field(
         default="mixed",
@@ -278,6 +279,10 @@ class DataConfig(Section):
     allow_images_outside_root: bool = Field(
         default=False,
         description="Image paths may leave image_root: absolute, by `..` or by links.",
+    )
+    allow_image_urls: bool = Field(
+        default=False,
+        description="Images may be http and https URLs of public addresses, fetched whenever they are needed (64 MiB and 60 s each, no proxy).",
     )
     column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] = Field(
         default={}, description=f"Column of each role ({', '.join(COLUMN_ROLES)})."

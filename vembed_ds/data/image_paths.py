@@ -1,7 +1,7 @@
-"""Which files a record may name as its image: those below ``image_root``, and no URL.
+"""Which files a record may name as its image: those below ``image_root``, and a URL only where allowed.
 
 Records often come from other people; none may make the training process read a file of the
-machine, wait for a pipe or ask a server.
+machine, wait for a pipe or, unasked, talk to a server.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vembed_ds.data.image_urls import ImageUrl, is_http_url
 from vembed_ds.errors import DataError
 
 MAX_FILE_BYTES = 2**30
@@ -16,7 +17,12 @@ _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:data|file|blob|javascript):
 
 
 def resolve_image_path(
-    path: str, *, image_root: str, place: str, allow_outside: bool = False
+    path: str,
+    *,
+    image_root: str,
+    place: str,
+    allow_outside: bool = False,
+    allow_urls: bool = False,
 ) -> str:
     """Where an image lies.
 
@@ -26,14 +32,23 @@ def resolve_image_path(
             the working folder, and any path.
         place: The record, for messages.
         allow_outside: Whether paths may leave ``image_root``.
+        allow_urls: Whether it may be an http or https URL.
 
     Returns:
-        The path, joined with ``image_root``; links are left as they are.
+        The path, joined with ``image_root``; links are left as they are. A URL that is allowed: an
+        ``ImageUrl``, not fetched.
 
     Raises:
-        DataError: For a URL, and a path that leaves ``image_root`` by ``..``, by a link or by
+        DataError: For a URL that is not allowed, and a path that leaves ``image_root`` by ``..``, by a link or by
             being absolute.
     """
+    if is_http_url(path):
+        if allow_urls:
+            return ImageUrl(path)
+        raise DataError(
+            f"{place}: image {path[:200]!r} {name_problem(path)}, or set allow_image_urls: true "
+            "when you trust the data"
+        )
     if problem := name_problem(path):
         raise DataError(f"{place}: image {path[:200]!r} {problem}")
     joined = Path(image_root) / path
@@ -56,7 +71,12 @@ def name_problem(path: str) -> str | None:
 
 
 def file_problem(path: str) -> str | None:
-    """Why a file cannot be an image, by its name and directory entry alone, or None."""
+    """Why a file cannot be an image, by its name and directory entry alone, or None.
+
+    Of an ``ImageUrl`` nothing is known before it is fetched.
+    """
+    if isinstance(path, ImageUrl):
+        return None
     if problem := name_problem(path):
         return problem
     file = Path(path)

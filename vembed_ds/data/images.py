@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vembed_ds.data.image_paths import file_problem
+from vembed_ds.data.image_urls import ImageUrl, fetch_image
 from vembed_ds.data.records import ImageSource, Item, Record
 from vembed_ds.errors import DataError
 
@@ -44,7 +45,8 @@ def open_image(source: ImageSource, *, origin: str) -> Image.Image:
     and an animation gives its first frame.
 
     Args:
-        source: A path, encoded bytes, a PIL image or a dict with ``bytes`` and ``path``.
+        source: A path, an ``ImageUrl`` (which is fetched), encoded bytes, a PIL image or a dict with
+            ``bytes`` and ``path``.
         origin: The record, for error messages.
 
     Returns:
@@ -58,6 +60,8 @@ def open_image(source: ImageSource, *, origin: str) -> Image.Image:
     place = f"{origin}: image {source}" if isinstance(source, str) else f"{origin}: image"
     if isinstance(source, Image.Image):
         return _decoded(source, place=place)
+    if isinstance(source, ImageUrl):
+        source = fetch_image(source, place=f"{origin}: image")
     if isinstance(source, str) and (problem := file_problem(source)):
         raise DataError(f"{place} {problem}")
     if not source:

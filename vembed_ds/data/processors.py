@@ -15,6 +15,7 @@ from PIL import Image
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.features import FeatureTable
 from vembed_ds.data.image_paths import file_problem
+from vembed_ds.data.image_urls import ImageUrl, fetch_image
 from vembed_ds.data.images import open_image
 from vembed_ds.data.records import Item
 from vembed_ds.errors import ConfigError, DataError
@@ -218,7 +219,7 @@ def content_key(item: Item, *, read_files: bool = False) -> str:
 
     Args:
         item: A text, an image, or both.
-        read_files: An image path counts as the bytes of its file; otherwise two paths are two
+        read_files: An image path or URL counts as the bytes behind it; otherwise two paths are two
             keys, whatever the files hold.
 
     Returns:
@@ -238,6 +239,10 @@ def content_key(item: Item, *, read_files: bool = False) -> str:
 def _image_key(source: Any, *, read_files: bool) -> str:
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
+    if isinstance(source, ImageUrl):
+        if read_files:
+            return _digest("bytes", fetch_image(source, place="image"))
+        return _digest("url", source.encode("utf-8", "surrogatepass"))
     if isinstance(source, str) and read_files:
         return _file_key(source)
     if isinstance(source, str):

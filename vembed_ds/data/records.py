@@ -87,6 +87,7 @@ class RecordReader:
         origin: Name of the data in error messages, usually its path.
         instructions: Instruction of the ``query`` and the ``positive`` (and its negatives).
         allow_images_outside_root: Whether image paths may leave ``image_root``.
+        allow_image_urls: Whether images may be http and https URLs.
 
     Raises:
         ConfigError: When the retrieval mode is not known.
@@ -103,10 +104,12 @@ class RecordReader:
         origin: str,
         instructions: Mapping[str, str] | None = None,
         allow_images_outside_root: bool = False,
+        allow_image_urls: bool = False,
     ) -> None:
         self.origin = origin
         self.image_root = image_root
         self.allow_images_outside_root = allow_images_outside_root
+        self.allow_image_urls = allow_image_urls
         self.instructions = dict(instructions or {})
         self.retrieval_mode = retrieval_mode
         self.column_mapping = dict(column_mapping)
@@ -160,7 +163,7 @@ class RecordReader:
 
         Raises:
             DataError: When a value is empty, blank or of the wrong type, the mode needs what the
-                record lacks, or an image path is a URL or leaves ``image_root``.
+                record lacks, or an image is a URL that is not allowed or leaves ``image_root``.
         """
         return Record(
             index,
@@ -215,6 +218,7 @@ class RecordReader:
             image_root=self.image_root,
             place=place,
             allow_outside=self.allow_images_outside_root,
+            allow_urls=self.allow_image_urls,
         )
 
     def _negatives(self, row: Mapping[str, Any], index: int) -> tuple[Item, ...]:

@@ -152,6 +152,7 @@ def dataset_entries(config: DataConfig) -> dict[str, DatasetEntry]:
         for name in (
             "image_root",
             "allow_images_outside_root",
+            "allow_image_urls",
             "column_mapping",
             "retrieval_mode",
             "query_instruction",
@@ -212,6 +213,7 @@ def build_reader(
             "positive": entry.document_instruction or "",
         },
         allow_images_outside_root=bool(entry.allow_images_outside_root),
+        allow_image_urls=bool(entry.allow_image_urls),
     )
 
 

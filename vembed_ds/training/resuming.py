@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 FREE = frozenset(
     [
         "activation_checkpointing",
+        "allow_image_urls",
         "allow_images_outside_root",
         "attn_implementation",
         "cache_frozen_encoder",

@@ -128,6 +128,19 @@ def test_images_outside_image_root_only_when_allowed(
     assert command(image_root=str(inner), allow_images_outside_root=True)[0] == 2
 
 
+def test_image_urls_only_when_allowed(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    rows = [{"word": name, "image": f"http://127.0.0.1/{name}.png"} for name in COLORS]
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for stored in ({}, {"allow_image_urls": True}):
+        code, _, err = command(**stored)
+        assert code == 2
+        assert "is a http: URL, and nothing is fetched" in err
+    with pytest.raises(FileNotFoundError, match=r"http://127\.0\.0\.1"):  # the stub reads only files
+        command("--config_override", "allow_image_urls=true")
+
+
 def test_before_and_after(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
     before = str(folder / "before.json")
     assert command("--output", before, collapsed=True)[0] == 0
