@@ -223,6 +223,13 @@ FAMILIES = {
         {"patch_size": 8, "max_num_patches": 12},
         short_gemma_tokenizer,
     ),
+    "siglip2_vision": TestFamily(
+        {"model_type": "siglip2_vision_model", **SIZES, "patch_size": 8, "num_patches": 16},
+        own_pooler,
+        IMAGE,
+        "Siglip2ImageProcessorPil",
+        {"patch_size": 8, "max_num_patches": 12},
+    ),
     "dinov2": TestFamily(
         {"model_type": "dinov2", **SIZES, **PIXELS, "mlp_ratio": 2},
         first_state,

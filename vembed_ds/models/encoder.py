@@ -59,7 +59,7 @@ class TowerEncoder(nn.Module):
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Pooled backbone output ``[n, H]`` of padded inputs ``[n, ...]``."""
         outputs = self.backbone(**in_dtype_of(self, inputs))
-        return pool(outputs, inputs.get("attention_mask"), method=self.pooling)
+        return pool(outputs, mask_of(inputs), method=self.pooling)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk.
@@ -79,7 +79,7 @@ class TowerEncoder(nn.Module):
         if not self.layers:
             return (self._projected(self.features(inputs)),)
         outputs = self.backbone(**in_dtype_of(self, inputs), output_hidden_states=True)
-        mask = inputs.get("attention_mask")
+        mask = mask_of(inputs)
         states = [outputs.hidden_states[layer] for layer in self.layers]
         pooled = [pool(_States(state), mask, method=self.pooling) for state in states]
         pooled.append(pool(outputs, mask, method=self.pooling))
@@ -87,13 +87,18 @@ class TowerEncoder(nn.Module):
 
     def _tokens(self, inputs: Mapping[str, Tensor]) -> Rows:
         outputs = self.backbone(**in_dtype_of(self, inputs))
-        tokens, mask = token_states(outputs, inputs.get("attention_mask"))
+        tokens, mask = token_states(outputs, mask_of(inputs))
         if self.topk_tokens is not None and "pixel_values" in inputs:
             tokens, mask = best_patches(tokens, mask, number=self.topk_tokens)
         return self._projected(tokens), mask
 
     def _projected(self, rows: Tensor) -> Tensor:
         return self.projection(rows) if self.projection is not None else rows
+
+
+def mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which tokens, or patches, are no padding: ``[n, L]``; ``None``: all."""
+    return inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
 
 
 class _States:

@@ -5,6 +5,7 @@ A forward pass over a tiny input on the host, without gradient.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +80,26 @@ def probe_text(backbone: nn.Module) -> Probe:
 
 
 def probe_image(backbone: nn.Module) -> Probe:
-    """Embed one blank image of the size that the config states.
+    """Embed one blank image: of the size that the config states, or of 2 x 3 patches (NaFlex).
 
     Raises:
-        ConfigError: The backbone does not run on pixels alone.
+        ConfigError: The backbone does not run on an image's pixels, or patches.
     """
+    return Probe(type(backbone).__name__, _run(backbone, "image", **_blank_image(backbone)), None)
+
+
+def _blank_image(backbone: nn.Module) -> dict[str, Tensor]:
     config: Any = backbone.config
+    if "spatial_shapes" in inspect.signature(backbone.forward).parameters:
+        width = config.num_channels * config.patch_size**2
+        return {
+            "pixel_values": torch.zeros(1, 6, width),
+            "pixel_attention_mask": torch.ones(1, 6, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[2, 3]]),
+        }
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, width)
-    return Probe(type(backbone).__name__, _run(backbone, "image", pixel_values=pixels), None)
+    return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
 
 
 def _run(backbone: nn.Module, kind: str, **inputs: Tensor) -> Any:

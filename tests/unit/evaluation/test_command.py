@@ -137,7 +137,9 @@ def test_image_urls_only_when_allowed(
         code, _, err = command(**stored)
         assert code == 2
         assert "is a http: URL, and nothing is fetched" in err
-    with pytest.raises(FileNotFoundError, match=r"http://127\.0\.0\.1"):  # the stub reads only files
+    with pytest.raises(
+        FileNotFoundError, match=r"http://127\.0\.0\.1"
+    ):  # the stub reads only files
         command("--config_override", "allow_image_urls=true")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ DINOV3 = {
     "intermediate_size": 16,
     "image_size": 16,
     "patch_size": 8,
+}
+NAFLEX = {
+    "model_type": "siglip2_vision_model",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "patch_size": 2,
+    "num_patches": 16,
 }
 IDS = torch.tensor([[2, 3, 4, 0], [5, 6, 7, 8]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
@@ -450,3 +460,31 @@ def test_layers_that_the_model_does_not_have_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(ModelSpec({"": BackboneSource(config=settings)}, layers=layers))
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean", "last_token", "none"])
+def test_padding_patches_do_not_count(pooling: str) -> None:
+    """SigLIP2's NaFlex pads every image to one number of patches, with a mask."""
+    torch.manual_seed(0)
+    model = build_model(replace(spec(text=TEXT, image=NAFLEX), pooling={"image": pooling}))
+    tower = model.encoder.tower("image")
+    short = {
+        "pixel_values": torch.randn(1, 6, 12),
+        "pixel_attention_mask": torch.ones(1, 6, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[2, 3]]),
+    }
+    long = short | {
+        "pixel_values": torch.cat([short["pixel_values"], torch.randn(1, 3, 12)], dim=1),
+        "pixel_attention_mask": torch.tensor([[1] * 6 + [0] * 3]),
+    }
+    with torch.no_grad():
+        alone, padded = tower.eval()(short), tower.eval()(long)
+    if pooling == "none":
+        assert padded[1].sum() == 6
+        padded = (padded[0][:, :6],)
+    torch.testing.assert_close(padded[0], alone[0])
+
+
+def test_a_naflex_tower_pools_by_itself() -> None:
+    model = build_model(spec(one=NAFLEX))
+    assert (model.streams, model.encoder.tower("image").pooling) == (("image",), "pooler")
