@@ -6,6 +6,7 @@ inspected to guess its type, so a caption such as ``"and/or"`` stays a text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -32,6 +33,9 @@ ImageSource = str | bytes | Image.Image | dict[str, Any]
 
 _LABEL_COLUMNS = ("label", "class_id")  # not `id`, which numbers records more often than classes
 _SCORE_COLUMNS = ("score",)
+
+# What JSON, Python and numpy write of a list of texts, as CSV and TSV keep it: one text.
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*(?:["'].*["']\s*)?\]\s*""", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +299,11 @@ def content_number(data: bytes) -> int:
 def _as_list(value: Any, *, place: str) -> list[Any]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []  # a CSV file has no other way to say that there is none
+    if isinstance(value, str) and _WRITTEN_LIST.fullmatch(value):
+        raise DataError(
+            f"{place}: {_shortened(value)} is a list written as one text; a CSV or TSV cell holds one "
+            "negative or none, so save the data as JSONL or Parquet with a list there"
+        )
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, (str, bytes, dict, Image.Image)):

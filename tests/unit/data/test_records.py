@@ -228,6 +228,10 @@ def test_negatives_are_of_the_positives_kind() -> None:
         ([" "], "column 'negatives', value 0: ' ' is a blank text"),
         (["b", 3], "column 'negatives', value 1: 3 is int, not text"),
         (3, "column 'negatives': 3 is int, not a list of negatives"),
+        *(
+            (cell, "is a list written as one text; .* save the data as JSONL or Parquet")
+            for cell in ('["x", "y"]', "['x', 'y']", " ['x' 'y'] ", "[]", '["x",\n"y"]')
+        ),
     ],
 )
 def test_bad_negatives_are_named(cell: Any, message: str) -> None:
