@@ -333,9 +333,9 @@ class LossConfig(Section):
         default="infonce",
         description="The loss; docs/losses.md has formulas and sources. hard_negative is another name of in_batch_hard.",
     )
-    temperature: PositiveFloat = Field(
+    temperature: Annotated[float, Field(ge=1e-4)] = Field(
         default=0.05,
-        description="Divides the similarities, with infonce, colbert and in_batch_hard.",
+        description="Divides the similarities, with infonce, colbert and in_batch_hard; at least 1e-4.",
     )
     learnable_temperature: bool = Field(
         default=False,

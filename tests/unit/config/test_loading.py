@@ -230,6 +230,8 @@ def test_a_broken_list_in_an_override(base):
         ("projection_layers", 3, "expected 1 or 2 or null"),
         ("run_name", 7, "expected non-empty text or null; put it in quotes"),
         ("image_root", 3, "expected text; put it in quotes"),
+        ("temperature", 9e-5, "expected a number >= 0.0001"),
+        ("temperature", 0, "expected a number >= 0.0001"),
         ("eval_recall_k", [1, 0], "expected a non-empty list of a whole number > 0"),
         ("eval_recall_k", [], "expected a non-empty list of a whole number > 0"),
         ("data_path", [], "expected non-empty text or a non-empty list of non-empty text or null"),
@@ -332,7 +334,8 @@ def random_value(name: str, default: Any, rng: random.Random) -> Any:
     if isinstance(default, int):
         return rng.randint(1, 10**6)
     if isinstance(default, float):
-        return rng.choice([rng.random() * 0.99, rng.random() * 1e-12 + 1e-15])
+        tiny = 1e-4 if name == "temperature" else 1e-15
+        return rng.choice([rng.random() * 0.99 + tiny, rng.random() * 1e-12 + tiny])
     if name == "run_name":
         return rng.choice(TRICKY_TEXTS)
     return default
