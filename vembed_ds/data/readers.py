@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from vembed_ds.data.file_checks import data_suffix, file_problem, first_json_problem, open_plain
 from vembed_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = {
     ".jsonl": "json",
@@ -153,7 +156,9 @@ def _load_pattern(names: Sequence[str], *, place: str, key: str) -> datasets.Dat
 
 
 def _load_file(file: Path, *, builder: str, place: str) -> datasets.Dataset:
-    options = _csv_options(file, place=place) if builder == "csv" else {}
+    options = {}
+    if builder in ("csv", "parquet"):
+        options = (_csv_options if builder == "csv" else _parquet_options)(file, place=place)
     try:
         prepared = datasets.load_dataset_builder(builder, data_files=[str(file)], **options)
         if not Path(prepared.cache_dir).exists() and (problem := file_problem(file)):
@@ -202,6 +207,12 @@ def _load_folder(folder: Path, *, place: str, key: str) -> datasets.Dataset:
     for file in sorted(folder.rglob("*")):
         if file.is_file() and (problem := file_problem(file)):
             raise DataError(f"{place}: {file}: {problem}")
+        if file.is_file() and (odd := _odd_columns(file)):
+            name, kind = next(iter(odd.items()))
+            raise DataError(
+                f"{place}: {file}: column {name!r} is of type {kind}, which cannot be read; remove it, "
+                f"or give the files, {key}: {folder}/*.parquet, of which such columns are left out"
+            )
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     load = datasets.load_from_disk if saved else datasets.load_dataset
     try:
@@ -252,6 +263,40 @@ def _csv_options(file: Path, *, place: str) -> dict[str, Any]:
     return options | {
         "features": datasets.Features({name: datasets.Value("string") for name in header})
     }
+
+
+def _parquet_options(file: Path, *, place: str) -> dict[str, Any]:
+    """Leaves out the columns that ``datasets`` has no type for; no role can be one of them."""
+    odd = _odd_columns(file)
+    if not odd:
+        return {}
+    named = ", ".join(f"{name!r} ({kind})" for name, kind in odd.items())
+    schema = pq.read_schema(file)
+    fields = [field for field in schema if field.name not in odd]
+    if not fields:
+        raise DataError(f"{place}: no column can be read: {named}; save texts, numbers or lists")
+    logger.warning("%s: left out, as no type that can be read: %s", place, named)
+    features = datasets.Features.from_arrow_schema(pa.schema(fields, metadata=schema.metadata))
+    return {"columns": [field.name for field in fields], "features": features}
+
+
+def _odd_columns(file: Path) -> dict[str, str]:
+    """Name and type of the columns of a Parquet file that ``datasets`` cannot hold, such as maps."""
+    if file.suffix.lower() != ".parquet":
+        return {}
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError):
+        return {}  # no Parquet file: reading it says so
+    return {field.name: str(field.type) for field in schema if not _has_type(field)}
+
+
+def _has_type(field: pa.Field) -> bool:
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([field]))
+    except ValueError:
+        return False
+    return True
 
 
 def undecoded(table: Table) -> Table:

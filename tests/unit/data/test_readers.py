@@ -24,6 +24,7 @@ from tests.memory import measure
 from vembed_ds.data.fingerprint import _update_bytes, fingerprint
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import RecordReader
+from vembed_ds.data.shards import first_columns, numbered_rows, open_shards
 from vembed_ds.errors import DataError
 
 ROWS = [{"query": "a/b", "positive": "x"}, {"query": "ü, c", "positive": "007"}]
@@ -219,6 +220,43 @@ def test_broken_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
 
 def test_short_csv_row_leaves_an_empty_cell(tmp_path: Path) -> None:
     assert load(write(tmp_path, "a.csv", "query,positive\na\n"))[0]["positive"] == ""
+
+
+def save_with_maps(path: Path, *names: str) -> None:
+    """Two maps, one inside another type, beside columns of texts."""
+    pairs = pa.array([[("k", "v")]], type=pa.map_(pa.string(), pa.string()))
+    columns = {name: pa.array(["a"]) for name in names}
+    columns |= {"meta": pairs, "more": pa.StructArray.from_arrays([pairs], ["inner"])}
+    pq.write_table(pa.table(columns), path)
+
+
+def test_parquet_columns_of_types_that_nothing_reads_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_with_maps(tmp_path / "a.parquet", "query", "positive")
+    for name in ("a.parquet", "*.parquet"):
+        assert load(tmp_path / name).to_list() == [{"query": "a", "positive": "a"}]
+    assert "left out, as no type that can be read: 'meta' (map<string, string" in caplog.text
+    (shard,) = open_shards([str(tmp_path / "a.parquet")], key="data_path")
+    columns = first_columns([shard])
+    rows = list(numbered_rows(shard, columns=columns, needed=["query"]))
+    assert rows == [(0, {"query": "a"})]
+
+
+def test_parquet_of_nothing_but_such_columns(tmp_path: Path) -> None:
+    save_with_maps(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: no column can be read: 'meta' \(map<string"):
+        load(tmp_path / "a.parquet")
+
+
+def test_a_folder_with_such_a_column_names_it(tmp_path: Path) -> None:
+    save_with_maps(tmp_path / "a.parquet", "query")
+    with pytest.raises(
+        DataError,
+        match=r"a.parquet: column 'meta' is of type map<string, string.*; remove it, or give the "
+        r"files, data_path: .*/\*.parquet, of which such columns are left out",
+    ):
+        load(tmp_path)
 
 
 def test_broken_parquet(tmp_path: Path) -> None:
