@@ -25,6 +25,7 @@ from vembed_ds.data.inspection import (
     shared_pairs,
     summary,
 )
+from vembed_ds.data.order import Order
 from vembed_ds.data.readers import files_of
 from vembed_ds.data.records import Item
 from vembed_ds.errors import DataError, VembedError
@@ -36,6 +37,7 @@ from vembed_ds.training.data_setup import (
     open_source,
     validation_entries,
 )
+from vembed_ds.training.loss_setup import check_data, loss_configs
 from vembed_ds.training.model_setup import model_spec, setup_processor
 
 EXAMPLE = """\
@@ -74,15 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        checked = check(arguments)
+        config = load_config(arguments.config, arguments.config_override)
+        checked = check(config, arguments)
+        notes = list(_notes(config, checked))
         if arguments.output:
-            write_report(arguments.output, {"data": [_report(table) for table in checked]})
+            report = {"data": [_report(table) for table in checked], "notes": notes}
+            write_report(arguments.output, report)
         if arguments.thumbnails:
             _draw(arguments.thumbnails, checked)
     except VembedError as error:
         sys.stderr.write(f"error: {'; '.join(str(error).splitlines())}\n")
         return EXIT_CONFIG
-    sys.stdout.write("\n".join(_text(checked)) + "\n")
+    sys.stdout.write("\n".join([*_text(checked), *(f"note: {note}" for note in notes)]) + "\n")
     return EXIT_PROBLEMS if any(table.found.counts for table in checked) else 0
 
 
@@ -91,7 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vembed_ds.validate",
         description="Read every training and validation record as training would, without loading "
-        "a model's weights, and say which cannot be used.",
+        "a model's weights, and say which cannot be used; also whether the loss looks at what the data "
+        "has, and whether the data fills a global batch.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -112,13 +118,12 @@ def _positive(text: str) -> int:
     return number
 
 
-def check(arguments: argparse.Namespace) -> list[Checked]:
+def check(config: Config, arguments: argparse.Namespace) -> list[Checked]:
     """Open and read all tables of a configuration.
 
     Raises:
-        ConfigError: The configuration is wrong, or the model's processor does not load.
+        ConfigError: The model's processor does not load, or a loss does not look at what the data has.
     """
-    config = load_config(arguments.config, arguments.config_override)
     checked = [_opened(key, entry) for key, entry in _tables(config)]
     readers = [table.source.reader for table in checked if table.source is not None]
     if not readers:
@@ -128,6 +133,10 @@ def check(arguments: argparse.Namespace) -> list[Checked]:
         if table.source is None:
             continue
         table.dataset = build_dataset(table.source, processor=processor, config=config)
+    _check_losses(config, checked)
+    for table in checked:
+        if table.source is None or table.dataset is None:
+            continue
         number = len(table.dataset)
         step = max(1.0, number / (arguments.limit or number))
         table.found = inspect(
@@ -140,6 +149,38 @@ def check(arguments: argparse.Namespace) -> list[Checked]:
         table.lines = Lines(files_of(table.source.paths), num_records=number)
     _count_leaks(checked)
     return checked
+
+
+def _check_losses(config: Config, checked: Sequence[Checked]) -> None:
+    """What training says of losses and data, as far as the data could be opened."""
+    losses = loss_configs(config.loss, dataset_entries(config.data))
+    for loss, table in zip(losses, _trained(checked), strict=True):
+        if table.dataset is not None:
+            check_data([loss], [table.dataset])
+
+
+def _notes(config: Config, checked: Sequence[Checked]) -> Iterator[str]:
+    """Whether the data fills a global batch, even on one rank; records that are bad still count."""
+    trained = _trained(checked)
+    datasets = [table.dataset for table in trained if table.dataset is not None]
+    if len(datasets) < len(trained):
+        return
+    try:
+        Order(
+            [len(dataset) for dataset in datasets],
+            weights=[entry.weight for entry in dataset_entries(config.data).values()],
+            global_batch_size=config.training.batch_size,
+            seed=config.training.seed,
+            homogeneous=config.data.batching == "homogeneous",
+            names=[dataset.reader.origin for dataset in datasets],
+        )
+    except DataError as error:
+        yield f"on one rank, {error}"
+
+
+def _trained(checked: Sequence[Checked]) -> list[Checked]:
+    """The training tables, in the order of the data sets."""
+    return [table for table in checked if not table.key.endswith("val_data_path")]
 
 
 def _tables(config: Config) -> Iterator[tuple[str, Any]]:
@@ -162,9 +203,8 @@ def _opened(key: str, entry: Any) -> Checked:
 def _count_leaks(checked: Sequence[Checked]) -> None:
     """Validation pairs that are trained on make the figures of a run too good."""
     trained = Findings()
-    for table in checked:
-        if not table.key.endswith("val_data_path"):
-            trained.add(table.found)
+    for table in _trained(checked):
+        trained.add(table.found)
     for table in checked:
         if table.key.endswith("val_data_path") and table.source is not None:
             table.figures["pairs_also_trained_on"] = shared_pairs(table.found, trained)

@@ -196,6 +196,51 @@ def test_wrong_configuration(
     assert "did you mean batch_size?" in text
 
 
+def test_data_that_its_loss_does_not_look_at(
+    validate: Callable[..., tuple[int, str]], rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for row in rows:
+        row["graded"] = 0.5
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    mapped = {"column_mapping": {"score": "graded"}}
+    code, text = validate(rows, **mapped)
+    assert code == 2
+    assert text.startswith("error: loss_type=infonce: does not look at the scores of ")
+    assert validate(rows, loss_type="cosent", **mapped)[0] == 0
+    entries = [{"data_path": str(tmp_path / name)} for name in ("train.jsonl", "b.jsonl")]
+    entries[1] |= mapped
+    keys = {"data_path": None, "batching": "homogeneous", "batch_size": 1}
+    code, text = validate(rows, datasets=entries, **keys)
+    assert code == 2
+    assert "does not look at the scores of " + str(tmp_path / "b.jsonl") in text
+    entries[1]["loss"] = {"loss_type": "cosent"}
+    assert validate(rows, datasets=entries, **keys)[0] == 0
+
+
+def test_data_that_fills_no_global_batch_is_noted(
+    validate: Callable[..., tuple[int, str]], rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    code, text = validate(rows, "--output", str(report), batch_size=301)
+    assert code == 0
+    note = (
+        "on one rank, 300 records do not fill one global batch of 301 (batch_size x ranks); lower"
+    )
+    assert f"\nnote: {note}" in text
+    (noted,) = json.loads(report.read_text())["notes"]
+    assert noted.startswith(note)
+    assert "note:" not in validate(rows, batch_size=300)[1]
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    entries = [{"data_path": str(tmp_path / name)} for name in ("train.jsonl", "b.jsonl")]
+    assert "note:" not in validate(rows, data_path=None, datasets=entries, batch_size=301)[1]
+    keys = {"data_path": None, "batching": "homogeneous", "batch_size": 2}
+    _, text = validate(rows, datasets=entries, **keys)
+    assert (
+        f"note: on one rank, {tmp_path}/b.jsonl: 1 records do not fill one global batch of 2"
+        in text
+    )
+
+
 def test_columns_that_are_missing(validate: Callable[..., tuple[int, str]]) -> None:
     code, text = validate([{"a": "b"}], column_mapping={"query": "text"})
     assert code == 1
