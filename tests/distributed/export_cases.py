@@ -48,6 +48,16 @@ WORDS = {
 PIXELS = {"image_size": 8, "patch_size": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "text": {"model_type": "bert", **SIZES, **WORDS},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 30522,
+        "n_embd": 18,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_inner": 25,
+        "n_positions": 15,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 102),
+    },
     "image": {"model_type": "vit", **SIZES, **PIXELS},
     "convnext": {"model_type": "convnext", "hidden_sizes": [3, 5, 6, 7], "depths": [1, 1, 1, 1]},
     "resnet": {
@@ -103,8 +113,8 @@ def make_model(folder: Path, kind: str) -> EmbeddingModel:
         sources = {s: BackboneSource(name=str(folder / s)) for s in ("text", "image")}
         spec = ModelSpec(sources, pooling={"text": "mean"}, projection_dim=11)
         return build_model(spec, freeze={"text": True}, init_logit_scale=-math.log(0.1))
-    if kind == "shared":
-        source = BackboneSource(name=str(folder / "text"))
+    if kind in ("shared", "gpt2"):
+        source = BackboneSource(name=str(folder / ("gpt2" if kind == "gpt2" else "text")))
         return build_model(ModelSpec({"": source}, pooling={"": "mean"}))
     if kind == "tied":
         model = make_model(folder, "shared")

@@ -234,6 +234,7 @@ def plain_convolutional(folder: Path) -> dict[str, Tensor]:
 
 PLAIN: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "shared": plain_shared,
+    "gpt2": plain_shared,
     "clip": plain_clip,
     "composed": plain_composed,
     "convnext": plain_convolutional,

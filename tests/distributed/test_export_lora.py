@@ -85,6 +85,7 @@ def check_moved(trained: dict[str, Any]) -> None:
         *[("composed", "dora", stage) for stage in (0, 2, 3)],
         ("clip", "dora", 3),
         ("shared", "rslora", 3),
+        *[("gpt2", variant, stage) for variant in ("lora", "dora") for stage in (0, 3)],
     ],
 )
 def test_merged(
@@ -126,6 +127,26 @@ def test_adapter_files(
     for stream, expected in trained["after"].items():
         by_hand = functional.normalize(rows[stream], dim=1).numpy()
         np.testing.assert_allclose(by_hand, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_adapter_files_of_transposed_layers(
+    train: Callable[..., Any], backbones: Path, tmp_path: Path, variant: str
+) -> None:
+    trained = train("gpt2", 3, variant)
+    check_moved(trained)
+    out = tmp_path / "out"
+    export_model(tmp_path / "run", out, adapter=True)
+    assert json.loads((out / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    check_encoder(out, trained)
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(backbones / "gpt2"), out).eval()
+    tokens = tokens_of(out)
+    with torch.no_grad():
+        hidden = adapted(**tokens).last_hidden_state
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    by_hand = functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy()
+    np.testing.assert_allclose(by_hand, trained["after"]["text"], rtol=0, atol=TOLERANCE)
 
 
 def check_shapes(file: Path, base: Path, variant: str) -> None:

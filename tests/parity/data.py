@@ -25,6 +25,17 @@ TEXT = {
     "intermediate_size": 24,
     "max_position_embeddings": 16,
 }
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_inner": 24,
+    "n_positions": 16,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), EOS),
+}
 IMAGE = {
     "model_type": "vit",
     "hidden_size": 16,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from tests.parity import cases
 from tests.parity.reference import PlainModel
@@ -19,33 +20,40 @@ from vembed_ds.engine.activation import enable_activation_checkpointing
 from vembed_ds.models.lora import LoraSpec, add_adapters
 
 RANK, ALPHA = 3, 6.0
-IN_BLOCK = re.compile(r".*\.layers?\.\d+\..*")
+IN_BLOCK = re.compile(r".*\.(layers?|h)\.\d+\..*")
 
 
 class PlainAdapter(nn.Module):
     """A linear layer and what is trained of it: no peft."""
 
-    def __init__(self, base: nn.Linear, name: str, *, variant: str, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Linear | Conv1D, name: str, *, variant: str, dropout: float
+    ) -> None:
         super().__init__()
-        out, width = base.weight.shape
         self.base = base.requires_grad_(False)
+        out, width = self.weight.shape
         self.scaling = ALPHA / (RANK**0.5 if variant == "rslora" else RANK)
         self.dropout = dropout
         self.lora_A = nn.Parameter(start_value(f"{name}.lora_A", (RANK, width)))
         self.lora_B = nn.Parameter(start_value(f"{name}.lora_B", (out, RANK)))
         if variant == "dora":
-            length = base.weight.norm(dim=1) * lengthening(f"{name}.lora_magnitude_vector", out)
+            length = self.weight.norm(dim=1) * lengthening(f"{name}.lora_magnitude_vector", out)
             self.lora_magnitude_vector = nn.Parameter(length)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``; a `Conv1D` stores it the other way around."""
+        return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = functional.dropout(x, self.dropout, self.training)
         if not hasattr(self, "lora_magnitude_vector"):
             return self.base(x) + self.scaling * (dropped @ self.lora_A.T @ self.lora_B.T)
-        direction = self.base.weight + self.scaling * self.lora_B @ self.lora_A
+        direction = self.weight + self.scaling * self.lora_B @ self.lora_A
         length = direction.norm(dim=1).detach()  # section 4.3 of the DoRA paper
         weight = direction * (self.lora_magnitude_vector / length).unsqueeze(1)
         # What the adapter adds is what dropout acts on; without dropout this is `weight @ x`.
-        return self.base(x) + functional.linear(dropped, weight - self.base.weight)
+        return self.base(x) + functional.linear(dropped, weight - self.weight)
 
 
 def start_value(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -71,7 +79,7 @@ def _adapt_part(model: PlainModel, part: nn.Module, *, variant: str, dropout: fl
     names = {module: name for name, module in model.named_modules()}
     for module in list(part.modules()):
         name = names[module]
-        if isinstance(module, nn.Linear) and IN_BLOCK.match(name):
+        if isinstance(module, (nn.Linear, Conv1D)) and IN_BLOCK.match(name):
             owner, _, leaf = name.rpartition(".")
             adapter = PlainAdapter(module, name, variant=variant, dropout=dropout)
             setattr(model.get_submodule(owner), leaf, adapter)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import lora_cases
+from tests.parity import data, lora_cases
 from tests.parity.conftest import OPTIMIZER, ds_config, update_error
 from tests.parity.reference import train_plain
 from tests.parity.test_step_matrix import PRECISIONS, check
@@ -37,12 +37,17 @@ def plain(folders: dict[float, Path]) -> Callable[..., dict[str, Any]]:
     known: dict[Any, dict[str, Any]] = {}
 
     def compute(
-        kind: str, variant: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+        kind: str,
+        variant: str,
+        *,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        folder: Path | None = None,
     ) -> dict[str, Any]:
-        key = (kind, variant, dropout, dtype)
+        key = (kind, variant, dropout, dtype, folder)
         if key not in known:
             known[key] = train_plain(
-                folders[dropout],
+                folder or folders[dropout],
                 kind=kind,
                 steps=3,
                 optimizer=OPTIMIZER,
@@ -79,6 +84,33 @@ def test_adapters(
     expected = plain(kind, variant)
     trained = {name for name, value in expected["after"].items() if not _same(expected, name)}
     assert trained == set(expected["after"]) == set(results[0]["after"])
+    check(expected, results)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    data.save_backbone(folder / "text", data.GPT2, dropout=0.0, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_transposed_layers(
+    world: Callable[[int], World], gpt2: Path, plain: Callable[..., Any], variant: str, stage: int
+) -> None:
+    """GPT-2's `Conv1D`: the weight is stored transposed."""
+    results = world(2).run(
+        "tests.parity.lora_cases:train",
+        folder=str(gpt2),
+        kind="shared",
+        variant=variant,
+        ds_config=ds_config(stage, 2),
+        chunk_size=CHUNK,
+    )
+    expected = plain("shared", variant, folder=gpt2)
+    assert sum(".c_attn." in name for name in expected["after"]) >= 4, "no adapter in the layers"
+    assert set(expected["after"]) == set(results[0]["after"])
     check(expected, results)
 
 

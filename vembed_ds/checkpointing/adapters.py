@@ -78,7 +78,12 @@ def merge_adapters(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         if a is None or b is None or (magnitude is None) == config["use_dora"]:
             raise CheckpointError(f"{layer}: its adapter is not whole in the checkpoint")
         plain[f"{layer}.weight"] = merged_weight(
-            plain[f"{layer}.weight"], a, b, magnitude, scaling=scaling_of(config)
+            plain[f"{layer}.weight"],
+            a,
+            b,
+            magnitude,
+            scaling=scaling_of(config),
+            transposed=config["fan_in_fan_out"],
         )
     return plain
 

@@ -5,6 +5,9 @@ are trained and ``s`` is ``alpha / r`` (Hu et al. 2021, section 4.1) or, for rsL
 ``alpha / sqrt(r)`` (Kalajdzievski 2023). DoRA also trains the length ``m`` ``[out]`` of every row
 (Liu et al. 2024, eq. 5): ``m V x / |V|`` with ``V = W + s B A``; no gradient flows through
 ``|V|`` (their section 4.3).
+
+GPT-2's layers (``Conv1D``) compute the same and store ``W`` transposed, ``[in, out]``; peft calls
+that ``fan_in_fan_out``. ``A``, ``B`` and ``m`` have the same shapes there.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from vembed_ds.errors import ConfigError, one_line
 
@@ -88,23 +92,34 @@ def adapter_config(backbone: nn.Module) -> Any:
 
 
 def merged_weight(
-    weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, *, scaling: float
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None,
+    *,
+    scaling: float,
+    transposed: bool = False,
 ) -> Tensor:
     """The one matrix that does what a layer and its adapter do.
 
     Args:
-        weight: ``W`` ``[out, in]``, float32 like all.
+        weight: ``W`` ``[out, in]``, float32 like all; transposed: ``[in, out]``.
         a: ``[r, in]``.
         b: ``[out, r]``.
         magnitude: ``[out]`` of DoRA; ``None``: LoRA.
         scaling: ``s``.
+        transposed: Whether ``W`` is stored as ``Conv1D`` stores it.
+
+    Returns:
+        As ``weight``.
     """
+    stored = weight.T if transposed else weight
     # In float64, so that the sum is rounded once.
-    whole = weight.double() + scaling * (b.double() @ a.double())
+    whole = stored.double() + scaling * (b.double() @ a.double())
     if magnitude is not None:
         length: Tensor = torch.linalg.norm(whole, dim=1)
         whole = whole * (magnitude.double() / length).unsqueeze(1)
-    return whole.to(weight.dtype)
+    return (whole.T if transposed else whole).to(weight.dtype).contiguous()
 
 
 def scaling_of(config: Mapping[str, Any]) -> float:
@@ -180,6 +195,7 @@ def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
         target_modules=targets,
         use_dora=spec.use_dora,
         use_rslora=spec.use_rslora,
+        fan_in_fan_out=_transposed(backbone, targets),
         base_model_name_or_path=_origin(backbone),
     )
     try:
@@ -214,6 +230,18 @@ def _targets(backbone: nn.Module, spec: LoraSpec) -> list[str]:
     return found
 
 
+def _transposed(backbone: nn.Module, targets: Sequence[str]) -> bool:
+    """Whether the layers store their weight as ``Conv1D`` does: all of them or none."""
+    kinds = {type(backbone.get_submodule(name)): name for name in targets}
+    if len(kinds) > 1:  # peft's configuration says it once for a whole model
+        raise ConfigError(
+            f"lora_target_modules: {type(backbone).__name__} has layers of two kinds, "
+            f"{kinds[nn.Linear]} (Linear) and {kinds[Conv1D]} (Conv1D), and one adapter cannot "
+            "have both; name layers of one kind"
+        )
+    return Conv1D in kinds
+
+
 def _linears(backbone: nn.Module) -> dict[str, nn.Module]:
     """Trained matrices that are called as layers.
 
@@ -223,8 +251,13 @@ def _linears(backbone: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in backbone.named_modules()
-        if type(module) is nn.Linear and module.weight.requires_grad
+        if type(module) in (nn.Linear, Conv1D) and _weight(module).requires_grad
     }
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
 
 
 def _trained_modules(backbone: nn.Module) -> dict[str, nn.Module]:

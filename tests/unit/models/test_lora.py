@@ -68,6 +68,7 @@ QWEN2_VL = {
     },
     "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
 }
+GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_inner": 12}
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 BIT = {**RESNET, "model_type": "bit", "num_groups": 2}
 
@@ -103,6 +104,7 @@ def adapted(module: nn.Module) -> set[str]:
         (IMAGE, {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}),
         (DINOV2, {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}),
         (CONVNEXT, {"pwconv1", "pwconv2"}),
+        (GPT2, {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"}),
     ],
 )  # fmt: skip
 def test_attention_and_feed_forward_of_the_blocks(settings: dict[str, Any], ends: set[str]) -> None:
@@ -251,14 +253,34 @@ def test_every_trained_tower_needs_a_layer() -> None:
         build(text=TEXT, image=IMAGE, lora=spec(target_modules=["query"]))
 
 
-@pytest.mark.parametrize(
-    "settings", [BIT, {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1}]
-)
-def test_a_backbone_without_linear_layers(settings: dict[str, Any]) -> None:
+def test_a_backbone_without_linear_layers() -> None:
     with pytest.raises(
         ConfigError, match=r"lora_target_modules=null .* has no such .* its linear layers: none\."
     ):
-        add_adapters([backbone(settings)], spec())
+        add_adapters([backbone(BIT)], spec())
+
+
+def test_transposed_layers_are_said_to_be() -> None:
+    model, other = backbone(GPT2), backbone(TEXT)
+    add_adapters([model, other], spec())  # a peft warning would be an error here
+    assert adapter_config(model).fan_in_fan_out is True
+    assert adapter_config(other).fan_in_fan_out is False
+    layer = model.h[0].mlp.c_fc
+    assert layer.lora_A["default"].weight.shape == (2, 8)
+    assert layer.lora_B["default"].weight.shape == (12, 2)
+
+
+def test_layers_of_both_kinds() -> None:
+    model = backbone(GPT2)
+    model.h[0].mlp.c_fc = nn.Linear(8, 12)
+    with pytest.raises(
+        ConfigError,
+        match=r"GPT2Model has layers of two kinds, h\.0\.mlp\.c_fc \(Linear\) and .*\(Conv1D\), and "
+        "one adapter cannot have both; name layers of one kind",
+    ):
+        add_adapters([model], spec())
+    add_adapters([model], spec(target_modules=["c_fc"]))
+    assert adapted(model) == {"h.0.mlp.c_fc"}
 
 
 def test_layers_that_peft_refuses() -> None:
