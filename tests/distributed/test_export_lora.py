@@ -21,6 +21,7 @@ from tests.parity.conftest import ds_config
 from tests.worlds import World
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.export import export_model
+from vembed_ds.errors import CheckpointError
 
 RANK = 3
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
 }
+FOUR_BIT = {"load_in_4bit": True}
 
 pytestmark = [pytest.mark.distributed(2)]
 
@@ -99,6 +101,21 @@ def test_merged(
     for stream, rows in PLAIN[kind](tmp_path / "out").items():  # transformers alone
         by_hand = functional.normalize(rows, dim=1).numpy()
         np.testing.assert_allclose(by_hand, trained["after"][stream], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_4_bit_is_merged_as_it_was_trained(
+    train: Callable[..., Any], tmp_path: Path, stage: int
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora`")
+    trained = train("shared", stage, **FOUR_BIT)
+    check_moved(trained)
+    with pytest.raises(
+        CheckpointError, match=r"was trained with load_in_4bit, .* leave out --adapter"
+    ):
+        export_model(tmp_path / "run", tmp_path / "out", adapter=True)
+    export_model(tmp_path / "run", tmp_path / "out")
+    check_encoder(tmp_path / "out", trained)
 
 
 # peft's own reading of the files asks transformers 5.23 by a name that is going away.

@@ -70,6 +70,49 @@ def test_base_weights_of_a_16_bit_run_are_exported_as_they_were(
     assert differing == queries | {"logit_scale"}
 
 
+def test_4_bit_base_weights_are_resumed_and_exported(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    clip_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora`")
+    config = make_config(
+        use_lora=True,
+        load_in_4bit=True,
+        lora_target_modules=["q_proj"],
+        precision="bf16",
+        save_steps=2,
+    )
+    run(world(2), config, 2)
+    expected = losses_of(tmp_path / "out")
+    (tmp_path / "out" / "latest").write_text("checkpoint-step-2")
+    run(world(2), config, 2, resume="auto")
+    assert losses_of(tmp_path / "out") == expected
+    assert list(expected) == [1, 2, 3, 4]
+    command = [str(tmp_path / "out"), str(tmp_path / "model")]
+    assert convert.main([*command, "--adapter"]) == 2
+    assert "was trained with load_in_4bit, and beside the base" in capsys.readouterr().err
+    assert convert.main(command) == 0
+    original = load_file(clip_folder / "model.safetensors")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    differing = {n for n, tensor in original.items() if not torch.equal(exported[n], tensor)}
+    queries = {n for n in original if n.endswith("q_proj.weight")}
+    assert differing == queries | {"logit_scale"}
+
+
+def test_4_bit_base_weights_are_not_partitioned(
+    world: Callable[[int], World], make_config: Callable[..., str]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora`")
+    config = make_config(use_lora=True, load_in_4bit=True)
+    for answer in world(2).run(RUN, config=config, ds_config=ds_file(3)):
+        assert answer["error"].startswith(
+            "ConfigError: load_in_4bit=true: ZeRO stage 3 cannot partition 4-bit weights; use "
+        )
+
+
 def test_a_composed_encoder_keeps_its_projections(
     world: Callable[[int], World], make_config: Callable[..., str], pairs: Path, tmp_path: Path
 ) -> None:

@@ -77,12 +77,23 @@ def adapt_plain(model: PlainModel, *, variant: str, dropout: float) -> None:
 
 def _adapt_part(model: PlainModel, part: nn.Module, *, variant: str, dropout: float) -> None:
     names = {module: name for name, module in model.named_modules()}
+    round_weight = _round_to_4_bit if variant == "qlora" else (lambda weight: weight)
     for module in list(part.modules()):
         name = names[module]
         if isinstance(module, (nn.Linear, Conv1D)) and IN_BLOCK.match(name):
+            module.weight.data = round_weight(module.weight.data)
             owner, _, leaf = name.rpartition(".")
             adapter = PlainAdapter(module, name, variant=variant, dropout=dropout)
             setattr(model.get_submodule(owner), leaf, adapter)
+
+
+def _round_to_4_bit(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    code, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    rounded = dequantize_4bit(code, state)
+    assert not torch.equal(rounded, weight)
+    return rounded
 
 
 def make_model(folder: Path, kind: str, *, variant: str, dropout: float) -> Any:
@@ -94,6 +105,7 @@ def make_model(folder: Path, kind: str, *, variant: str, dropout: float) -> Any:
         dropout=dropout,
         use_dora=variant == "dora",
         use_rslora=variant == "rslora",
+        load_in_4bit=variant == "qlora",
     )
     add_adapters(model.trained_backbones(), spec)
     for name, parameter in model.named_parameters():

@@ -114,6 +114,44 @@ def test_transposed_layers(
     check(expected, results)
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "stage"),
+    [
+        *[("shared", "fp32", stage) for stage in (0, 1, 2)],
+        ("clip", "fp32", 2),
+        *[("shared", "bf16", stage) for stage in (0, 2)],
+    ],
+)
+def test_4_bit_base_weights(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    plain: Callable[..., Any],
+    kind: str,
+    precision: str,
+    stage: int,
+) -> None:
+    """QLoRA: the reference rounds its weights once by bitsandbytes, and is plain PyTorch then."""
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora`")
+    results = world(2).run(
+        "tests.parity.lora_cases:train",
+        folder=str(folders[0.0]),
+        kind=kind,
+        variant="qlora",
+        ds_config=ds_config(stage, 2, precision=precision),
+        chunk_size=CHUNK,
+    )
+    dtype, tolerance, tensor_tolerance = PRECISIONS.get(precision, (torch.float32, 0.0, 0.0))
+    expected = plain(kind, "qlora", dtype=dtype)
+    assert set(expected["after"]) == set(results[0]["after"])
+    if precision == "fp32":
+        check(expected, results)
+    for result in results if precision != "fp32" else []:
+        assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+        error = update_error(expected, result["after"])
+        assert error["whole"] <= tolerance, error
+        assert error["worst"] <= tensor_tolerance, error
+
+
 def _same(result: dict[str, Any], name: str) -> bool:
     return torch.equal(result["after"][name], result["before"][name])
 

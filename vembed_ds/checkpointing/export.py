@@ -55,6 +55,7 @@ from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingM
 from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
 from vembed_ds.models.families import build_from_config, loading_problem
 from vembed_ds.models.lora import ADAPTER_CONFIG
+from vembed_ds.models.quantized import whole_shape
 from vembed_ds.models.scalars import is_lifted
 
 SETTINGS_FILE = "vembed_config.json"
@@ -121,6 +122,11 @@ def export_model(
     if adapter and not any(description.rglob(ADAPTER_CONFIG)):
         raise CheckpointError(
             f"{checkpoint}: was trained without use_lora, so it has no adapter; leave out --adapter"
+        )
+    if adapter and any(entry.get("rounded_to_4_bit") for entry in parameters.values()):
+        raise CheckpointError(
+            f"{checkpoint}: was trained with load_in_4bit, and beside the base model's own weights "
+            "its adapter is not the model that was trained; leave out --adapter"
         )
     components = _split(load_consolidated(checkpoint), parameters, origin=checkpoint)
     if adapter:
@@ -238,6 +244,8 @@ def _describe_parameters(model: EmbeddingModel, *, composed: bool) -> dict[str, 
             "shape": list(shape),
             "group": group,
         }
+        if whole_shape(value):
+            entries[name]["rounded_to_4_bit"] = True
     return entries
 
 
@@ -280,7 +288,8 @@ def _place_of_scalar(model: EmbeddingModel, name: str) -> tuple[str, str, tuple[
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(value, "ds_shape", value.shape))  # ZeRO-3 leaves a placeholder behind
+    whole = whole_shape(value)  # of a weight that is held in 4 bit
+    return whole or tuple(getattr(value, "ds_shape", value.shape))  # ZeRO-3 leaves a placeholder
 
 
 def _read_settings(description: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def keep_frozen_weights(model: nn.Module, output_dir: Path) -> None:
         model: On the host, in float32.
         output_dir: The run's folder; checkpoints link the file from there.
     """
-    frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    state = model.state_dict()  # has what a 4-bit weight stands for; the parameter has its code
+    frozen = {n: state[n] for n, p in model.named_parameters() if not p.requires_grad}
     if not frozen or not comm.is_main():
         return
     # Under another name first: checkpoints of an earlier start may share the old file.

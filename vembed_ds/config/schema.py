@@ -45,15 +45,6 @@ def _plain_int(value: Any) -> Any:
     return value
 
 
-def _no_4_bit(value: bool) -> bool:
-    if value:
-        raise ValueError(
-            "training on 4-bit base weights was not compared with the reference; remove it "
-            "(use_lora with precision: bf16 and ZeRO stage 3 spreads the base weights instead)"
-        )
-    return value
-
-
 def _none_word(value: Any) -> Any:
     """``null`` means the word "none": an override ``report_to=none`` is read as null."""
     return "none" if value is None else value
@@ -187,8 +178,9 @@ class ModelConfig(Section):
     use_rslora: bool = Field(
         default=False, description="rsLoRA: scale by lora_alpha / sqrt(lora_r)."
     )
-    load_in_4bit: Annotated[bool, AfterValidator(_no_4_bit)] = Field(
-        default=False, description="Only false; 4-bit base weights (QLoRA) are not offered yet."
+    load_in_4bit: bool = Field(
+        default=False,
+        description="QLoRA: hold the weights of the adapted layers in 4 bit (nf4, double quantisation); needs the extra `qlora`, ZeRO stage 0 to 2.",
     )
     freeze_batch_norm: bool = Field(
         default=False, description="Keep the running statistics of batch norm layers fixed."

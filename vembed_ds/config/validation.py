@@ -90,11 +90,22 @@ def _projection(config: Config) -> Iterator[str]:
 def _lora(config: Config) -> Iterator[str]:
     model = config.model
     if not model.use_lora:
-        for key in ("use_dora", "use_rslora", "lora_modules_to_save"):
+        for key in ("use_dora", "use_rslora", "load_in_4bit", "lora_modules_to_save"):
             if value := getattr(model, key):
                 shown = value if isinstance(value, bool) else list(value)
                 yield f"{key}={shown}: has no effect without use_lora; set use_lora: true"
-    elif model.gradient_checkpointing and model.activation_checkpointing == "deepspeed":
+        return
+    if model.load_in_4bit and model.use_dora:
+        yield (
+            "load_in_4bit=True: with use_dora it was not compared with the reference; remove one "
+            "of them"
+        )
+    if model.load_in_4bit and model.precision == "fp16":
+        yield (
+            "load_in_4bit=True: with precision=fp16 it was not compared with the reference; use "
+            "bf16 or fp32"
+        )
+    if model.gradient_checkpointing and model.activation_checkpointing == "deepspeed":
         yield (
             "activation_checkpointing=deepspeed: with use_lora no input of the first layer needs "
             "a gradient, and this mechanism would give its adapters none; use huggingface"
@@ -353,7 +364,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("projection_layers", "projection_dim", *MODEL_KEYS, "encoder_mode"), _projection),
     (
         (
-            *("use_lora", "use_dora", "use_rslora", "lora_modules_to_save"),
+            *("use_lora", "use_dora", "use_rslora", "lora_modules_to_save", "load_in_4bit"),
+            "precision",
             *("gradient_checkpointing", "activation_checkpointing"),
         ),
         _lora,

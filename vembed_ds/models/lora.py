@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.models.quantized import quantize_layers
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that peft gives a model's only adapter
@@ -48,6 +49,7 @@ class LoraSpec:
         use_dora: Also train the length of every row.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         modules_to_save: Names of modules that are trained whole.
+        load_in_4bit: Hold the weights of the adapted layers in 4 bit (QLoRA).
     """
 
     r: int
@@ -57,6 +59,7 @@ class LoraSpec:
     use_dora: bool = False
     use_rslora: bool = False
     modules_to_save: Sequence[str] = ()
+    load_in_4bit: bool = False
 
 
 def add_adapters(backbones: Sequence[nn.Module], spec: LoraSpec) -> None:
@@ -198,6 +201,9 @@ def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
         fan_in_fan_out=_transposed(backbone, targets),
         base_model_name_or_path=_origin(backbone),
     )
+    if spec.load_in_4bit:
+        quantize_layers(backbone, targets)
+        backbone.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft asks for
     try:
         inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)  # freezes all but adapters
     except ValueError as error:  # layers whose kernels read the weight themselves (Mamba)

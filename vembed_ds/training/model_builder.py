@@ -31,6 +31,7 @@ from vembed_ds.training.model_setup import (
     lora_spec,
     model_spec,
     refuse_layer_drop,
+    refuse_partitioned_4_bit,
     setup_model,
 )
 
@@ -155,7 +156,9 @@ def prepare_engine(
     raw = load_ds_config(ds_config) if isinstance(ds_config, str | Path) else ds_config
     origin = str(ds_config) if is_file else "ds_config"
     resolved = fill_ds_config(found, raw, origin=origin, origins={})
-    refuse_layer_drop(model, zero_stage=resolved["zero_optimization"]["stage"])
+    zero_stage = resolved["zero_optimization"]["stage"]
+    refuse_layer_drop(model, zero_stage=zero_stage)
+    refuse_partitioned_4_bit(model, zero_stage=zero_stage)
     prepare_extensions(resolved)
     if found.model.precision != "fp32":
         folder = Path(found.run.output_dir)

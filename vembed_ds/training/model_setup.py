@@ -29,6 +29,7 @@ from vembed_ds.models.backbones import (
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.lora import LoraSpec
+from vembed_ds.models.quantized import is_quantized
 from vembed_ds.models.saved_folder import (
     SETTINGS_FILE,
     processor_sources,
@@ -123,6 +124,7 @@ def lora_spec(config: ModelConfig) -> LoraSpec | None:
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         modules_to_save=config.lora_modules_to_save or (),
+        load_in_4bit=config.load_in_4bit,
     )
 
 
@@ -165,7 +167,21 @@ def setup_model(
             "stay float32 beside 16-bit weights; use precision: fp32"
         )
     refuse_layer_drop(built, zero_stage=zero_stage)
+    refuse_partitioned_4_bit(built, zero_stage=zero_stage)
     return built
+
+
+def refuse_partitioned_4_bit(model: EmbeddingModel, *, zero_stage: int) -> None:
+    """ZeRO-3 would cut the codes of 4-bit weights into pieces, and their layers do not know it.
+
+    Raises:
+        ConfigError: The stage is 3 and there is such a layer.
+    """
+    if zero_stage == 3 and any(map(is_quantized, model.modules())):
+        raise ConfigError(
+            "load_in_4bit=true: ZeRO stage 3 cannot partition 4-bit weights; use stage 0, 1 or 2, "
+            "or set load_in_4bit: false (stage 3 with precision: bf16 spreads the base weights)"
+        )
 
 
 def refuse_layer_drop(model: EmbeddingModel, *, zero_stage: int) -> None:

@@ -288,6 +288,7 @@ def test_several_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"use_lora": True, "activation_checkpointing": "deepspeed"},
         {"lora_r": 8, "lora_target_modules": ["query"]},  # as in vembed-factory's files
         {"load_in_4bit": False},
+        {"use_lora": True, "load_in_4bit": True, "precision": "bf16"},
     ],
 )
 def test_good_adapters(values):
@@ -322,10 +323,6 @@ def test_adapter_keys_that_do_nothing_or_harm(values, problem):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (
-            {"load_in_4bit": True},
-            "load_in_4bit=True",
-        ),
         ({"lora_r": 0}, "lora_r=0"),
         ({"lora_alpha": 0}, "lora_alpha=0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
@@ -338,9 +335,23 @@ def test_adapter_values_out_of_range(values, words):
     assert words in found
 
 
-def test_4_bit_says_what_to_do_instead():
-    (found,) = problems_of(use_lora=True, load_in_4bit=True)
-    assert "was not compared with the reference; remove it" in found
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"use_dora": True},
+            "load_in_4bit=True: with use_dora it was not compared with the reference; remove one",
+        ),
+        (
+            {"precision": "fp16"},
+            "load_in_4bit=True: with precision=fp16 it was not compared with the reference; use bf16",
+        ),
+        ({"use_lora": False}, "load_in_4bit=True: has no effect without use_lora; set use_lora"),
+    ],
+)
+def test_4_bit_with_what_was_not_compared(values, message):
+    (found,) = problems_of(**{"use_lora": True, "load_in_4bit": True, **values})
+    assert message in found
 
 
 def test_a_data_sets_own_loss_is_checked_as_the_shared_one(tmp_path: Path) -> None:
