@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a search over pictures that training never saw: environment, training with
 # gradient cache under ZeRO-2 (every GPU, or 2 CPU ranks), conversion, evaluation, a picture.
-# Further arguments override the configuration:   bash launch/quickstart.sh max_steps=50
+# Further arguments override the configuration:   bash launch/quickstart.sh max_steps=100
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" quickstart
 
 out=output/emoji

@@ -20,7 +20,7 @@ from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import ImageSource, Item
 from vembed_ds.data.vision_language import VisionLanguageProcessor
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length
 from vembed_ds.models.builder import build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -186,6 +186,10 @@ class Encoder:
             ConfigError: The model embeds no such items.
             DataError: An item cannot be encoded; names it.
         """
+        if any(not isinstance(item, Item) for item in items):
+            raise DataError(
+                "encode takes Items; for texts call encode_text, for images encode_image"
+            )
         instruction = self._instruction(role)
         told = [
             item if item.instruction else replace(item, instruction=instruction) for item in items
@@ -272,6 +276,11 @@ def _locate(reference: str) -> str:
     """Folder or hub name; an exported model on the hub is fetched whole."""
     source = resolve_model_reference(reference)
     if Path(source).is_dir():
+        if any((Path(source) / name).is_file() for name in ("latest", "trainer_state.json")):
+            raise ConfigError(
+                f"{reference}: holds training checkpoints, not a model; "
+                f"first: python -m vembed_ds.convert {reference} {reference}/model"
+            )
         return source
     try:
         found = cached_file(source, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)

@@ -19,6 +19,7 @@ from vembed_ds.errors import CheckpointError, one_line
 
 LATEST = "latest"
 STATE = "trainer_state.json"
+LENGTH = " (num_steps follows from epochs or max_steps, batch_size and the data)"
 # Universal checkpoints of ZeRO-1/2 cannot be made later without it.
 _UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
@@ -122,9 +123,10 @@ def check_resumable(folder: Path, *, zero_stage: int, state: Mapping[str, Any]) 
             if saved.get(key) != value
         ]
         if changed:
+            length = saved.get("num_steps") != now.get("num_steps")
             raise CheckpointError(
                 f"{folder}: belongs to another run: {'; '.join(changed)}; resume with what it was "
-                "written with, or start afresh from its converted model"
+                f"written with{LENGTH if length else ''}, or start afresh from its converted model"
             )
         if not _random_file(folder).is_file():
             raise CheckpointError(f"{_random_file(folder)}: missing; the checkpoint is incomplete")

@@ -254,7 +254,14 @@ def two_tower_width(backbone: nn.Module) -> int:
 
 
 def _not_loadable(source: BackboneSource, error: Exception) -> ConfigError:
-    return ConfigError(f"model {source.describe()}: cannot be loaded: {loading_problem(error)}")
+    missing = isinstance(error, OSError) and source.name is not None
+    if missing and not Path(resolve_model_reference(str(source.name))).is_dir():
+        hint = "no such folder here, so taken as a name on the hub; "
+    else:
+        hint = ""
+    return ConfigError(
+        f"model {source.describe()}: cannot be loaded: {hint}{loading_problem(error)}"
+    )
 
 
 def _load_config(source: BackboneSource, *, trust_remote_code: bool) -> Any:

@@ -252,7 +252,11 @@ def self_test(loop: TrainingLoop, data: RunData, *, precision: str) -> None:
         tolerance=TOLERANCES[precision],
     )
     if comm.is_main():
-        logger.info("gradient self-test passed: chunking moves the gradient by %.1e", difference)
+        logger.info(
+            "gradient self-test passed: chunking moves the gradient by %.1e of its norm (limit %.0e)",
+            difference,
+            TOLERANCES[precision],
+        )
 
 
 def _unequal(samples: Sequence[Sample]) -> list[Sample]:
