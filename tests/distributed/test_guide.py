@@ -105,7 +105,7 @@ def images(encoder: Encoder, root: Path, names: list[str]) -> Any:
     return encoder.encode_image([str(root / name) for name in names], normalize=False)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 2), *((2, stage) for stage in (0, 1, 2, 3))])
 def test_the_loss_is_that_of_the_formula(
     world: Worlds,
     make_config: Make,
@@ -113,11 +113,12 @@ def test_the_loss_is_that_of_the_formula(
     guide: Path,
     tmp_path: Path,
     world_size: int,
+    stage: int,
 ) -> None:
     config = make_config(
         **settings(records, guide, batch_size=6 // world_size, gradient_self_test=False)
     )
-    results = watch(world(world_size), config)
+    results = watch(world(world_size), config, stage)
     logged = losses_of(tmp_path / "out")
     for step in range(2):
         ranks = [result["seen"][step] for result in results]
@@ -148,15 +149,34 @@ def test_a_resumed_run_reads_the_vectors_of_the_first(
     out = tmp_path / "out"
     expected = losses_of(out)
     (table,) = out.glob("guide-*")
-    written = (table / "embeddings.npy").stat().st_mtime_ns
+    written = (table / "vectors.npy").stat().st_mtime_ns
     (out / "latest").write_text("checkpoint-step-1")
     (out / "metrics.jsonl").unlink()
     watch(world(2), config, resume="auto")
     assert losses_of(out) == {step: expected[step] for step in (2, 3)}
-    assert (table / "embeddings.npy").stat().st_mtime_ns == written
+    assert (table / "vectors.npy").stat().st_mtime_ns == written
     # A fresh run sets the whole folder aside, and writes its own.
     watch(world(2), config)
     assert [path.name for path in out.glob("previous-1/guide-*")] == [table.name]
+
+
+def test_another_guide_does_not_go_on_judging(
+    world: Worlds, make_config: Make, records: Path, guide: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own-guide"
+    shutil.copytree(guide, own)
+    config = make_config(**settings(records, own, save_steps=1, max_steps=3))
+    watch(world(2), config)
+    (tmp_path / "out" / "latest").write_text("checkpoint-step-1")
+    model = AutoModel.from_pretrained(own)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(own)
+    tables = sorted((tmp_path / "out").glob("guide-*"))
+    results = world(2).run(WATCHED, config=config, ds_config=ds_file(2), resume="auto")
+    for result in results:
+        assert f"belongs to another run: guide {own} was '" in result["error"]
+    assert sorted((tmp_path / "out").glob("guide-*")) == tables  # nothing was computed for it
 
 
 def test_an_image_that_changes_under_the_run_is_an_error_on_every_rank(
@@ -178,7 +198,8 @@ def test_an_image_that_changes_under_the_run_is_an_error_on_every_rank(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"guide_model_name": "./nowhere"}, "guide_model_name"),
+        ({"guide_model_name": "./nowhere"}, "guide_model_name='./nowhere': no such folder; check"),
+        ({"guide_model_name": "no/model"}, "guide_model_name='no/model': model"),
         ({"guide_model_name": None}, "guide_margin=0.02: there is no guide"),
         ({"loss_type": "triplet"}, "loss_type=triplet does not use it"),
         ({"guide_model_name": MINILM}, "embeds text only, and the data holds image too"),

@@ -85,7 +85,7 @@ def test_a_stream_trains_as_the_data_read_whole(
     assert "train/epoch" not in metrics_of(tmp_path / "out")[-1]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_stream_does_not_depend_on_the_ranks(
     world: Callable[[int], World],
     make_config: MakeConfig,

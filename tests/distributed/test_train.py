@@ -203,7 +203,7 @@ def test_resume_refuses_another_stage(
         assert "zero_stage was 1, is 2" in answer["error"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
 ) -> None:

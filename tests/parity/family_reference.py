@@ -12,7 +12,10 @@ from torch.nn import functional
 from tests.parity.families import FAMILIES
 from tests.parity.lora_cases import PlainAdapter
 
-COMPOSED = {"text": "bert", "image": "convnext"}
+COMPOSED = {
+    "composed": {"text": "bert", "image": "convnext"},
+    "composed with NaFlex": {"text": "bert", "image": "siglip2_vision"},
+}
 TEMPERATURE = 0.1
 RANK_SHARE = 6
 # Explicit negatives of every record, by step; the second rank has none in the first.
@@ -30,8 +33,8 @@ class PlainFamily(nn.Module):
         super().__init__()
         self.name = name
         self.models = nn.ModuleDict()
-        if name == "composed":
-            for stream, family in COMPOSED.items():
+        if name in COMPOSED:
+            for stream, family in COMPOSED[name].items():
                 self.models[stream] = FAMILIES[family].load(folder / f"{stream}_encoder")
         else:
             self.models["one"] = FAMILIES[name].load(folder)
@@ -51,8 +54,8 @@ class PlainFamily(nn.Module):
     def forward(self, item: tuple[str, dict[str, Any]]) -> Tensor:
         """``[D]``, or ``[L, D]``; every vector of unit norm."""
         stream, inputs = item
-        if self.name == "composed":
-            family = FAMILIES[COMPOSED[stream]]
+        if self.name in COMPOSED:
+            family = FAMILIES[COMPOSED[self.name][stream]]
             row = family.embed(self.models[stream], stream, inputs)
             row = self.models[f"{stream}_head"](row)
         else:

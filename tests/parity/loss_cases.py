@@ -21,7 +21,7 @@ from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.gradient_cache import compute_gradient
-from vembed_ds.training.loss_inputs import loss_inputs
+from vembed_ds.training.loss_inputs import GUIDE, loss_inputs
 
 STEPS = 3
 PAIRS = 6
@@ -48,6 +48,13 @@ def make_items(step: int) -> dict[str, list[dict[str, np.ndarray]]]:
     return {"query": texts(PAIRS), "positive": texts(PAIRS), "negative": texts(sum(COUNTS))}
 
 
+def make_guide(step: int) -> dict[str, np.ndarray]:
+    """A guide's vectors of the same items: ``[n, 3]`` by role."""
+    generator = np.random.default_rng(3000 + step)
+    numbers = {"query": PAIRS, "positive": PAIRS, "negative": sum(COUNTS)}
+    return {role: generator.normal(size=(n, 3)).astype(np.float32) for role, n in numbers.items()}
+
+
 def train_plain(
     folder: Path, *, loss_type: str, options: dict[str, Any], case: dict[str, Any], lr: float
 ) -> dict[str, Any]:
@@ -71,6 +78,8 @@ def train_plain(
         batch |= {name: getattr(model, name)[0].double() for name in case.get("learned", ())}
         batch |= {"labels": LABELS} if "labels" in case else {}
         batch |= {"scores": SCORES} if "scores" in case else {}
+        if "guide" in case:
+            batch["guide"] = {r: list(torch.from_numpy(v)) for r, v in make_guide(step).items()}
         loss = loss_reference.value_of(loss_type, batch, options)
         optimizer.zero_grad()
         loss.backward()
@@ -163,6 +172,9 @@ def _share(step: int, case: dict[str, Any]) -> Batch:
         negative_counts=COUNTS[pairs],
         labels=LABELS[pairs] if "labels" in case else None,
         scores=SCORES[pairs] if "scores" in case else None,
+        vectors={GUIDE: {r: v[places[r]] for r, v in make_guide(step).items()}}
+        if "guide" in case
+        else {},
     )
 
 

@@ -37,7 +37,7 @@ from vembed_ds.checkpointing.export import export_model
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import Item
 
-NAMES = [*(name for name in FAMILIES if name != "convnext"), "composed"]
+NAMES = [*(name for name in FAMILIES if name != "convnext"), *COMPOSED]
 ADAPTED = ("qwen2_vl", "qwen3_vl", "colpali", "colqwen2")  # with LoRA, in both their parts
 # With seed 0 two tokens are so nearly the best of one query token that plain steps on weights changed
 # by 1e-7 choose the other one, and their gradient norm moves by 5e-5.
@@ -78,7 +78,7 @@ def images(generator: np.random.Generator) -> Item:
 def make_items(name: str, step: int) -> dict[str, list[Item]]:
     """The global batch of a step."""
     generator = np.random.default_rng(step + OTHER_SEEDS.get(name, 0))
-    streams = ("text", "image") if name == "composed" else FAMILIES[name].streams
+    streams = ("text", "image") if name in COMPOSED else FAMILIES[name].streams
     roles: dict[str, list[Item]] = {"query": [], "positive": [], "negative": []}
     for index in range(GLOBAL_BATCH):
         for role in ("query", "positive", *["negative"] * NEGATIVES[step][index]):
@@ -100,7 +100,7 @@ def encoded(processor: ItemProcessor, items: list[Item]) -> list[Any]:
     return [tuple(processor.encode(item, origin="test", augment_seed=None)) for item in items]
 
 
-def random_heads() -> dict[str, dict[str, torch.Tensor]]:
+def random_heads(name: str) -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(5)
     return {
         stream: {
@@ -108,7 +108,7 @@ def random_heads() -> dict[str, dict[str, torch.Tensor]]:
             "0.bias": torch.randn(width) * 0.3,
             "2.weight": torch.randn(12, width) * 0.3,
         }
-        for stream, width in (("text", 16), ("image", 10))
+        for stream, width in (("text", 16), ("image", 10 if name == "composed" else 16))
     }
 
 
@@ -119,16 +119,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     @functools.cache
     def prepare(name: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp(name)
-        if name == "composed":
-            for stream, family in COMPOSED.items():
+        if name in COMPOSED:
+            for stream, family in COMPOSED[name].items():
                 FAMILIES[family].save(folder / f"{stream}_encoder")
         else:
             FAMILIES[name].save(folder)
-        processor = load_processor(folder, composed=name == "composed")
+        processor = load_processor(folder, composed=name in COMPOSED)
         batches = [make_items(name, step) for step in range(3)]
         probe = batches[1]["query"] + batches[1]["positive"]
         saved = {
-            "heads": random_heads() if name == "composed" else {},
+            "heads": random_heads(name) if name in COMPOSED else {},
             "steps": [{r: encoded(processor, i) for r, i in b.items()} for b in batches],
             "probe": encoded(processor, probe),
         }
@@ -176,7 +176,7 @@ def test_family(
     results = world(2).run(
         "tests.parity.family_cases:train",
         folder=str(made["folder"]),
-        composed=name == "composed",
+        composed=name in COMPOSED,
         ds_config=ds_config(stage, 2),
         chunk_size=CHUNK_SIZE,
         out=str(tmp_path / "run") if stage == 3 else None,
@@ -196,8 +196,9 @@ def check_export(
 ) -> None:
     read = Encoder(out, device="cpu").encode(made["probe"], batch_size=5)
     plain = PlainFamily(name, out)
-    if name == "composed":
-        plain.add_heads({s: load_file(out / f"{s}_projection.safetensors") for s in COMPOSED})
+    if name in COMPOSED:
+        heads = {s: load_file(out / f"{s}_projection.safetensors") for s in COMPOSED[name]}
+        plain.add_heads(heads)
     plain.eval()
     for ours, expected, item in zip(read, trained, made["items"], strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=limit)

@@ -94,7 +94,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_transposed_layers(
     world: Callable[[int], World], gpt2: Path, plain: Callable[..., Any], variant: str, stage: int
@@ -119,6 +119,7 @@ def test_transposed_layers(
     [
         *[("shared", "fp32", stage) for stage in (0, 1, 2)],
         ("clip", "fp32", 2),
+        ("composed", "fp32", 2),
         *[("shared", "bf16", stage) for stage in (0, 2)],
     ],
 )
@@ -150,6 +151,29 @@ def test_4_bit_base_weights(
         error = update_error(expected, result["after"])
         assert error["whole"] <= tolerance, error
         assert error["worst"] <= tensor_tolerance, error
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_4_bit_base_weights_with_dropout(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    plain: Callable[..., Any],
+    stage: int,
+    checkpointing: bool,
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora`")
+    results = world(2).run(
+        "tests.parity.lora_cases:train",
+        folder=str(folders[0.2]),
+        kind="clip",
+        variant="qlora",
+        ds_config=ds_config(stage, 2),
+        chunk_size=CHUNK,
+        dropout=0.2,
+        checkpointing=checkpointing,
+    )
+    check(plain("clip", "qlora", dropout=0.2), results)
 
 
 def _same(result: dict[str, Any], name: str) -> bool:

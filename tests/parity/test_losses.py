@@ -40,6 +40,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"learned": SCALE},
     ),
+    "infonce with a guide": (
+        "infonce",
+        {"temperature": 0.2, "guide_margin": 0.1, "loss_directions": ALL},
+        {"guide": True},
+    ),
     "sigmoid": ("sigmoid", {"negatives_scope": "shared"}, {"learned": BOTH, "labels": True}),
     "triplet": ("triplet", {"triplet_margin": 0.5}, {"labels": True}),
     "triplet of tokens": ("triplet", {"triplet_margin": 0.5}, {"tokens": True}),

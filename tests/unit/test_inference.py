@@ -117,6 +117,22 @@ def test_unreadable_image_names_its_place(image_encoder: Encoder, tmp_path: Path
         image_encoder.encode_image([cases.images()[0], tmp_path / "missing.png"])
 
 
+def test_a_run_that_is_not_converted_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("checkpoint-step-1")
+    with pytest.raises(ConfigError, match=r"training checkpoints, not a model; first: .*convert"):
+        Encoder(tmp_path)
+
+
+def test_a_name_that_is_no_folder_is_said_to_be_taken_as_a_hub_name() -> None:
+    with pytest.raises(ConfigError, match="no such folder here, so taken as a name on the hub"):
+        Encoder("no-such/model")
+
+
+def test_texts_are_not_items(text_encoder: Encoder) -> None:
+    with pytest.raises(DataError, match="takes Items; for texts call encode_text"):
+        text_encoder.encode(["a text"])  # type: ignore[list-item]
+
+
 def test_missing_tower(text_encoder: Encoder, image_encoder: Encoder) -> None:
     with pytest.raises(
         ConfigError, match=r"encode_image: the model has no image tower; it emb.* text"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from vembed_ds.config.schema import Config, LossConfig
+from vembed_ds.references import reference_problem
 
 LOSS_KEYS = tuple(LossConfig.model_fields)
 
@@ -77,6 +78,8 @@ def _directions(loss: LossConfig) -> Iterator[str]:
 
 def _guide(loss: LossConfig) -> Iterator[str]:
     if loss.guide_model_name is not None:
+        if problem := reference_problem(loss.guide_model_name):
+            yield f"guide_model_name={loss.guide_model_name!r}: {problem}"
         return
     for key in (
         "guide_margin",

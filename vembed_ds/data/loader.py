@@ -16,6 +16,7 @@ from vembed_ds.data.workers import Keys, Samples, WorkerPool, prepare_server
 PART_SIZE = 32
 
 TIMEOUT_SECONDS = 900.0
+ITEMS_PER_WORKER = 128  # fewer are encoded before another process has started
 
 
 class BatchLoader:
@@ -86,6 +87,11 @@ class BatchLoader:
                 part = pool.result()
                 submit(1)
                 yield part, submitted.popleft()
+
+
+def enough_workers(num_items: int, *, most: int) -> int:
+    """Loader processes that are worth their start for so many items, at most ``most``."""
+    return min(most, num_items // ITEMS_PER_WORKER)
 
 
 def _parts(batches: Iterable[Keys]) -> Iterator[tuple[Keys, bool]]:

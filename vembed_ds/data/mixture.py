@@ -14,7 +14,7 @@ from vembed_ds.data.columns import Part
 from vembed_ds.data.dataset import PairDataset, Sample
 from vembed_ds.data.processors import content_key
 from vembed_ds.data.records import Record, content_number
-from vembed_ds.data.sampler import SampleKey
+from vembed_ds.data.sampler import SampleKey, own_share
 from vembed_ds.distributed import comm
 from vembed_ds.errors import DataError, VembedError
 
@@ -99,8 +99,7 @@ class Mixture(Dataset[Sample | VembedError]):
         Raises:
             DataError: On every rank, when a record cannot be used.
         """
-        total, ranks = len(self), comm.world_size()
-        mine = range(total * comm.rank() // ranks, total * (comm.rank() + 1) // ranks)
+        mine = own_share(len(self), rank=comm.rank(), world_size=comm.world_size())
         keys = comm.run_together(
             lambda: [_keys(self.record(index)) for index in mine], doing="reading the records"
         )

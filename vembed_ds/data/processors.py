@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from vembed_ds.data.augment import ImageAugmentation
-from vembed_ds.data.features import FeatureTable
 from vembed_ds.data.image_paths import file_problem
 from vembed_ds.data.image_urls import ImageUrl, fetch_image
 from vembed_ds.data.images import open_image
-from vembed_ds.data.records import Item
+from vembed_ds.data.records import Item, content_number
+from vembed_ds.data.vector_table import VectorTable
 from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.streams import FEATURES, IMAGE_INPUTS, JOINT
 
@@ -52,7 +52,7 @@ class ItemProcessor:
         pad_to_max_length: Pad every text to ``max_length`` already when it is encoded
             (SigLIP was trained that way).
         augmentation: Applied to images that are encoded with a seed.
-        text_features: Stored features of a frozen text tower.
+        text_features: Stored features of a frozen text tower, by :func:`text_key`.
     """
 
     tokenizer: Any = None
@@ -60,7 +60,7 @@ class ItemProcessor:
     max_length: int | None = None
     pad_to_max_length: bool = False
     augmentation: ImageAugmentation | None = None
-    text_features: FeatureTable | None = None
+    text_features: VectorTable | None = None
 
     def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
         """Encodes one item.
@@ -128,7 +128,7 @@ class ItemProcessor:
 
     def _encode_text(self, text: str, *, origin: str) -> dict[str, Array]:
         if self.text_features is not None:
-            return {FEATURES: self.text_features.lookup(text)}
+            return {FEATURES: self._stored_features(self.text_features, text, origin=origin)}
         if self.tokenizer is None:
             raise ConfigError(f"{origin}: text, but the model has no tokenizer; use an image mode")
         tokens = self.tokenizer(
@@ -143,6 +143,13 @@ class ItemProcessor:
                 f"{origin}: the tokenizer gives no token for {text[:80]!r}; remove the record"
             )
         return {name: np.asarray(values, dtype=np.int64) for name, values in tokens.items()}
+
+    def _stored_features(self, table: VectorTable, text: str, *, origin: str) -> Array:
+        try:
+            features: Array = table.lookup(np.array([text_key(text)]))[0]
+        except DataError as error:
+            raise DataError(f"{origin}: {text[:80]!r}: {error}") from error
+        return features
 
     def _encode_image(self, item: Item, *, origin: str, seed: int | None) -> dict[str, Array]:
         if self.image_processor is None:
@@ -210,6 +217,11 @@ def stream_of(item: Item, *, origin: str) -> str:
     if item.text is not None and item.image is not None:
         return JOINT
     return "text" if item.text is not None else "image"
+
+
+def text_key(text: str) -> int:
+    """A text as the key of a :class:`VectorTable`, the same in every process."""
+    return content_number(text.encode("utf-8", "surrogatepass"))
 
 
 def content_key(item: Item, *, read_files: bool = False) -> str:

@@ -96,6 +96,11 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
             yield [SampleKey(int(index), epoch) for index in share]
 
 
+def own_share(num_records: int, *, rank: int, world_size: int) -> range:
+    """One rank's records where the ranks share work that each does alone; shares differ by one."""
+    return range(num_records * rank // world_size, num_records * (rank + 1) // world_size)
+
+
 def shard_indices(num_records: int, *, rank: int, world_size: int) -> list[int]:
     """One rank's contiguous shard for evaluation, equally long on every rank.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.sampler import own_share
 from vembed_ds.distributed import comm
 from vembed_ds.errors import DataError, VembedError
 
@@ -38,8 +39,7 @@ def find_bad_records(dataset: PairDataset, *, num_threads: int) -> list[BadRecor
     Returns:
         In order, the same on every rank.
     """
-    total, ranks = len(dataset), comm.world_size()
-    mine = range(total * comm.rank() // ranks, total * (comm.rank() + 1) // ranks)
+    mine = own_share(len(dataset), rank=comm.rank(), world_size=comm.world_size())
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         samples = tqdm(
             pool.map(dataset.__getitem__, mine),

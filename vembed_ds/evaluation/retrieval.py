@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.loader import TIMEOUT_SECONDS, BatchLoader
+from vembed_ds.data.loader import TIMEOUT_SECONDS, BatchLoader, enough_workers
 from vembed_ds.data.processors import EncodedItem, content_key
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.distributed import comm
@@ -30,7 +30,6 @@ from vembed_ds.evaluation.metrics import (
 from vembed_ds.similarity import Embeddings, concatenate
 
 CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
-ITEMS_PER_WORKER = 128  # fewer are encoded before another process has started
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
@@ -207,7 +206,7 @@ def embed_distinct(
         loader = BatchLoader(
             dataset.only(role),
             [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)],
-            num_workers=min(num_workers, len(shard) // ITEMS_PER_WORKER),
+            num_workers=enough_workers(len(shard), most=num_workers),
             prefetch_factor=prefetch_factor,
             timeout_seconds=timeout_seconds,
         )

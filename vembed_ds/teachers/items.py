@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from vembed_ds.data.dataset import NEGATIVE, PairDataset, Sample
 from vembed_ds.data.processors import ItemProcessor, content_key
 from vembed_ds.data.records import Item, Record, content_number
-from vembed_ds.data.sampler import SampleKey
+from vembed_ds.data.sampler import SampleKey, own_share
+from vembed_ds.data.vector_table import KeyArray
 from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
-from vembed_ds.teachers.table import KeyArray
 
 ROLES = ("query", "positive", NEGATIVE)
 ITEMS = "items"  # the one role of what is loaded here
@@ -132,7 +132,7 @@ def _read(members: Sequence[PairDataset], instructions: Instructions) -> Distinc
     keys: list[KeyArray] = []
     addresses: list[tuple[int, int, int, int]] = []
     for member, dataset in enumerate(members):
-        for number in _share(len(dataset)):
+        for number in own_share(len(dataset), rank=comm.rank(), world_size=comm.world_size()):
             for role, items in enumerate(items_of(dataset.record(number)).values()):
                 numbers = [content_number(content_key(i, read_files=True).encode()) for i in items]
                 keys.append(instructions.keys(ROLES[role], numbers))
@@ -141,11 +141,6 @@ def _read(members: Sequence[PairDataset], instructions: Instructions) -> Distinc
         np.concatenate(keys) if keys else np.empty(0, np.int64),
         np.array(addresses, dtype=np.int64).reshape(-1, 4),
     )
-
-
-def _share(total: int) -> Iterator[int]:
-    ranks = comm.world_size()
-    return iter(range(total * comm.rank() // ranks, total * (comm.rank() + 1) // ranks))
 
 
 def _merged(parts: Sequence[DistinctItems]) -> DistinctItems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,25 @@ import torch
 from tqdm import tqdm
 
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.loader import BatchLoader
+from vembed_ds.data.loader import BatchLoader, enough_workers
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.sampler import shard_indices
-from vembed_ds.distributed import comm
-from vembed_ds.errors import DataError
-from vembed_ds.similarity import Embeddings, concatenate
-from vembed_ds.teachers.items import ITEMS, DistinctItems, Instructions, ItemDataset, distinct_items
-from vembed_ds.teachers.table import (
-    EmbeddingTable,
+from vembed_ds.data.vector_table import (
+    RowArray,
+    VectorTable,
     create_table,
     finish_table,
     read_identity,
     write_rows,
 )
+from vembed_ds.distributed import comm
+from vembed_ds.errors import DataError
+from vembed_ds.similarity import Embeddings, concatenate
+from vembed_ds.teachers.items import ITEMS, DistinctItems, Instructions, ItemDataset, distinct_items
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
 GROUP = 16  # batches that are loaded together and sorted by length, for little padding
-ITEMS_PER_WORKER = 128  # fewer are encoded before another process has started
 
 
 def precompute(
@@ -43,7 +44,7 @@ def precompute(
     batch_size: int,
     num_workers: int,
     timeout_seconds: float,
-) -> EmbeddingTable:
+) -> VectorTable:
     """The vectors of all items; a table that is there already is used when its identity is the same.
 
     Collective. Every rank embeds a share and makes equally many ``embed`` calls, so these may be
@@ -65,7 +66,7 @@ def precompute(
     """
     found = comm.run_together(lambda: read_identity(folder), doing=f"reading {folder}")
     if found == dict(identity):
-        return comm.run_together(lambda: EmbeddingTable(folder), doing=f"reading {folder}")
+        return comm.run_together(lambda: VectorTable(folder), doing=f"reading {folder}")
     distinct = distinct_items(members, instructions)
     loader = _loader(
         members,
@@ -82,7 +83,7 @@ def precompute(
         lambda: finish_table(folder, identity=identity) if comm.is_main() else None,
         doing=f"writing {folder}",
     )
-    return comm.run_together(lambda: EmbeddingTable(folder), doing=f"reading {folder}")
+    return comm.run_together(lambda: VectorTable(folder), doing=f"reading {folder}")
 
 
 def _loader(
@@ -101,7 +102,7 @@ def _loader(
     return BatchLoader(
         ItemDataset(members, distinct.addresses, processor=processor, instructions=instructions),
         [share[start : start + group] for start in range(0, len(share), group)],
-        num_workers=min(num_workers, len(share) // ITEMS_PER_WORKER),
+        num_workers=enough_workers(len(share), most=num_workers),
         prefetch_factor=1,
         timeout_seconds=timeout_seconds,
     )
@@ -118,16 +119,12 @@ def _fill(
     for batch in loader:
         comm.raise_together(batch.error)
         rows = _embed_sorted(batch.roles[ITEMS], embed=embed, batch_size=batch_size)
-        places = np.arange(first + done, first + done + len(rows))
         if done == 0:
             _create(folder, distinct, width=rows.shape[1])
         # The last ranks' shares are filled up with the first items: those are not theirs to write.
-        own = places < len(distinct)
+        own = rows[: max(0, len(distinct) - first - done)]
         comm.run_together(
-            lambda own=own, places=places, rows=rows: write_rows(  # type: ignore[misc]
-                folder, places=places[own], rows=_finite(rows[own], folder)
-            ),
-            doing=f"writing {folder}",
+            functools.partial(_write, folder, own, start=first + done), doing=f"writing {folder}"
         )
         done += len(rows)
         progress.update(len(rows))
@@ -141,9 +138,7 @@ def _create(folder: Path, distinct: DistinctItems, *, width: int) -> None:
     )
 
 
-def _embed_sorted(
-    items: Sequence[EncodedItem], *, embed: Embed, batch_size: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _embed_sorted(items: Sequence[EncodedItem], *, embed: Embed, batch_size: int) -> RowArray:
     """``[n, G]`` in the order of ``items``; neighbours in a forward pass are of like size."""
     order = sorted(range(len(items)), key=lambda i: -sum(a.size for a in items[i].inputs.values()))
     parts = [
@@ -156,12 +151,10 @@ def _embed_sorted(
     return restored
 
 
-def _finite(
-    rows: np.ndarray[Any, np.dtype[np.float32]], folder: Path
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _write(folder: Path, rows: RowArray, *, start: int) -> None:
     if not np.isfinite(rows).all():
         raise DataError(
             f"{folder.name}: the frozen model gives vectors that are not finite; use it in float32, "
             "or another model"
         )
-    return rows
+    write_rows(folder, places=np.arange(start, start + len(rows)), rows=rows)

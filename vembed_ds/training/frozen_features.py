@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset as Table
 from datasets import Value
@@ -13,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.features import FeatureTable, create_features, load_features, write_rows
-from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.processors import ItemProcessor, text_key
 from vembed_ds.data.records import Item
+from vembed_ds.data.vector_table import VectorTable, create_table, finish_table, write_rows
 from vembed_ds.distributed import comm
+from vembed_ds.errors import DataError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
 from vembed_ds.models.vision_language import VisionLanguageEncoder
@@ -57,10 +60,15 @@ def cache_text_features(
         folder: Where the table is kept, memory-mapped; must be visible to every rank.
         device: Where to compute.
         batch_size: Texts per forward pass.
+
+    Raises:
+        DataError: On every rank, when two texts cannot be told apart by their hashes.
     """
     assert isinstance(model.encoder, TowersEncoder)
     tower = model.encoder.tower(STREAM)
     texts = _distinct_texts(datasets)
+    keys = np.array([text_key(text) for text in texts], dtype=np.int64)
+    _check_distinct(keys)
     share = -(-len(texts) // comm.world_size())
     start = comm.rank() * share
     tower.to(device).eval()
@@ -68,29 +76,42 @@ def cache_text_features(
 
     def create() -> None:
         if comm.is_main():
-            create_features(folder, keys=texts, width=width)
+            create_table(folder, keys=keys, width=width)
 
-    def fill() -> FeatureTable:
+    def fill() -> None:
         mine = texts[start : start + share]
         if mine:
             rows = _embed(tower, mine, processor, device=device, batch_size=batch_size)
-            write_rows(folder, start=start, rows=rows.numpy())
-        return load_features(folder)
+            write_rows(folder, places=np.arange(start, start + len(mine)), rows=rows.numpy())
+
+    def finish() -> None:
+        if comm.is_main():
+            finish_table(folder, identity={"of": "frozen text tower"})
 
     comm.run_together(create, doing=f"writing {folder}")
-    table = comm.run_together(fill, doing=f"writing {folder}")
+    comm.run_together(fill, doing=f"writing {folder}")
+    comm.run_together(finish, doing=f"writing {folder}")
+    table = comm.run_together(lambda: VectorTable(folder), doing=f"reading {folder}")
     tower.cpu()  # back beside the other towers; the engine moves the model as a whole
     processor.text_features = table
 
 
 def _distinct_texts(datasets: Iterable[PairDataset]) -> list[str]:
-    """Every text as it is encoded, behind its instruction."""
+    """Every text as it is encoded, behind its instruction; in the order of their keys."""
     found: set[str] = set()
     for dataset in datasets:
         for role, column in dataset.reader.columns_of("text"):
             instruction = dataset.reader.instruction(role)
             found.update(instruction + text for text in _texts(dataset.table, column))
-    return sorted(found)
+    return sorted(found, key=text_key)
+
+
+def _check_distinct(keys: npt.NDArray[np.int64]) -> None:
+    if not (keys[1:] > keys[:-1]).all():
+        raise DataError(
+            "two different texts have the same hash, so one would get the other's features; set "
+            "cache_frozen_encoder: false"
+        )
 
 
 def _texts(table: Table, column: str) -> set[str]:

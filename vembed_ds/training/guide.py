@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from vembed_ds.config.schema import Config, LossConfig
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.vector_table import VectorTable
 from vembed_ds.distributed import comm
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.inference import Encoder, embed_items
@@ -22,7 +23,6 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.teachers.identity import processor_digest, weights_digest
 from vembed_ds.teachers.items import Instructions
 from vembed_ds.teachers.precompute import precompute
-from vembed_ds.teachers.table import EmbeddingTable
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.engine_setup import inference_batch_size
 from vembed_ds.training.loss_inputs import GUIDE
@@ -39,10 +39,29 @@ class GuideSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LoadedGuide:
+    """A guide, before it has embedded anything.
+
+    Attributes:
+        model_name: As configured.
+        encoder: The model with its processor.
+        instructions: What it reads before texts.
+        members: Numbers of the data sets whose losses ask for it.
+        identity: What its vectors of these data sets depend on.
+    """
+
+    model_name: str
+    encoder: Encoder
+    instructions: Instructions
+    members: Sequence[int]
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class GuideVectors:
     """A guide's vectors of the items of some data sets."""
 
-    table: EmbeddingTable
+    table: VectorTable
     instructions: Instructions
 
     def of(self, keys: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -74,32 +93,51 @@ class Guides:
             return replace(batch, error=error)
 
 
-def prepare_guides(
-    config: Config, losses: Sequence[LossConfig], data: RunData, *, folder: Path
-) -> Guides:
-    """Embed all items with every guide, before the model is built. Collective.
+def load_guides(losses: Sequence[LossConfig], data: RunData) -> list[LoadedGuide]:
+    """Load every guide that a loss asks for. Collective.
 
     Args:
-        config: The run's configuration.
         losses: Of every data set; one for all when batches are mixed.
-        data: The run's; from then on its training data names image files by their content.
-        folder: The run's.
+        data: The run's.
 
     Raises:
         ConfigError: On every rank, when a guide cannot be loaded, or does not embed what the data
             holds to one vector per item.
-        DataError: On every rank, when an item cannot be read.
     """
     specs = [_spec_of(loss) for loss in losses]
     wanted = sorted({spec for spec in specs if spec is not None}, key=str)
+    return [
+        _loaded(spec, [number for number, own in enumerate(specs) if own == spec], data)
+        for spec in wanted
+    ]
+
+
+def guides_identity(guides: Sequence[LoadedGuide]) -> dict[str, str]:
+    """What a resumed run must have the same, by the words of a message; empty without guides."""
+    return {f"guide {guide.model_name}": _digest(guide.identity) for guide in guides}
+
+
+def embed_guides(
+    guides: Sequence[LoadedGuide], config: Config, data: RunData, *, folder: Path
+) -> Guides:
+    """Embed all items with every guide, before the model is built. Collective.
+
+    Args:
+        guides: From :func:`load_guides`.
+        config: The run's configuration.
+        data: The run's; from then on its training data names image files by their content.
+        folder: The run's.
+
+    Raises:
+        DataError: On every rank, when an item cannot be read.
+    """
     found: dict[int, GuideVectors] = {}
-    for spec in wanted:
-        numbers = [number for number, own in enumerate(specs) if own == spec]
-        members = [data.tables[number] for number in numbers]
+    for guide in guides:
+        members = [data.tables[number] for number in guide.members]
         for member in members:
             member.read_files = True
-        vectors = _prepare(spec, members, config=config, data=data, folder=folder)
-        found |= dict.fromkeys(numbers, vectors)
+        vectors = _embed(guide, members, config=config, folder=folder)
+        found |= dict.fromkeys(guide.members, vectors)
     return Guides(found)
 
 
@@ -111,51 +149,51 @@ def _spec_of(loss: LossConfig) -> GuideSpec | None:
     )
 
 
-def _prepare(
-    spec: GuideSpec,
-    members: Sequence[PairDataset],
-    *,
-    config: Config,
-    data: RunData,
-    folder: Path,
-) -> GuideVectors:
-    guide = comm.run_together(lambda: _load(spec, members), doing=f"loading {spec.model_name}")
+def _loaded(spec: GuideSpec, members: Sequence[int], data: RunData) -> LoadedGuide:
+    tables = [data.tables[number] for number in members]
+    encoder = comm.run_together(lambda: _load(spec, tables), doing=f"loading {spec.model_name}")
     instructions = Instructions(
-        query=_instruction(spec.query_instruction, guide, "query"),
-        document=_instruction(spec.document_instruction, guide, "document"),
+        query=_instruction(spec.query_instruction, encoder, "query"),
+        document=_instruction(spec.document_instruction, encoder, "document"),
     )
-    identity = {
-        "model": spec.model_name,
-        "weights": weights_digest(guide.model.state_dict().items()),
-        "processor": processor_digest(guide.processor, guide.model.parts),
-        "query_instruction": instructions.query,
-        "document_instruction": instructions.document,
-        "data": data.fingerprint,
-        "data_sets": [member.reader.origin for member in members],
-    }
-    comm.require_equal(identity, what=f"guide_model_name={spec.model_name}")
     logger.info(
         "guide %s: instructions %r and %r",
         spec.model_name,
         instructions.query,
         instructions.document,
     )
+    identity = {
+        "weights": weights_digest(encoder.model.state_dict().items()),
+        "processor": processor_digest(encoder.processor, encoder.model.parts),
+        "query_instruction": instructions.query,
+        "document_instruction": instructions.document,
+        "data": data.fingerprint,
+        "data_sets": list(members),
+    }
+    comm.require_equal(identity, what=f"guide_model_name={spec.model_name}")
+    return LoadedGuide(spec.model_name, encoder, instructions, members, identity)
+
+
+def _embed(
+    guide: LoadedGuide, members: Sequence[PairDataset], *, config: Config, folder: Path
+) -> GuideVectors:
+    encoder = guide.encoder
     table = precompute(
         members,
-        folder=folder / f"guide-{_short_digest(identity)}",
-        identity=identity,
-        processor=guide.processor,
-        instructions=instructions,
-        embed=lambda items: embed_items(guide.model, guide.processor, items),
+        folder=folder / f"guide-{_digest(guide.identity)}",
+        identity=guide.identity,
+        processor=encoder.processor,
+        instructions=guide.instructions,
+        embed=lambda items: embed_items(encoder.model, encoder.processor, items),
         batch_size=inference_batch_size(config),
         num_workers=config.data.num_workers,
         timeout_seconds=loader_timeout(config),
     )
-    return GuideVectors(table, instructions)
+    return GuideVectors(table, guide.instructions)
 
 
-def _short_digest(identity: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+def _digest(identity: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _load(spec: GuideSpec, members: Sequence[PairDataset]) -> Encoder:

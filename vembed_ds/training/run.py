@@ -11,7 +11,7 @@ from typing import Any
 
 from vembed_ds.checkpointing.export import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
-from vembed_ds.checkpointing.store import load_checkpoint, save_checkpoint
+from vembed_ds.checkpointing.store import check_resumable, load_checkpoint, save_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
@@ -28,7 +28,7 @@ from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout, setup_data
 from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
-from vembed_ds.training.guide import prepare_guides
+from vembed_ds.training.guide import embed_guides, guides_identity, load_guides
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import (
     build_losses,
@@ -92,7 +92,13 @@ def train(
     )
     check_shared(folder)
     prepare_extensions(ds_config)
-    guides = prepare_guides(config, losses, data, folder=folder)
+    guides = load_guides(losses, data)
+    identity |= guides_identity(guides)
+    if checkpoint is not None:  # again: no other guide may go on judging
+        stage = ds_config["zero_optimization"]["stage"]
+        check_resumable(checkpoint, zero_stage=stage, state=identity)
+    vectors = embed_guides(guides, config, data, folder=folder)
+    del guides  # they need no memory any more
     prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
     model, engine = build_engine(
         config, spec, ds_config, data, intervals, folder, mrl_dims=prefixes
@@ -109,7 +115,7 @@ def train(
         identity,
         tracker=tracker,
         step=step,
-        attach=guides.attach,
+        attach=vectors.attach,
     )
     if config.training.gradient_self_test:
         self_test(loop, data, precision=config.model.precision)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from vembed_ds.data.augment import ImageAugmentation
-from vembed_ds.data.features import create_features, load_features, write_rows
 from vembed_ds.data.processor_loading import build_item_processor
-from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key
+from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key, text_key
 from vembed_ds.data.records import Item
+from vembed_ds.data.vector_table import VectorTable, create_table, finish_table, write_rows
 from vembed_ds.errors import ConfigError, DataError
 
 Noise = Callable[..., Image.Image]
@@ -194,15 +194,18 @@ def test_stored_features_replace_the_tokens(
     processor: ItemProcessor, tmp_path: Path, noise: Noise
 ) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    create_features(tmp_path, keys=TEXTS, width=4)
-    write_rows(tmp_path, start=0, rows=rows)
-    processor.text_features = load_features(tmp_path)
+    keys = np.array([text_key(text) for text in TEXTS])
+    order = np.argsort(keys)
+    create_table(tmp_path / "table", keys=keys[order], width=4)
+    write_rows(tmp_path / "table", places=np.arange(3), rows=rows[order])
+    finish_table(tmp_path / "table", identity={"of": "test"})
+    processor.text_features = VectorTable(tmp_path / "table")
     items = [encode(processor, Item(text=text), seed=1) for text in TEXTS[::-1]]
     batch = processor.pad("text", [*items, processor.filler("text")])
     assert list(batch) == ["features"]
     assert batch["features"].tolist() == [*rows[::-1].tolist(), [0.0] * 4]
     assert "pixel_values" in encode(processor, Item(image=noise())).inputs
-    with pytest.raises(DataError, match="no features are stored for 'mouse'"):
+    with pytest.raises(DataError, match=r"'mouse': .*has no vector for item 0"):
         encode(processor, Item(text="mouse"))
 
 

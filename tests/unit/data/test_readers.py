@@ -20,6 +20,7 @@ import pytest
 import xxhash
 from PIL import Image
 
+from tests.archives import write_tar
 from tests.memory import measure
 from vembed_ds.data.fingerprint import _update_bytes, fingerprint
 from vembed_ds.data.readers import load_table
@@ -551,17 +552,8 @@ def test_a_pipe_is_no_data(tmp_path: Path) -> None:
         load(tmp_path / "a.jsonl")
 
 
-def shard(folder: Path, name: str, members: dict[str, bytes]) -> Path:
-    with tarfile.open(folder / name, "w") as archive:
-        for member, content in members.items():
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            archive.addfile(info, BytesIO(content))
-    return folder / name
-
-
 def pairs_shard(folder: Path, name: str, keys: Sequence[str]) -> Path:
-    return shard(
+    return write_tar(
         folder,
         name,
         {
@@ -607,7 +599,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_nothing_of_an_archive_is_extracted(tmp_path: Path) -> None:
-    file = shard(tmp_path, "a.tar", {"../../evil.txt": b"a", "/abs.txt": b"b"})
+    file = write_tar(tmp_path, "a.tar", {"../../evil.txt": b"a", "/abs.txt": b"b"})
     with tarfile.open(file, "a") as archive:
         link = tarfile.TarInfo("link.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -633,7 +625,7 @@ def sparse(folder: Path) -> Path:
 def test_archives_that_swell_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.tar: member 'k.txt' is sparse or larger than 1 GiB"):
         load(sparse(tmp_path))
-    file = shard(tmp_path, "b.tar", {"k.txt.gz": gzip.compress(b"a")})
+    file = write_tar(tmp_path, "b.tar", {"k.txt.gz": gzip.compress(b"a")})
     with pytest.raises(
         DataError, match=r"b.tar: member 'k.txt.gz' is compressed; store it as it is"
     ):
@@ -646,4 +638,4 @@ def test_broken_archives(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"b.tar: .*don't share the same prefix.*; correct the file"
     ):
-        load(shard(tmp_path, "b.tar", {"a.txt": b"a", "b.png": png()}))
+        load(write_tar(tmp_path, "b.tar", {"a.txt": b"a", "b.png": png()}))

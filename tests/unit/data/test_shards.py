@@ -6,7 +6,6 @@ import gzip
 import os
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.archives import write_tar
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import RecordReader
 from vembed_ds.data.shards import first_columns, identity_of, numbered_rows, open_shards
@@ -52,15 +52,6 @@ def png(colour: str = "red") -> bytes:
     buffer = BytesIO()
     Image.new("RGB", (3, 3), colour).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def tar(folder: Path, name: str, members: dict[str, bytes]) -> Path:
-    with tarfile.open(folder / name, "w") as archive:
-        for member, content in members.items():
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            archive.addfile(info, BytesIO(content))
-    return folder / name
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -103,7 +94,7 @@ def test_webdataset_gives_the_rows_of_the_table(tmp_path: Path) -> None:
                 ("json", b'{"caption": "c", "tags": ["x"]}'),
             )
         }
-        tar(tmp_path, f"s-{number}.tar", members)
+        write_tar(tmp_path, f"s-{number}.tar", members)
     for path in (tmp_path / "s-{0..1}.tar", tmp_path / "s-*.tar", tmp_path):
         table = load_table([str(path)], key="data_path")
         kept = ["__key__", "PNG", "seg.txt", "cls", "json.caption", "json.tags"]
@@ -258,7 +249,7 @@ def test_damage_is_named_when_it_is_reached(
     ],
 )
 def test_damage_in_an_archive(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
-    (shard,) = open_shards([str(tar(tmp_path, "a.tar", members))], key="data_path")
+    (shard,) = open_shards([str(write_tar(tmp_path, "a.tar", members))], key="data_path")
     with pytest.raises(DataError, match=message):
         list(numbered_rows(shard, columns=None, needed=None))
 

@@ -8,27 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vembed_ds.errors import DataError
-from vembed_ds.teachers.table import (
+from vembed_ds.data.vector_table import (
     KEYS_FILE,
     ROWS_FILE,
-    EmbeddingTable,
+    VectorTable,
     create_table,
     finish_table,
     read_identity,
     write_rows,
 )
+from vembed_ds.errors import DataError
 
 KEYS = np.array([-(2**63), -5, 7, 2**63 - 1], dtype=np.int64)
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
-def write(folder: Path) -> EmbeddingTable:
+def write(folder: Path) -> VectorTable:
     create_table(folder, keys=KEYS, width=3)
     write_rows(folder, places=np.array([3, 1]), rows=ROWS[[3, 1]])
     write_rows(folder, places=np.array([0, 2]), rows=ROWS[[0, 2]])
     finish_table(folder, identity={"model": "a"})
-    return EmbeddingTable(folder)
+    return VectorTable(folder)
 
 
 def test_rows_are_found_by_key_in_any_order_and_number(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_an_unfinished_table_is_none(tmp_path: Path) -> None:
     write_rows(tmp_path / "table", places=np.arange(4), rows=ROWS)
     assert read_identity(tmp_path / "table") == {}
     with pytest.raises(DataError, match="cannot be read"):
-        EmbeddingTable(tmp_path / "table")
+        VectorTable(tmp_path / "table")
     write(tmp_path / "table")  # begins anew, whatever lies there
     finished = write(tmp_path / "table")  # and replaces a finished one
     assert np.array_equal(finished.lookup(KEYS), ROWS)
@@ -64,10 +64,10 @@ def test_a_damaged_table_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "table" / name
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
-        EmbeddingTable(tmp_path / "table")
+        VectorTable(tmp_path / "table")
     np.save(path, np.zeros((2, 2, 2)))
     with pytest.raises(DataError, match=r"float64 of shape \(2, 2, 2\), expected"):
-        EmbeddingTable(tmp_path / "table")
+        VectorTable(tmp_path / "table")
     np.save(path, ROWS[:2] if name == ROWS_FILE else KEYS[:2])
     with pytest.raises(DataError, match="keys and"):
-        EmbeddingTable(tmp_path / "table")
+        VectorTable(tmp_path / "table")

@@ -1,4 +1,4 @@
-"""Vectors of a frozen model on the disk, memory-mapped, found by what was embedded."""
+"""What a frozen model gave for items, on the disk: memory-mapped, found by what the items hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vembed_ds.errors import DataError
 
-ROWS_FILE = "embeddings.npy"
+ROWS_FILE = "vectors.npy"
 KEYS_FILE = "keys.npy"
 IDENTITY_FILE = "identity.json"
 
@@ -22,7 +22,7 @@ KeyArray = npt.NDArray[np.int64]
 RowArray = npt.NDArray[np.float32]
 
 
-class EmbeddingTable:
+class VectorTable:
     """A finished table; pickles as its path, so that processes share the pages of one file.
 
     Args:
@@ -75,7 +75,7 @@ class EmbeddingTable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Reopens the files in the other process."""
-        return (EmbeddingTable, (self.folder,))
+        return (VectorTable, (self.folder,))
 
 
 def create_table(folder: str | Path, *, keys: KeyArray, width: int) -> None:
