@@ -52,12 +52,7 @@ _NOTICED_NAMES = re.compile(
     r"hard_mining_(mode|lambda|temperature|bank_\w+)|bank_(size|dim|momentum)"
 )
 
-_NO_DISTILLATION = "distillation is not in this version; remove it"
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "teacher_model_name": ((None, ""), _NO_DISTILLATION),
-    "distillation_alpha": ((None, 0.5), _NO_DISTILLATION),
-    "distillation_temperature": ((None, 1), _NO_DISTILLATION),
-    "distillation_loss_type": ((None, "kl"), _NO_DISTILLATION),
     "dry_run": ((None, False), "nothing was started; to train, remove dry_run"),
 }
 """Keys that set nothing at the values given first, and are refused at others."""
@@ -72,7 +67,10 @@ _DTYPES = {
 }
 
 NULL_IS_DEFAULT = frozenset(
-    ["column_mapping", "image_root", "lr", "mrl_dims", "mrl_weights", "topk_tokens"]
+    [
+        *("column_mapping", "image_root", "lr", "mrl_dims", "mrl_weights", "topk_tokens"),
+        *("distillation_alpha", "distillation_temperature", "distillation_loss_type"),
+    ]
 )
 """Keys whose null, which vembed-factory writes for "not set", means their default."""
 
@@ -107,6 +105,8 @@ def translate(key: str, value: Any) -> Legacy | None:
     if key in NOTICES or _NOTICED_NAMES.fullmatch(key):
         # null asks for nothing, so that there is nothing to say either.
         return Legacy(notice=None if value is None else NOTICES.get(key, _NEVER_BUILT))
+    if key == "teacher_model_name" and value == "":
+        return Legacy()
     if key == "torch_dtype":
         return _translate_dtype(value)
     if key == "attn_implementation" and value == "flash_attention_2":

@@ -17,7 +17,8 @@ from vembed_ds.config.compat import (
     translate,
 )
 from vembed_ds.config.describe import describe_field
-from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, Section, default_of
+from vembed_ds.config.fields import Section
+from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, default_of
 from vembed_ds.config.validation import cross_field_problems
 from vembed_ds.config.yaml_text import dump_yaml, parse_scalar, parse_yaml, read_yaml_mapping
 from vembed_ds.errors import ConfigError

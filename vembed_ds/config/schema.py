@@ -8,22 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from vembed_ds.config.compat import ENCODER_FAMILIES
-
-COLUMN_ROLES = (
-    "query",
-    "query_image",
-    "positive",
-    "positive_image",
-    "negatives",
-    "negative_images",
-    "label",
-    "score",
+from vembed_ds.config.distillation import DistillationConfig
+from vembed_ds.config.fields import (
+    COLUMN_ROLES,
+    Augmentations,
+    DataPaths,
+    Decay,
+    ModelReference,
+    Names,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+    as_tuple,
+    known_mode,
+    known_roles,
+    none_word,
+    plain_int,
 )
-
-MODE_LETTERS = ("t", "i", "m", "x")
 
 ALIASES = {
     "hard_topk": "hard_mining_topk",
@@ -31,94 +38,6 @@ ALIASES = {
     "learning_rate": "lr",
 }
 """Other spellings of a key, as vembed-factory's files have them, to the key's name here."""
-
-
-def _as_tuple(value: Any) -> Any:
-    """YAML has lists only; tuples keep the frozen models immutable."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _plain_int(value: Any) -> Any:
-    """Refuse ``true`` and ``1.0``, which a Literal takes for 1."""
-    if value is not None and type(value) is not int:
-        raise ValueError("expected 1 or 2 or null")
-    return value
-
-
-def _none_word(value: Any) -> Any:
-    """``null`` means the word "none": an override ``report_to=none`` is read as null."""
-    return "none" if value is None else value
-
-
-def _known_roles(value: dict[str, str]) -> dict[str, str]:
-    if unknown := [role for role in value if role not in COLUMN_ROLES]:
-        raise ValueError(f"unknown role {unknown[0]!r}; expected one of {', '.join(COLUMN_ROLES)}")
-    return value
-
-
-def _one_class_each(value: tuple[dict[str, dict[str, Any]], ...]) -> Any:
-    if any(len(entry) != 1 for entry in value):
-        raise ValueError("expected one class per list entry: [{ClassName: {argument: value}}, ...]")
-    return value
-
-
-def _known_mode(value: str) -> str:
-    first, _, last = value.partition("2")
-    if first not in MODE_LETTERS or last not in MODE_LETTERS:
-        raise ValueError(
-            "expected QUERY2POSITIVE with the letters t (text), i (image), m (text and image), "
-            "x (what the record holds), for example t2i"
-        )
-    return value
-
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-DataPaths = Annotated[
-    Text | Annotated[tuple[Text, ...], Field(min_length=1)], BeforeValidator(_as_tuple)
-]
-Names = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
-Augmentations = Annotated[
-    tuple[dict[str, dict[str, Any]], ...],
-    BeforeValidator(_as_tuple),
-    AfterValidator(_one_class_each),
-]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys forbidden, no conversion between types."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class ScratchModel(Section):
-    """A model that starts from random weights: ``{config: {model_type: ...}, processor: ...}``."""
-
-    config: dict[str, Any] = Field(description="Hugging Face config values; must name model_type.")
-    processor: Text | dict[str, Any] | None = Field(
-        default=None,
-        description="Folder or name of tokenizer and image processor, or image processor settings.",
-    )
-
-    @model_validator(mode="after")
-    def _named_types(self) -> ScratchModel:
-        if "model_type" not in self.config:
-            raise ValueError('the model\'s config has no "model_type"; add it, for example resnet')
-        if isinstance(self.processor, dict) and "image_processor_type" not in self.processor:
-            raise ValueError(
-                'the processor\'s settings have no "image_processor_type"; '
-                "add it, for example ConvNextImageProcessor"
-            )
-        return self
-
-
-ModelReference = Text | ScratchModel
 
 
 class ModelConfig(Section):
@@ -145,7 +64,7 @@ class ModelConfig(Section):
     projection_dim: PositiveInt | None = Field(
         default=None, description="Width of the projection; null: none, or 512 when composed."
     )
-    projection_layers: Annotated[Literal[1, 2] | None, BeforeValidator(_plain_int)] = Field(
+    projection_layers: Annotated[Literal[1, 2] | None, BeforeValidator(plain_int)] = Field(
         default=None, description="Layers of the projection; null: 1, or 2 when composed."
     )
     topk_tokens: NonNegativeInt = Field(
@@ -216,15 +135,15 @@ class DatasetEntry(Section):
     image_root: str | None = None
     allow_images_outside_root: bool | None = None
     allow_image_urls: bool | None = None
-    column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] | None = None
-    retrieval_mode: Annotated[str, AfterValidator(_known_mode)] | None = None
+    column_mapping: Annotated[dict[str, str], AfterValidator(known_roles)] | None = None
+    retrieval_mode: Annotated[str, AfterValidator(known_mode)] | None = None
     query_instruction: str | None = None
     document_instruction: str | None = None
     max_negatives: PositiveInt | None = None
-    loss: dict[str, Any] = {}
+    loss: dict[str, Any] = Field(default={})
 
 
-DatasetEntries = Annotated[tuple[DatasetEntry, ...], BeforeValidator(_as_tuple)]
+DatasetEntries = Annotated[tuple[DatasetEntry, ...], BeforeValidator(as_tuple)]
 
 
 class DataConfig(Section):
@@ -276,10 +195,10 @@ class DataConfig(Section):
         default=False,
         description="Images may be http and https URLs of public addresses, fetched whenever they are needed (64 MiB and 60 s each, no proxy).",
     )
-    column_mapping: Annotated[dict[str, str], AfterValidator(_known_roles)] = Field(
+    column_mapping: Annotated[dict[str, str], AfterValidator(known_roles)] = Field(
         default={}, description=f"Column of each role ({', '.join(COLUMN_ROLES)})."
     )
-    retrieval_mode: Annotated[str, AfterValidator(_known_mode)] = Field(
+    retrieval_mode: Annotated[str, AfterValidator(known_mode)] = Field(
         default="t2i",
         description="What searches what, QUERY2POSITIVE: t is text, i is image, m is text and image together, x is what the record holds.",
     )
@@ -340,7 +259,7 @@ class LossConfig(Section):
     loss_directions: Annotated[
         tuple[Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"], ...],
         Field(min_length=1),
-        BeforeValidator(_as_tuple),
+        BeforeValidator(as_tuple),
     ] = Field(
         default=("query_to_doc",),
         description="What is compared with what, with infonce and colbert; query_to_doc always.",
@@ -402,23 +321,23 @@ class LossConfig(Section):
     use_mrl: bool = Field(
         default=False, description="Matryoshka: sum the loss over prefixes of the embeddings."
     )
-    mrl_dims: Annotated[
-        tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple)
-    ] = Field(
-        default=(768, 512, 256, 128),
-        description="Widths of the prefixes, used with use_mrl; none wider than the embeddings.",
+    mrl_dims: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(as_tuple)] = (
+        Field(
+            default=(768, 512, 256, 128),
+            description="Widths of the prefixes, used with use_mrl; none wider than the embeddings.",
+        )
     )
     mrl_weights: Annotated[
-        tuple[NonNegativeFloat, ...] | None, Field(min_length=1), BeforeValidator(_as_tuple)
+        tuple[NonNegativeFloat, ...] | None, Field(min_length=1), BeforeValidator(as_tuple)
     ] = Field(default=None, description="Weights, in the order of mrl_dims; null: 1 each.")
     mrl_layers: Annotated[
-        tuple[PositiveInt, ...] | None, Field(min_length=1), BeforeValidator(_as_tuple)
+        tuple[PositiveInt, ...] | None, Field(min_length=1), BeforeValidator(as_tuple)
     ] = Field(
         default=None,
         description="2-D Matryoshka: also sum over these layers of the backbone, counted from 1, the last one last; null: the last only.",
     )
     mrl_layer_weights: Annotated[
-        tuple[NonNegativeFloat, ...] | None, Field(min_length=1), BeforeValidator(_as_tuple)
+        tuple[NonNegativeFloat, ...] | None, Field(min_length=1), BeforeValidator(as_tuple)
     ] = Field(default=None, description="Weights, in the order of mrl_layers; null: 1 each.")
 
 
@@ -508,10 +427,10 @@ class RunConfig(Section):
         description="Items per rank in evaluation; null: the chunk size with use_gradient_cache, else batch_size.",
     )
     eval_recall_k: Annotated[
-        tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple)
+        tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(as_tuple)
     ] = Field(default=(1, 5, 10), description="The k of Recall@k.")
     report_to: Annotated[
-        Literal["none", "tensorboard", "wandb", "all"], BeforeValidator(_none_word)
+        Literal["none", "tensorboard", "wandb", "all"], BeforeValidator(none_word)
     ] = Field(default="tensorboard", description="Trackers beside metrics.jsonl.")
     run_name: Text | None = Field(default=None, description="Name shown by the trackers.")
     timeout_minutes: PositiveFloat = Field(
@@ -525,6 +444,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     loss: LossConfig = LossConfig()
+    distillation: DistillationConfig = DistillationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     run: RunConfig = RunConfig()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from vembed_ds.config.schema import ALIASES, SECTIONS, Section
+from vembed_ds.config.fields import Section
+from vembed_ds.config.schema import ALIASES, SECTIONS
 
 
 def config_table() -> str:

@@ -10,15 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vembed_ds.config.distillation_rules import DISTILLATION_KEYS, distillation_problems
+from vembed_ds.config.fields import ScratchModel
 from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
-from vembed_ds.config.schema import (
-    ALIASES,
-    Config,
-    DataConfig,
-    DatasetEntry,
-    LossConfig,
-    ScratchModel,
-)
+from vembed_ds.config.schema import ALIASES, Config, DataConfig, DatasetEntry, LossConfig
 from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
@@ -381,6 +376,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("image_augmentation", "retrieval_mode"), _augmentation),
     (("topk_tokens", "pooling_method"), _late_interaction),
     (LOSS_KEYS, loss_problems),
+    (
+        (
+            *(*DISTILLATION_KEYS, "pooling_method", "streaming", "load_in_4bit", "precision"),
+            "max_steps",
+        ),
+        distillation_problems,
+    ),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
     (("loader_timeout_seconds", "timeout_minutes"), _loader_timeout),
     (("eval_steps", "val_data_path", "datasets"), _evaluation),

@@ -114,6 +114,15 @@ def all_max(values: Sequence[int]) -> list[int]:
     return [int(value) for value in tensor]
 
 
+def all_sum(values: Sequence[int]) -> list[int]:
+    """Element-wise sum of ``values`` over the ranks, on the host. Collective."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor)
+    return [int(value) for value in tensor]
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Mean of ``value`` over the ranks, any shape, on its device. Collective."""
     if world_size() == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,6 +21,34 @@ class Guide:
     """
 
     query: Tensor
+    positive: Tensor
+    negative: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherVectors:
+    """A teacher's embeddings of this rank's items; constants, of any width and kind.
+
+    Attributes:
+        query: B items, float32, not normalised.
+        positive: B items.
+        negative: M items; ``None`` when there are no explicit negatives on any rank.
+    """
+
+    query: Embeddings
+    positive: Embeddings
+    negative: Embeddings | None = None
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """A teacher's scores of this rank's pairs that stand in the data; higher is closer.
+
+    Attributes:
+        positive: ``[B]`` float32, of query i with its positive.
+        negative: ``[M]`` float32, of the explicit negatives with their queries.
+    """
+
     positive: Tensor
     negative: Tensor | None = None
 
@@ -43,6 +72,9 @@ class LossInputs:
         positive_keys: ``[B]`` int64, likewise.
         negative_keys: ``[M]`` int64, likewise.
         guide: A guide model's vectors of the same items.
+        teachers: Of every teacher, in the order of the configuration.
+        step: Optimizer steps already done, for schedules.
+        projections: ``[G, D]`` learned, by the teacher's number, where its width is another.
         logit_scale: ``[1]`` float32, the log of the inverse temperature, when it is learned.
         logit_bias: ``[1]`` float32, added to scaled similarities by the sigmoid loss.
     """
@@ -57,6 +89,9 @@ class LossInputs:
     positive_keys: Tensor | None = None
     negative_keys: Tensor | None = None
     guide: Guide | None = None
+    teachers: tuple[TeacherVectors | TeacherScores, ...] = ()
+    step: int = 0
+    projections: Mapping[int, Tensor] = field(default_factory=dict)
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
 

@@ -15,7 +15,7 @@ from vembed_ds.distributed import comm
 logger = logging.getLogger(__name__)
 
 # In a plain mapping these are no settings; the builders that use them read them themselves.
-_BESIDE = ("processor", "teacher_model_name")
+_BESIDE = ("processor",)
 
 
 class Settings(dict[str, Any]):

@@ -11,7 +11,8 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vembed_ds.config.compat import ENCODER_FAMILIES, family_problem
-from vembed_ds.config.schema import Config, ModelConfig, OptimizerConfig, ScratchModel
+from vembed_ds.config.fields import ScratchModel
+from vembed_ds.config.schema import Config, ModelConfig, OptimizerConfig
 from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor

@@ -46,6 +46,10 @@ MEANT: dict[str, tuple[Any, str, Any]] = {
     "loss_type": ("infonce", "loss_type", "infonce"),
     "loss_bidirectional": (True, "loss_bidirectional", True),
     "temperature": (0.2, "temperature", 0.2),
+    "teacher_model_name": ("a/b", "teacher_model_name", "a/b"),
+    "distillation_alpha": (0.7, "distillation_alpha", 0.7),
+    "distillation_temperature": (2.0, "distillation_temperature", 2.0),
+    "distillation_loss_type": ("mse", "distillation_loss_type", "mse"),
     "use_gradient_cache": (True, "use_gradient_cache", True),
     "gradient_cache_chunk_size": (3, "gradient_cache_chunk_size", 3),
     "report_to": ("wandb", "report_to", "wandb"),
@@ -132,10 +136,6 @@ NOTICED: dict[str, Any] = {
 }
 # Key: (the value at which it is off, one at which it is refused).
 REFUSED: dict[str, tuple[Any, Any]] = {
-    "teacher_model_name": (None, "a/b"),
-    "distillation_alpha": (0.5, 0.7),
-    "distillation_temperature": (1.0, 2.0),
-    "distillation_loss_type": ("kl", "mse"),
     "dry_run": (False, True),
 }
 
@@ -163,6 +163,8 @@ def test_a_key_with_a_meaning_has_it(key: str, tmp_path: Path) -> None:
     values = {**BASE, key: given}
     if key == "projection_layers":
         values["projection_dim"] = 8
+    if key.startswith("distillation"):
+        values["teacher_model_name"] = "a/b"
     if key == "topk_tokens":
         values["pooling_method"] = "none"
     if key in ("text_model_name", "image_model_name"):
@@ -199,8 +201,6 @@ def test_what_is_not_there_is_refused_by_name_unless_it_is_off(key: str, tmp_pat
     assert notices_of({**BASE, key: off}, tmp_path) == []
     (problem,) = problems_of({key: on})
     assert problem.startswith(f"{key}={on!r} (f): ")
-    if key != "dry_run":
-        assert problem.endswith("distillation is not in this version; remove it")
 
 
 def test_what_examples_alone_had_says_so(tmp_path: Path) -> None:
@@ -231,6 +231,10 @@ def test_the_defaults_that_its_files_rely_on() -> None:
         "loss_type": "infonce",
         "loss_bidirectional": False,
         "temperature": 0.05,
+        "teacher_model_name": None,
+        "distillation_alpha": 0.5,
+        "distillation_temperature": 1.0,
+        "distillation_loss_type": "kl",
         "use_gradient_cache": False,
         "gradient_cache_chunk_size": 8,
         "gradient_checkpointing": False,
@@ -361,10 +365,10 @@ def test_the_config_answers_like_a_mapping() -> None:
     assert config["batch_size"] == config.get("batch_size", 1) == 7
     assert config["learning_rate"] == config["lr"]
     assert "batch_size" in config
-    assert "teacher_model_name" not in config
-    assert config.get("teacher_model_name") is None
+    assert "bank_size" not in config
+    assert config.get("bank_size") is None
     with pytest.raises(KeyError):
-        config["teacher_model_name"]
+        config["bank_size"]
     values = config.flat()
     values["batch_size"] = 9
     assert parse_config(values)["batch_size"] == 9

@@ -1,0 +1,167 @@
+"""Rules about the section ``distillation`` that need more than one key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vembed_ds.config.distillation import DistillationConfig, TeacherEntry, teacher_entries
+from vembed_ds.config.fields import ScratchModel
+from vembed_ds.config.schema import Config
+from vembed_ds.references import reference_problem
+
+DISTILLATION_KEYS = tuple(DistillationConfig.model_fields)
+
+FOLLOWS_ONE = ("teacher_model_name", "teacher_ema_decay", "teacher_scores")
+"""Each makes a teacher without a list."""
+
+NOT_FOR_SCORES = ("mode", "ds_config", "precision", "query_instruction", "document_instruction")
+NOT_FOR_EMA = ("mode", "precision", "query_instruction", "document_instruction")
+
+ONLY_WITH = {"distillation_scale": "rank", "teacher_temperature": "kl"}
+
+
+def distillation_problems(config: Config) -> Iterator[str]:
+    """One sentence per problem, naming key, value, rule and remedy."""
+    section = config.distillation
+    if not teacher_entries(section):
+        yield from _without_teacher(section)
+        return
+    yield from _lists(section)
+    yield from _alpha(section)
+    yield from _unread_keys(section)
+    for place, entry in enumerate(section.teachers):
+        yield from _entry(f"teachers[{place}]", entry)
+    for entry in teacher_entries(section):
+        yield from _teacher(config, entry)
+    yield from _names(section)
+    yield from _cache(section)
+
+
+def _without_teacher(section: DistillationConfig) -> Iterator[str]:
+    """Keys that ask for something and get nothing."""
+    for key in DISTILLATION_KEYS:
+        if (value := getattr(section, key)) != _default(key):
+            yield (
+                f"{key}={value!r}: there is no teacher; set teacher_model_name, teacher_ema_decay, "
+                f"teacher_scores or teachers, or remove {key}"
+            )
+
+
+def _lists(section: DistillationConfig) -> Iterator[str]:
+    if not section.teachers:
+        return
+    for key in FOLLOWS_ONE:
+        if (value := getattr(section, key)) != _default(key):
+            yield f"{key}={value!r}: stands beside teachers; make it one of the list"
+    if not any(entry.weight for entry in section.teachers):
+        yield "teachers: all weights are 0, so nothing would be followed; give one a weight above 0"
+
+
+def _alpha(section: DistillationConfig) -> Iterator[str]:
+    start, end = section.distillation_alpha, section.distillation_alpha_end
+    schedule = section.distillation_alpha_schedule
+    if schedule == "constant" and end is not None:
+        yield (
+            f"distillation_alpha_end={end:g}: distillation_alpha_schedule=constant never gets there; "
+            "set it to linear or cosine, or remove distillation_alpha_end"
+        )
+    if schedule != "constant" and end is None:
+        yield (
+            f"distillation_alpha_schedule={schedule}: where to is not said; set "
+            "distillation_alpha_end"
+        )
+    if start == 1 and end in (None, 1):
+        yield (
+            "distillation_alpha=1: is the share of the task, so the teacher would have none; lower "
+            "it, or remove the teacher"
+        )
+
+
+def _unread_keys(section: DistillationConfig) -> Iterator[str]:
+    for key, loss_type in ONLY_WITH.items():
+        value = getattr(section, key)
+        if value != _default(key) and section.distillation_loss_type != loss_type:
+            yield (
+                f"{key}={value!r}: distillation_loss_type={section.distillation_loss_type} does not "
+                f"use it; remove {key}, or set distillation_loss_type: {loss_type}"
+            )
+
+
+def _entry(key: str, entry: TeacherEntry) -> Iterator[str]:
+    """What an entry of the list says itself."""
+    sources = [
+        *(["model_name"] if entry.model_name is not None else []),
+        *(["ema_decay"] if entry.ema_decay is not None else []),
+        *(["scores"] if entry.scores else []),
+    ]
+    if len(sources) != 1:
+        found = " and ".join(sources) or "none of them"
+        yield f"{key}: expected one of model_name, ema_decay and scores, found {found}; give one"
+    for source, keys in (("scores", NOT_FOR_SCORES), ("ema_decay", NOT_FOR_EMA)):
+        if sources != [source]:
+            continue
+        for name in keys:
+            if (value := getattr(entry, name)) is not None:
+                yield f"{key}.{name}={value!r}: has no effect with {source}; remove it"
+
+
+def _teacher(config: Config, entry: TeacherEntry) -> Iterator[str]:
+    """What a teacher does not go together with."""
+    name, section = entry.name, config.distillation
+    regression = section.distillation_loss_type == "regression"
+    if entry.scores and regression:
+        yield (
+            f"distillation_loss_type=regression: teacher {name!r} gives scores, and this loss "
+            "compares embeddings; choose another loss"
+        )
+    if regression and config.model.pooling_method == "none":
+        yield (
+            "distillation_loss_type=regression: compares one vector per item, and pooling_method="
+            "none gives one per token; choose another loss"
+        )
+    if entry.ema_decay is not None and config.model.load_in_4bit:
+        yield (
+            f"load_in_4bit=True: teacher {name!r} averages the student's weights, which was not "
+            "compared in 4 bit; remove one of them"
+        )
+    if entry.model_name is None:
+        return
+    reference = entry.model_name
+    if isinstance(reference, str) and (problem := reference_problem(reference)):
+        yield f"teacher_model_name={reference!r}: {problem}"
+    if isinstance(reference, ScratchModel) and reference.processor is None:
+        yield (
+            f"teacher {name!r}: a model that starts from random weights brings no processor; name "
+            "a folder with one under processor"
+        )
+    if config.data.streaming and entry.mode != "live":
+        yield (
+            f"teacher_mode={entry.mode}: embeds every item once, and streaming does not know them "
+            "all; set teacher_mode: live, or streaming: false"
+        )
+    if entry.ds_config is not None and not Path(entry.ds_config).is_file():
+        yield f"teacher_ds_config={entry.ds_config!r}: no such file; check the path"
+
+
+def _names(section: DistillationConfig) -> Iterator[str]:
+    names = [str(entry.name) for entry in teacher_entries(section)]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        yield f"teachers: {min(repeated)!r} stands there twice; give each a name of its own"
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name):
+            yield f"teachers: the name {name!r} is that of a folder too; use letters, digits, - and _"
+
+
+def _cache(section: DistillationConfig) -> Iterator[str]:
+    modes = {entry.mode for entry in teacher_entries(section) if entry.model_name is not None}
+    if section.teacher_cache is not None and not modes & {"cached", "first_epoch"}:
+        yield (
+            f"teacher_cache={section.teacher_cache!r}: no teacher is cached; set teacher_mode: "
+            "cached or first_epoch, or remove teacher_cache"
+        )
+
+
+def _default(key: str) -> object:
+    return DistillationConfig.model_fields[key].default

@@ -1,0 +1,184 @@
+"""Task and distillation in one loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from vembed_ds.errors import ConfigError
+from vembed_ds.losses import distillation
+from vembed_ds.losses.batch import GlobalBatch
+from vembed_ds.losses.distillation import (
+    Judged,
+    cut,
+    gather_teacher,
+    judge_by_scores,
+    judge_by_vectors,
+    regression,
+    weighted,
+)
+from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.losses.matryoshka import check_mrl_dims
+
+Alpha = Callable[[int], float]
+"""From the steps already done to the share of the task."""
+
+DISTILLATION_LOSSES = ("kl", "mse", "margin_mse", "rank", "regression")
+REGRESSION = "regression"
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Which parts of the student's embeddings are compared with the whole of the teacher's.
+
+    Attributes:
+        dims: Widths.
+        weights: Of the widths.
+        layer_weights: Of the layers that stand side by side.
+    """
+
+    dims: Sequence[int]
+    weights: Sequence[float]
+    layer_weights: Sequence[float] = (1.0,)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student follows its teachers.
+
+    Attributes:
+        loss_type: One of ``DISTILLATION_LOSSES``.
+        weights: Of the teachers; only their proportions matter.
+        alpha: Share of the task.
+        temperature: Of ``kl``.
+        scale: Of ``rank``.
+        reduction: MaxSim's.
+        prefixes: Matryoshka; ``None``: whole embeddings.
+
+    Raises:
+        ConfigError: Unknown loss.
+    """
+
+    loss_type: str
+    weights: Sequence[float]
+    alpha: Alpha
+    temperature: float = 1.0
+    scale: float = 20.0
+    reduction: str = "mean"
+    prefixes: Prefixes | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in DISTILLATION_LOSSES:
+            raise ConfigError(
+                f"distillation_loss_type={self.loss_type!r}: no such loss; choose one of "
+                f"{', '.join(DISTILLATION_LOSSES)}"
+            )
+
+    def combine(self, task: Tensor, batch: GlobalBatch, inputs: LossInputs) -> Tensor:
+        """``alpha task + (1 - alpha) sum_k w_k L_k / sum_k w_k``. Collective.
+
+        (The predecessor's convention: alpha is the share of the task.)
+
+        Args:
+            task: The task's loss on this rank.
+            batch: The student's embeddings, gathered.
+            inputs: The same, of this rank, with what its teachers say.
+        """
+        terms = [
+            self._of_teacher(number, teacher, batch, inputs)
+            for number, teacher in enumerate(inputs.teachers)
+        ]
+        alpha = self.alpha(inputs.step)
+        return alpha * task + (1 - alpha) * weighted(terms, self.weights)
+
+    def _of_teacher(
+        self,
+        number: int,
+        teacher: TeacherVectors | TeacherScores,
+        batch: GlobalBatch,
+        inputs: LossInputs,
+    ) -> Tensor:
+        if self.loss_type == REGRESSION:
+            assert isinstance(teacher, TeacherVectors)
+            return self._regression(inputs, teacher, inputs.projections.get(number))
+        if isinstance(teacher, TeacherScores):
+            return self._over_prefixes(
+                batch, lambda part: judge_by_scores(part, teacher, reduction=self.reduction)
+            )
+        gathered = gather_teacher(inputs, teacher)
+        return self._over_prefixes(
+            batch, lambda part: judge_by_vectors(part, gathered, reduction=self.reduction)
+        )
+
+    def _over_prefixes(self, batch: GlobalBatch, judge: Callable[[GlobalBatch], Judged]) -> Tensor:
+        loss = self._similarity_loss()
+        return sum_over(
+            self.prefixes,
+            batch.query.width,
+            lambda start, stop: loss(judge(batch.dims(start, stop))),
+        )
+
+    def _regression(
+        self, inputs: LossInputs, teacher: TeacherVectors, projection: Tensor | None
+    ) -> Tensor:
+        def of(start: int, stop: int) -> Tensor:
+            narrow = None if projection is None else projection[:, : stop - start]
+            return regression(cut(inputs, start, stop), teacher, narrow)
+
+        return sum_over(self.prefixes, inputs.query.width, of)
+
+    def _similarity_loss(self) -> Callable[[Judged], Tensor]:
+        options: dict[str, Any] = {
+            "kl": {"temperature": self.temperature},
+            "rank": {"scale": self.scale},
+        }.get(self.loss_type, {})
+        return partial(getattr(distillation, self.loss_type), **options)
+
+
+def sum_over(prefixes: Prefixes | None, width: int, loss: Callable[[int, int], Tensor]) -> Tensor:
+    """The weighted sum over the prefixes of every layer; of whole embeddings without prefixes.
+
+    Args:
+        prefixes: What to sum over.
+        width: Of the student's embeddings, all layers together.
+        loss: Of the dimensions from start to stop.
+
+    Raises:
+        ConfigError: A prefix is wider than an embedding.
+    """
+    if prefixes is None:
+        return loss(0, width)
+    own = width // len(prefixes.layer_weights)
+    check_mrl_dims(prefixes.dims, width=own)
+    terms = [
+        layer_weight * weight * loss(layer * own, layer * own + dim)
+        for layer, layer_weight in enumerate(prefixes.layer_weights)
+        for dim, weight in zip(prefixes.dims, prefixes.weights, strict=True)
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def alpha_schedule(kind: str, *, start: float, end: float, num_steps: int) -> Alpha:
+    """The share of the task over a run.
+
+    Args:
+        kind: ``constant`` (start), ``linear`` or ``cosine`` from start to end.
+        start: At the first step.
+        end: At the last step.
+        num_steps: Of the run.
+    """
+
+    def alpha(step: int) -> float:
+        progress = min(step / max(1, num_steps - 1), 1.0)
+        if kind == "constant":
+            return start
+        if kind == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return start + (end - start) * progress
+
+    return alpha

@@ -1,0 +1,210 @@
+"""Losses that pull a student's similarities, or embeddings, towards a teacher's.
+
+Shapes: B rows of this rank (its queries), C columns (the documents of all ranks). Every function
+gives the mean over this rank's rows, so that the mean over ranks is that of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vembed_ds.distributed import comm
+from vembed_ds.losses.batch import GlobalBatch, gather_batch
+from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.similarity import Embeddings, similarity
+
+# Similarities of a teacher as close as this are equal: rounding depends on how many rows a rank has.
+TEACHER_TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a teacher says of the documents of this rank's queries.
+
+    Attributes:
+        student: ``[B, C]`` similarities, with gradient.
+        teacher: ``[B, C]``, constants.
+        known: ``[B, C]`` bool, where the teacher says something.
+        own: ``[B]`` int64, the column of each row's positive.
+        explicit: ``[B, C]`` bool, the row's own explicit negatives.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    known: Tensor
+    own: Tensor
+    explicit: Tensor
+
+
+def kl(found: Judged, *, temperature: float) -> Tensor:
+    """``T^2 mean_i KL(softmax(t_i / T) || softmax(s_i / T))`` over a row's columns.
+
+    Hinton et al. 2015, arXiv 1503.02531, section 2; the predecessor's formula, over the columns of
+    all ranks.
+
+    Args:
+        found: Similarities.
+        temperature: T > 0.
+    """
+    student = _log_softmax(found.student / temperature, found.known)
+    teacher = _log_softmax(found.teacher / temperature, found.known)
+    terms = teacher.exp() * (teacher - student)
+    return temperature**2 * terms.masked_fill(~found.known, 0.0).sum(dim=1).mean()
+
+
+def mse(found: Judged) -> Tensor:
+    """``mean_i mean_c (s_ic - t_ic)^2`` over a row's columns."""
+    squares = (found.student - found.teacher).square()
+    return _row_means(squares, found.known).mean()
+
+
+def margin_mse(found: Judged) -> Tensor:
+    """``mean_i mean_n ((s_ii - s_in) - (t_ii - t_in))^2`` (Hofstaetter et al. 2020, 2010.02666, eq. 6).
+
+    Over the query's own explicit negatives; a query that has none takes the other documents of the
+    batch, where the teacher knows them. Without any negative it contributes 0.
+    """
+    own = found.own.unsqueeze(1)
+    others = found.known & (torch.arange(found.known.shape[1], device=own.device) != own)
+    has_explicit = found.explicit.any(dim=1, keepdim=True)
+    negative = torch.where(has_explicit, found.explicit & found.known, others)
+    margins = found.student.gather(1, own) - found.student
+    wanted = found.teacher.gather(1, own) - found.teacher
+    return _row_means((margins - wanted).square(), negative).mean()
+
+
+def rank(found: Judged, *, scale: float) -> Tensor:
+    """CoSENT over a row: ``mean_i log(1 + sum_{t_ia < t_ib} exp(scale (s_ia - s_ib)))``.
+
+    Keeps the teacher's order, whatever its similarities' range (CoSENT: Su 2022; Huang et al. 2024,
+    doi 10.1109/TASLP.2024.3402087). Columns are sorted by the teacher, so that memory is linear in C.
+
+    Args:
+        found: Similarities.
+        scale: Multiplies the student's.
+    """
+    # What the teacher does not know goes first, and weighs nothing.
+    teacher = found.teacher.masked_fill(~found.known, -torch.inf)
+    sorted_teacher, order = teacher.sort(dim=1)
+    student = (found.student * scale).gather(1, order)
+    known = found.known.gather(1, order)
+    below = torch.logcumsumexp(student.masked_fill(~known, -torch.inf), dim=1)
+    # Of how many columns is the teacher's similarity really lower?
+    lower = torch.searchsorted(sorted_teacher, sorted_teacher - TEACHER_TIE)
+    sums = below.gather(1, (lower - 1).clamp(min=0))
+    # Not where nothing is below: minus infinity there would give NaN in the backward pass.
+    valid = known & (lower > (~known).sum(dim=1, keepdim=True))
+    terms = torch.where(valid, sums - student, -torch.inf)
+    zero = terms.new_zeros(len(terms), 1)
+    return torch.logsumexp(torch.cat([zero, terms], dim=1), dim=1).mean()
+
+
+def regression(inputs: LossInputs, teacher: TeacherVectors, projection: Tensor | None) -> Tensor:
+    """``mean |P e / |P e| - t / |t||^2`` over all items of all ranks, of every role.
+
+    (TinyBERT, Jiao et al. 2020, arXiv 1909.10351, eq. 8: a learned projection where widths differ;
+    of unit vectors, because only directions are searched with: ``2 - 2 cos``.)
+
+    Local: this rank's sum, scaled so that its mean over ranks is the mean over all items.
+    Collective: ranks agree on the number of items.
+
+    Args:
+        inputs: Of this rank; one vector per item.
+        teacher: Its vectors of the same items.
+        projection: P ``[G, D]``; ``None``: widths are equal, and P is the identity.
+    """
+    pairs = [(inputs.query, teacher.query), (inputs.positive, teacher.positive)]
+    if inputs.negative is not None and teacher.negative is not None:
+        pairs.append((inputs.negative, teacher.negative))
+    total = comm.all_sum([sum(len(student) for student, _ in pairs)])[0]
+    distances = []
+    for student, target in pairs:
+        values = student.values if projection is None else student.values @ projection.T
+        unit = functional.normalize(values, dim=-1)
+        distances.append((unit - target.normalized().values).square().sum())
+    return torch.stack(distances).sum() * comm.world_size() / total
+
+
+SimilarityLoss = Callable[[Judged], Tensor]
+
+
+def judge_by_vectors(batch: GlobalBatch, teacher: GlobalBatch, *, reduction: str) -> Judged:
+    """Compare every local query with the documents of all ranks, as student and as teacher.
+
+    Args:
+        batch: The student's.
+        teacher: The same items as the teacher embeds them; other width, other kind.
+        reduction: MaxSim's, for token embeddings of either.
+    """
+    with torch.no_grad():
+        wanted = similarity(teacher.query, teacher.documents.items, reduction=reduction)
+    student = similarity(batch.query, batch.documents.items, reduction=reduction)
+    own = batch.documents.owner == batch.index.unsqueeze(1)
+    return Judged(
+        student,
+        teacher=wanted,
+        known=torch.ones_like(own),
+        own=batch.index,
+        explicit=own & batch.documents.explicit,
+    )
+
+
+def judge_by_scores(batch: GlobalBatch, scores: TeacherScores, *, reduction: str) -> Judged:
+    """Scores that stand in the data: known are a query's own positive and explicit negatives."""
+    student = similarity(batch.query, batch.documents.items, reduction=reduction)
+    own = batch.documents.owner == batch.index.unsqueeze(1)
+    explicit = own & batch.documents.explicit
+    wanted = torch.zeros_like(student)
+    wanted = wanted.scatter(1, batch.index.unsqueeze(1), scores.positive.unsqueeze(1))
+    if scores.negative is not None:
+        # Row by row, as the negatives stand in the columns.
+        wanted = wanted.masked_scatter(explicit, scores.negative)
+    return Judged(student, teacher=wanted, known=own, own=batch.index, explicit=explicit)
+
+
+def gather_teacher(inputs: LossInputs, teacher: TeacherVectors) -> GlobalBatch:
+    """The teacher's vectors of all ranks, in the order of the student's columns. Collective."""
+    with torch.no_grad():
+        return gather_batch(
+            LossInputs(
+                query=teacher.query,
+                positive=teacher.positive,
+                negative=teacher.negative,
+                negative_counts=inputs.negative_counts,
+            ),
+            queries=False,
+        )
+
+
+def cut(inputs: LossInputs, start: int, stop: int) -> LossInputs:
+    """The same items, of every embedding only some neighbouring dimensions."""
+
+    def of(items: Embeddings | None) -> Embeddings | None:
+        return None if items is None else items.dims(start, stop)
+
+    return replace(
+        inputs,
+        query=inputs.query.dims(start, stop),
+        positive=inputs.positive.dims(start, stop),
+        negative=of(inputs.negative),
+    )
+
+
+def _log_softmax(logits: Tensor, known: Tensor) -> Tensor:
+    return torch.log_softmax(logits.masked_fill(~known, -torch.inf), dim=1).masked_fill(~known, 0.0)
+
+
+def _row_means(values: Tensor, where: Tensor) -> Tensor:
+    """``[B]``: mean over the columns that count; 0 where none does."""
+    return values.masked_fill(~where, 0.0).sum(dim=1) / where.sum(dim=1).clamp(min=1)
+
+
+def weighted(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``sum_k w_k L_k / sum_k w_k``."""
+    total = sum(weights)
+    return torch.stack([t * (w / total) for t, w in zip(terms, weights, strict=True)]).sum()
