@@ -15,6 +15,23 @@ FEATURES = "features"
 """Argument that takes the stored output of a frozen backbone in the place of its inputs."""
 
 
+LOGIT_SCALE = "logit_scale"
+LOGIT_BIAS = "logit_bias"
+"""Outputs of a model that its loss learns; see :func:`is_learned`."""
+
+_PROJECTION = "projection/"
+
+
+def projection_name(number: int) -> str:
+    """Name under which a model gives the learned projection to the space of a teacher."""
+    return f"{_PROJECTION}{number}"
+
+
+def is_learned(name: str) -> bool:
+    """Whether an output of a model is no embedding, but something that the loss learns."""
+    return name in (LOGIT_SCALE, LOGIT_BIAS) or name.startswith(_PROJECTION)
+
+
 def mask_name(stream: str) -> str:
     """Name under which a model gives the mask of a stream's token embeddings."""
     return f"{stream}/mask"

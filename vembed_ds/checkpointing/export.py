@@ -51,17 +51,19 @@ from vembed_ds.checkpointing.frozen import FROZEN_FILE
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.errors import CheckpointError
-from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
+from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
 from vembed_ds.models.families import build_from_config, loading_problem
 from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.models.quantized import whole_shape
 from vembed_ds.models.scalars import is_lifted
+from vembed_ds.streams import LOGIT_BIAS, LOGIT_SCALE
 
 SETTINGS_FILE = "vembed_config.json"
 FORMAT_VERSION = 1
 _PROJECTIONS = ("projection_head", "text_projection", "image_projection")
 _SETTINGS = "settings"  # component of a value that no Hugging Face file has a place for
+_TRAINING_ONLY = "training only"  # component of what the loss alone uses
 
 
 def describe_model(
@@ -129,6 +131,7 @@ def export_model(
             "its adapter is not the model that was trained; leave out --adapter"
         )
     components = _split(load_consolidated(checkpoint), parameters, origin=checkpoint)
+    components.pop(_TRAINING_ONLY, None)
     if adapter:
         _scalars_to_settings(components, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -268,6 +271,8 @@ def _place(
     if name in (LOGIT_SCALE, LOGIT_BIAS):
         return _place_of_scalar(model, name)
     shape = () if is_lifted(model, name) else _shape(value)
+    if name.startswith("teacher_projections."):
+        return _TRAINING_ONLY, name, shape
     _, kind, *rest = name.split(".")
     stream = ""
     if kind == "towers":

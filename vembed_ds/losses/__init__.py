@@ -11,9 +11,15 @@ from torch import Tensor
 
 from vembed_ds.errors import ConfigError
 from vembed_ds.losses.batch import gather_batch
+from vembed_ds.losses.combination import (
+    DISTILLATION_LOSSES,
+    Distillation,
+    Prefixes,
+    alpha_schedule,
+)
 from vembed_ds.losses.comparison import DIRECTIONS, Selection
 from vembed_ds.losses.infonce import colbert, in_batch_hard, info_nce
-from vembed_ds.losses.inputs import Guide, LossInputs
+from vembed_ds.losses.inputs import Guide, LossInputs, TeacherScores, TeacherVectors
 from vembed_ds.losses.matryoshka import BatchFunction, check_mrl_dims, matryoshka
 from vembed_ds.losses.ranking import cosent, triplet
 from vembed_ds.losses.sigmoid import sigmoid
@@ -21,12 +27,18 @@ from vembed_ds.similarity import Embeddings
 
 __all__ = [
     "DIRECTIONS",
+    "DISTILLATION_LOSSES",
     "LOSSES",
     "MATRYOSHKA_OPTIONS",
+    "Distillation",
     "Embeddings",
     "Guide",
     "LossFunction",
     "LossInputs",
+    "Prefixes",
+    "TeacherScores",
+    "TeacherVectors",
+    "alpha_schedule",
     "build_loss",
     "check_mrl_dims",
     "ignored_data",
@@ -105,6 +117,7 @@ def build_loss(
     mrl_weights: Sequence[float] | None = None,
     mrl_layers: Sequence[int] | None = None,
     mrl_layer_weights: Sequence[float] | None = None,
+    distillation: Distillation | None = None,
     **options: Any,
 ) -> LossFunction:
     """The loss of that name; options are called as in the configuration.
@@ -117,6 +130,7 @@ def build_loss(
         mrl_weights: Likewise.
         mrl_layers: Only their number matters here.
         mrl_layer_weights: Likewise.
+        distillation: What the student follows beside its task; ``None``: nothing.
         **options: Of ``LOSSES[loss_type].options``; what is not given is off.
 
     Returns:
@@ -137,17 +151,23 @@ def build_loss(
         selection["negatives_scope"] = "own"
     selection["label_mode"] = label_mode or spec.label_modes[0]
     options |= _directions(options)
-    loss: BatchFunction = partial(spec.function, selection=Selection(**selection), **options)
+    task: BatchFunction = partial(spec.function, selection=Selection(**selection), **options)
     if use_mrl:
-        loss = matryoshka(
-            loss,
+        task = matryoshka(
+            task,
             mrl_dims=mrl_dims,
             mrl_weights=mrl_weights,
             num_layers=len(mrl_layers or (0,)),
             mrl_layer_weights=mrl_layer_weights,
         )
     queries = any(direction.endswith("query") for direction in options.get("directions", ()))
-    return lambda inputs: loss(gather_batch(inputs, queries=queries))
+
+    def loss(inputs: LossInputs) -> Tensor:
+        batch = gather_batch(inputs, queries=queries)
+        found = task(batch)
+        return found if distillation is None else distillation.combine(found, batch, inputs)
+
+    return loss
 
 
 def _directions(options: dict[str, Any]) -> dict[str, Any]:

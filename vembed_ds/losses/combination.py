@@ -56,6 +56,7 @@ class Distillation:
         weights: Of the teachers; only their proportions matter.
         alpha: Share of the task.
         temperature: Of ``kl``.
+        teacher_temperatures: Of ``kl``, every teacher's own; none: ``temperature``.
         scale: Of ``rank``.
         reduction: MaxSim's.
         prefixes: Matryoshka; ``None``: whole embeddings.
@@ -68,6 +69,7 @@ class Distillation:
     weights: Sequence[float]
     alpha: Alpha
     temperature: float = 1.0
+    teacher_temperatures: Sequence[float | None] = ()
     scale: float = 20.0
     reduction: str = "mean"
     prefixes: Prefixes | None = None
@@ -107,16 +109,11 @@ class Distillation:
             assert isinstance(teacher, TeacherVectors)
             return self._regression(inputs, teacher, inputs.projections.get(number))
         if isinstance(teacher, TeacherScores):
-            return self._over_prefixes(
-                batch, lambda part: judge_by_scores(part, teacher, reduction=self.reduction)
-            )
-        gathered = gather_teacher(inputs, teacher)
-        return self._over_prefixes(
-            batch, lambda part: judge_by_vectors(part, gathered, reduction=self.reduction)
-        )
-
-    def _over_prefixes(self, batch: GlobalBatch, judge: Callable[[GlobalBatch], Judged]) -> Tensor:
-        loss = self._similarity_loss()
+            judge = partial(judge_by_scores, scores=teacher, reduction=self.reduction)
+        else:
+            gathered = gather_teacher(inputs, teacher)
+            judge = partial(judge_by_vectors, teacher=gathered, reduction=self.reduction)
+        loss = self._similarity_loss(number)
         return sum_over(
             self.prefixes,
             batch.query.width,
@@ -132,9 +129,10 @@ class Distillation:
 
         return sum_over(self.prefixes, inputs.query.width, of)
 
-    def _similarity_loss(self) -> Callable[[Judged], Tensor]:
+    def _similarity_loss(self, number: int) -> Callable[[Judged], Tensor]:
+        own = self.teacher_temperatures[number] if self.teacher_temperatures else None
         options: dict[str, Any] = {
-            "kl": {"temperature": self.temperature},
+            "kl": {"temperature": self.temperature, "teacher_temperature": own},
             "rank": {"scale": self.scale},
         }.get(self.loss_type, {})
         return partial(getattr(distillation, self.loss_type), **options)

@@ -41,8 +41,8 @@ class Judged:
     explicit: Tensor
 
 
-def kl(found: Judged, *, temperature: float) -> Tensor:
-    """``T^2 mean_i KL(softmax(t_i / T) || softmax(s_i / T))`` over a row's columns.
+def kl(found: Judged, *, temperature: float, teacher_temperature: float | None = None) -> Tensor:
+    """``T^2 mean_i KL(softmax(t_i / U) || softmax(s_i / T))`` over a row's columns.
 
     Hinton et al. 2015, arXiv 1503.02531, section 2; the predecessor's formula, over the columns of
     all ranks.
@@ -50,9 +50,10 @@ def kl(found: Judged, *, temperature: float) -> Tensor:
     Args:
         found: Similarities.
         temperature: T > 0.
+        teacher_temperature: U > 0, for scores of another range; ``None``: T.
     """
     student = _log_softmax(found.student / temperature, found.known)
-    teacher = _log_softmax(found.teacher / temperature, found.known)
+    teacher = _log_softmax(found.teacher / (teacher_temperature or temperature), found.known)
     terms = teacher.exp() * (teacher - student)
     return temperature**2 * terms.masked_fill(~found.known, 0.0).sum(dim=1).mean()
 
@@ -117,7 +118,15 @@ def regression(inputs: LossInputs, teacher: TeacherVectors, projection: Tensor |
         inputs: Of this rank; one vector per item.
         teacher: Its vectors of the same items.
         projection: P ``[G, D]``; ``None``: widths are equal, and P is the identity.
+
+    Raises:
+        ValueError: Widths differ and there is no projection; a mistake of the caller.
     """
+    if projection is None and inputs.query.width != teacher.query.width:
+        raise ValueError(
+            f"the student's embeddings have {inputs.query.width} dimensions, the teacher's "
+            f"{teacher.query.width}: regression needs a projection"
+        )
     pairs = [(inputs.query, teacher.query), (inputs.positive, teacher.positive)]
     if inputs.negative is not None and teacher.negative is not None:
         pairs.append((inputs.negative, teacher.negative))

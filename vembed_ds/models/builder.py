@@ -21,13 +21,14 @@ from vembed_ds.models.backbones import (
     stated_pooling,
     two_tower_width,
 )
-from vembed_ds.models.embedding_model import LOGIT_BIAS, LOGIT_SCALE, EmbeddingModel
+from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
 from vembed_ds.models.lora import LoraSpec, add_adapters, merge_adapter_folder
 from vembed_ds.models.probe import Probe
 from vembed_ds.models.projections import load_projections
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 from vembed_ds.models.vision_language import VisionLanguageEncoder, build_vision_language
+from vembed_ds.streams import LOGIT_BIAS, LOGIT_SCALE
 
 COMPOSED_PROJECTION_DIM = 512  # the predecessor's default for composed encoders
 

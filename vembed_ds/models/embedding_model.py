@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
-from vembed_ds.streams import mask_name
-
-LOGIT_SCALE = "logit_scale"
-LOGIT_BIAS = "logit_bias"
+from vembed_ds.streams import LOGIT_BIAS, LOGIT_SCALE, mask_name, projection_name
 
 
 class EmbeddingModel(nn.Module):
@@ -37,6 +34,17 @@ class EmbeddingModel(nn.Module):
         self._kept_in_eval: list[nn.Module] = []
         self.logit_scale = _scalar(init_logit_scale)
         self.logit_bias = _scalar(init_logit_bias)
+        self.teacher_projections = nn.ModuleDict()
+
+    def add_teacher_projection(self, number: int, *, width: int, teacher_width: int) -> None:
+        """Learn a projection ``[G, D]`` to the space of a teacher; it is no part of the exported model.
+
+        Args:
+            number: Of the teacher.
+            width: D, dimensions of an embedding.
+            teacher_width: G.
+        """
+        self.teacher_projections[str(number)] = _Matrix(teacher_width, width)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -99,8 +107,8 @@ class EmbeddingModel(nn.Module):
 
         Returns:
             For each of these streams ``[n, D]``, not normalised, or ``[n, L, D]`` and under
-            ``"<stream>/mask"`` ``[n, L]`` bool; and ``"logit_scale"`` and ``"logit_bias"`` ``[1]``
-            when they are learned.
+            ``"<stream>/mask"`` ``[n, L]`` bool; and what the loss learns: ``"logit_scale"`` and
+            ``"logit_bias"`` ``[1]``, ``"projection/<teacher's number>"`` ``[G, D]``.
         """
         outputs: dict[str, Tensor] = {}
         for stream, chunk in inputs.items():
@@ -111,7 +119,20 @@ class EmbeddingModel(nn.Module):
             if parameter is not None:
                 # A tensor of its own: an output that *is* a parameter loses its engine hooks.
                 outputs[name] = parameter * 1.0
+        for number, projection in self.teacher_projections.items():
+            outputs[projection_name(int(number))] = projection()
         return outputs
+
+
+class _Matrix(nn.Module):
+    """A learned matrix as a module, so that ZeRO-3 gathers it when it is called."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(columns, rows, bias=False).weight
+
+    def forward(self) -> Tensor:
+        return self.weight * 1.0
 
 
 def _scalar(value: float | None) -> nn.Parameter | None:

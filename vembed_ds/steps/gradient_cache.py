@@ -20,9 +20,7 @@ from vembed_ds.data.batches import StepPlan, collect_roles
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed.seeding import RngState, capture_rng, restore_rng
 from vembed_ds.similarity import Embeddings
-
-LEARNED = ("logit_scale", "logit_bias")
-"""Outputs of the model that are no embeddings: what the loss learns, ``[1]`` each."""
+from vembed_ds.streams import is_learned
 
 Outputs = dict[str, Tensor]
 PadFunction = Callable[[str, Sequence[EncodedItem]], dict[str, Tensor]]
@@ -34,7 +32,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: This rank's mean loss, scalar float32.
-        learned: What the loss learns, by name, ``[1]`` float32, before the update.
+        learned: What the loss learns, by name, float32, before the update.
     """
 
     loss: Tensor
@@ -68,8 +66,8 @@ def compute_gradient(
         engine: Embeds, differentiates, reduces.
         plan: The rank's batch and its chunks.
         loss_function: From the embeddings of every role (float32) and what the loss learns
-            (``[1]`` float32, by name) to this rank's loss; averaged over ranks it is the loss of
-            the whole batch.
+            (float32, by name) to this rank's loss; averaged over ranks it is the loss of the
+            whole batch.
         pad: Pads the items of a chunk to one batch ``{argument: [n, ...]}``.
         trainable: Whether a stream's embeddings need a gradient; others are not replayed.
     """
@@ -154,7 +152,7 @@ def _leaf(output: Tensor) -> Tensor:
 
 
 def _learned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: outputs[name] for name in LEARNED if name in outputs}
+    return {name: output for name, output in outputs.items() if is_learned(name)}
 
 
 def _replay(

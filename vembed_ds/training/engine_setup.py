@@ -67,24 +67,24 @@ def inference_batch_size(config: Config) -> int:
     return config.run.eval_batch_size or trained_at_once
 
 
-def build_engine(
+def prepare_model(
     config: Config,
     spec: ModelSpec,
-    ds_config: dict[str, Any],
     data: RunData,
-    intervals: Intervals,
     folder: Path,
     *,
+    zero_stage: int,
     mrl_dims: Sequence[int] = (),
-) -> tuple[EmbeddingModel, TrainEngine]:
-    """The model inside its engine; frozen text features are computed on the way. Collective.
+) -> tuple[EmbeddingModel, int]:
+    """The model, on the host, and the width of its embeddings (of one layer's). Collective.
+
+    Features of a frozen text tower are computed on the way.
 
     Raises:
         ConfigError: The model cannot be built, or has fewer dimensions than one of ``mrl_dims``.
     """
     seed_everything(config.training.seed)
     used = data.train.parts
-    zero_stage = ds_config["zero_optimization"]["stage"]
     model = setup_model(config, spec, used=used, zero_stage=zero_stage)
     logger.info("pooling: %s", model.pooling())
     for stream in set(model.parts) - used:
@@ -104,8 +104,9 @@ def build_engine(
         if part in used
     }
     _spare_unreached(model, inputs)
+    width = _width(model, inputs)
     if mrl_dims:
-        check_mrl_dims(mrl_dims, width=_width(model, inputs))
+        check_mrl_dims(mrl_dims, width=width)
     if config.model.precision != "fp32":
         comm.run_together(lambda: keep_frozen_weights(model, folder), doing=f"writing {folder}")
     if config.model.gradient_checkpointing:
@@ -113,8 +114,15 @@ def build_engine(
             enable_activation_checkpointing(
                 backbone, mechanism=config.model.activation_checkpointing
             )
+    set_rates(model, own_rates(config.optimizer))
+    return model, width
+
+
+def start_engine(
+    config: Config, model: EmbeddingModel, ds_config: dict[str, Any], intervals: Intervals
+) -> TrainEngine:
+    """The model inside its engine. Collective."""
     optimizer = config.optimizer
-    set_rates(model, own_rates(optimizer))
     engine = initialize_engine(
         model,
         ds_config=ds_config,
@@ -128,7 +136,7 @@ def build_engine(
     )
     # Same weights everywhere, but each rank drops out units of its own.
     seed_everything(config.training.seed + 1 + comm.rank())
-    return model, engine
+    return engine
 
 
 def _width(model: EmbeddingModel, inputs: Mapping[str, Mapping[str, Tensor]]) -> int:

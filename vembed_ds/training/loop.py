@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.batches import StepPlan, count_streams, plan_step
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.distributed import comm
@@ -28,6 +28,7 @@ from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.loss_inputs import loss_inputs
+from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class TrainingLoop:
         step: Optimizer steps already done.
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
         attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
+        teachers: Whom the student follows.
     """
 
     def __init__(
@@ -94,12 +96,14 @@ class TrainingLoop:
         step: int = 0,
         pin_memory: bool = False,
         attach: Callable[[Batch], Batch] = lambda batch: batch,
+        teachers: Teachers = NO_TEACHERS,
     ) -> None:
         self.engine, self.model, self.processor = engine, model, processor
         self.loader, self.chunk_size = loader, chunk_size
         self.loss_functions = list(loss_functions)
         self.intervals, self.tracker = intervals, tracker
-        self._save, self._evaluate, self.attach = save, evaluate, attach
+        self._save, self._evaluate, self._attach = save, evaluate, attach
+        self.teachers = teachers
         self.step = step
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
@@ -134,6 +138,7 @@ class TrainingLoop:
             result, rate = self.compute_gradient(batch), self.engine.learning_rate()
             norm = self.engine.step()
             self.step += 1
+            self.teachers.after_step(self.step, updated=norm is not None)
             self.log(result, norm, rate, num_pairs=len(batch.indices))
             if self.intervals.due(self.intervals.eval_steps, self.step):
                 metrics = self.evaluate()
@@ -151,18 +156,32 @@ class TrainingLoop:
             yield self.attach(batch)
             waited = time.perf_counter()
 
+    def attach(self, batch: Batch) -> Batch:
+        """The batch with what guides and teachers stored of it, or with an ``error``. Local."""
+        return self.teachers.attach(self._attach(batch))
+
     def compute_gradient(self, batch: Batch) -> StepResult:
         """Gradient of the global batch, reduced, left in the engine. Collective."""
-        counts = self.agree_on_counts(batch)
-        plan = plan_step(
-            batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=self.fillers(counts)
-        )
+        plan = self.plan(batch)
+        # Once, before anything is embedded with gradient; the replay does not ask again.
+        said = self.teachers.judge(batch, plan, self.pad)
         return compute_gradient(
             self.engine,
             plan,
-            loss_function=self.batch_loss(batch),
+            loss_function=self.batch_loss(batch, said),
             pad=self.pad,
             trainable=self.model.trainable,
+        )
+
+    def plan(self, batch: Batch) -> StepPlan:
+        """The chunks of a batch. Collective.
+
+        Raises:
+            VembedError: On every rank, when any rank's batch could not be read.
+        """
+        counts = self.agree_on_counts(batch)
+        return plan_step(
+            batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=self.fillers(counts)
         )
 
     def agree_on_counts(self, batch: Batch) -> dict[str, int]:
@@ -179,11 +198,17 @@ class TrainingLoop:
             comm.raise_together(batch.error)
         return dict(zip(streams, counts, strict=True))
 
-    def batch_loss(self, batch: Batch) -> BatchLoss:
-        """The loss as a function of the embeddings of one batch; collective when called."""
+    def batch_loss(self, batch: Batch, said: Sequence[Said] = ()) -> BatchLoss:
+        """The loss as a function of the embeddings of one batch; collective when called.
+
+        Args:
+            batch: The records.
+            said: What every teacher says of them.
+        """
 
         def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
-            return self.loss_functions[batch.member](loss_inputs(batch, rows, learned))
+            inputs = loss_inputs(batch, rows, learned, teachers=said, step=self.step)
+            return self.loss_functions[batch.member](inputs)
 
         return loss
 
@@ -221,6 +246,7 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         with self._clock_stopped():
+            self.teachers.before_save()
             folder = self._save(self.step)
         if comm.is_main():
             logger.info("step %d: saved %s", self.step, folder)

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 
 from vembed_ds.data.collators import Batch
-from vembed_ds.losses import Guide, LossInputs
+from vembed_ds.losses import Guide, LossInputs, TeacherScores, TeacherVectors
 from vembed_ds.similarity import Embeddings
+from vembed_ds.streams import projection_name
 
 GUIDE = "guide"  # name of the guide's vectors in a batch
 
 
 def loss_inputs(
-    batch: Batch, rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]
+    batch: Batch,
+    rows: Mapping[str, Embeddings],
+    learned: Mapping[str, Tensor],
+    *,
+    teachers: Sequence[TeacherVectors | TeacherScores] = (),
+    step: int = 0,
 ) -> LossInputs:
     """This rank's share of the global batch.
 
@@ -23,6 +29,8 @@ def loss_inputs(
         batch: The records.
         rows: Embeddings of every role's items, in the order of ``batch``.
         learned: What the loss learns, by name.
+        teachers: What every teacher says of the batch.
+        step: Optimizer steps already done.
     """
     device = rows["query"].values.device
 
@@ -41,6 +49,13 @@ def loss_inputs(
         positive_keys=numbers(batch.keys.get("positive")),
         negative_keys=numbers(batch.keys.get("negative")),
         guide=_guide(batch, device),
+        teachers=tuple(teachers),
+        step=step,
+        projections={
+            number: learned[projection_name(number)]
+            for number in range(len(teachers))
+            if projection_name(number) in learned
+        },
         logit_scale=learned.get("logit_scale"),
         logit_bias=learned.get("logit_bias"),
     )

@@ -7,11 +7,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vembed_ds.config.distillation import DistillationConfig, teacher_entries
 from vembed_ds.config.schema import DatasetEntry, LossConfig
 from vembed_ds.config.validation import merged_loss
 from vembed_ds.data.dataset import PairEncoder
 from vembed_ds.errors import ConfigError
-from vembed_ds.losses import LOSSES, MATRYOSHKA_OPTIONS, LossFunction, build_loss, ignored_data
+from vembed_ds.losses import (
+    LOSSES,
+    MATRYOSHKA_OPTIONS,
+    Distillation,
+    LossFunction,
+    Prefixes,
+    alpha_schedule,
+    build_loss,
+    ignored_data,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +44,60 @@ def loss_configs(loss: LossConfig, entries: Mapping[str, DatasetEntry]) -> list[
     return found
 
 
-def build_losses(losses: Iterable[LossConfig]) -> list[LossFunction]:
-    """The loss of every data set."""
-    return [build_loss(own.loss_type, **_options(own)) for own in losses]
+def build_losses(
+    losses: Iterable[LossConfig], distillation: DistillationConfig, *, num_steps: int
+) -> list[LossFunction]:
+    """The loss of every data set.
+
+    Args:
+        losses: Of every data set.
+        distillation: Of all of them.
+        num_steps: Of the run.
+    """
+    return [
+        build_loss(
+            own.loss_type,
+            distillation=build_distillation(own, distillation, num_steps=num_steps),
+            **_options(own),
+        )
+        for own in losses
+    ]
+
+
+def build_distillation(
+    loss: LossConfig, config: DistillationConfig, *, num_steps: int
+) -> Distillation | None:
+    """How the student follows its teachers; ``None``: it has none."""
+    entries = teacher_entries(config)
+    if not entries:
+        return None
+    start, end = config.distillation_alpha, config.distillation_alpha_end
+    return Distillation(
+        config.distillation_loss_type,
+        weights=[entry.weight for entry in entries],
+        alpha=alpha_schedule(
+            config.distillation_alpha_schedule,
+            start=start,
+            end=start if end is None else end,
+            num_steps=num_steps,
+        ),
+        temperature=config.distillation_temperature,
+        teacher_temperatures=[entry.temperature for entry in entries],
+        scale=config.distillation_scale,
+        reduction=loss.maxsim_reduction,
+        prefixes=_prefixes(loss),
+    )
+
+
+def _prefixes(loss: LossConfig) -> Prefixes | None:
+    if not loss.use_mrl:
+        return None
+    num_layers = len(loss.mrl_layers or (0,))
+    return Prefixes(
+        dims=loss.mrl_dims,
+        weights=loss.mrl_weights or (1.0,) * len(loss.mrl_dims),
+        layer_weights=loss.mrl_layer_weights or (1.0,) * num_layers,
+    )
 
 
 def _options(loss: LossConfig) -> dict[str, Any]:

@@ -45,6 +45,8 @@ FREE = frozenset(
         "report_to",
         "run_name",
         "save_steps",
+        "teacher_cache",
+        "teacher_ds_config",
         "timeout_minutes",
         "trust_remote_code",
         "use_gradient_cache",

@@ -27,7 +27,12 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout, setup_data
-from vembed_ds.training.engine_setup import build_engine, fill_ds_config, inference_batch_size
+from vembed_ds.training.engine_setup import (
+    fill_ds_config,
+    inference_batch_size,
+    prepare_model,
+    start_engine,
+)
 from vembed_ds.training.guide import embed_guides, guides_identity, load_guides
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import (
@@ -41,6 +46,14 @@ from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
 from vembed_ds.training.resuming import choose_checkpoint, run_identity
 from vembed_ds.training.stream_setup import setup_stream, some_samples, training_batches
+from vembed_ds.training.teacher_sources import Teachers
+from vembed_ds.training.teachers import (
+    describe_teachers,
+    join_student,
+    load_teachers,
+    prepare_teachers,
+    teachers_identity,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +105,25 @@ def train(
     )
     check_shared(folder)
     prepare_extensions(ds_config)
-    guides = load_guides(losses, data)
-    identity |= guides_identity(guides)
-    if checkpoint is not None:  # again: no other guide may go on judging
-        stage = ds_config["zero_optimization"]["stage"]
+    stage = ds_config["zero_optimization"]["stage"]
+    guides, loaded = load_guides(losses, data), load_teachers(config, data)
+    identity |= guides_identity(guides) | teachers_identity(loaded)
+    if checkpoint is not None:  # again: no other guide or teacher may go on judging
         check_resumable(checkpoint, zero_stage=stage, state=identity)
     vectors = embed_guides(guides, config, data, folder=folder)
     del guides  # they need no memory any more
-    prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
-    model, engine = build_engine(
-        config, spec, ds_config, data, intervals, folder, mrl_dims=prefixes
+    teachers = prepare_teachers(
+        loaded, config, data, step=step, steps_per_epoch=intervals.steps_per_epoch
     )
+    prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
+    model, width = prepare_model(
+        config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes
+    )
+    join_student(teachers, model, config, width=width)
+    engine = start_engine(config, model, ds_config, intervals)
     if checkpoint is not None:
         load_checkpoint(engine.engine, checkpoint)
+        teachers.load(checkpoint)
     loop = build_loop(
         config,
         model,
@@ -112,10 +131,11 @@ def train(
         data,
         intervals,
         folder,
-        identity,
+        identity | describe_teachers(loaded),
         tracker=tracker,
         step=step,
         attach=vectors.attach,
+        teachers=teachers,
     )
     if config.training.gradient_self_test:
         self_test(loop, data, precision=config.model.precision)
@@ -161,6 +181,7 @@ def build_loop(
     tracker: Tracker | None,
     step: int,
     attach: Callable[[Batch], Batch],
+    teachers: Teachers,
 ) -> TrainingLoop:
     """The loop, ready to go on after ``step`` optimizer steps. Collective."""
     training, loading = config.training, config.data
@@ -181,7 +202,11 @@ def build_loop(
             timeout_seconds=loader_timeout(config),
         ),
         processor=data.processor,
-        loss_functions=build_losses(loss_configs(config.loss, dataset_entries(config.data))),
+        loss_functions=build_losses(
+            loss_configs(config.loss, dataset_entries(config.data)),
+            config.distillation,
+            num_steps=intervals.num_steps,
+        ),
         chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
         intervals=intervals,
         tracker=tracker,
@@ -193,11 +218,13 @@ def build_loop(
             data.processor,
             folder,
             identity,
+            teachers,
         ),
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
         step=step,
         pin_memory=loading.pin_memory,
         attach=attach,
+        teachers=teachers,
     )
     return loop
 
@@ -209,6 +236,7 @@ def _save(
     processor: ItemProcessor,
     folder: Path,
     state: Mapping[str, Any],
+    teachers: Teachers,
     step: int,
 ) -> Path:
     def describe(place: Path) -> None:
@@ -217,7 +245,12 @@ def _save(
         link_frozen_weights(folder, place)
 
     return save_checkpoint(
-        engine.engine, output_dir=folder, step=step, state=state, describe=describe
+        engine.engine,
+        output_dir=folder,
+        step=step,
+        state=state,
+        describe=describe,
+        write=teachers.save,
     )
 
 
@@ -247,10 +280,11 @@ def self_test(loop: TrainingLoop, data: RunData, *, precision: str) -> None:
     chosen = _unequal([sample for sample in samples if isinstance(sample, Sample)])
     batch = loop.attach(collate(chosen))
     comm.raise_together(batch.error)
+    said = loop.teachers.judge(batch, loop.plan(batch), loop.pad)
     difference = check_gradient(
         loop.engine,
         batch.roles,
-        loss_function=loop.batch_loss(batch),
+        loss_function=loop.batch_loss(batch, said),
         pad=loop.pad,
         streams=loop.model.streams,
         trainable=loop.model.trainable,

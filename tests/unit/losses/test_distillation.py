@@ -45,7 +45,7 @@ def kl(found: Judged) -> Tensor:
     rows = []
     for row in range(B):
         s = torch.stack([found.student[row, c] / 0.3 for c in columns(found, row)])
-        t = torch.stack([found.teacher[row, c] / 0.3 for c in columns(found, row)])
+        t = torch.stack([found.teacher[row, c] / 0.7 for c in columns(found, row)])
         p = t.exp() / t.exp().sum()
         q = s.exp() / s.exp().sum()
         rows.append((p * (p / q).log()).sum() * 0.3**2)
@@ -85,7 +85,7 @@ def rank(found: Judged) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[[Judged], Tensor], dict[str, float]]] = {
-    "kl": (kl, {"temperature": 0.3}),
+    "kl": (kl, {"temperature": 0.3, "teacher_temperature": 0.7}),
     "mse": (mse, {}),
     "margin_mse": (margin_mse, {}),
     "rank": (rank, {"scale": 5.0}),
@@ -163,6 +163,11 @@ def test_regression_goes_through_the_projection() -> None:
         torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True
     ):
         assert torch.allclose(found, formula, rtol=1e-10, atol=1e-14)
+
+
+def test_other_widths_need_a_projection() -> None:
+    with pytest.raises(ValueError, match="have 6 dimensions, the teacher's 4: regression needs a"):
+        regression(inputs(), teacher(1), None)
 
 
 def test_scores_of_the_data_go_to_the_own_columns() -> None:
