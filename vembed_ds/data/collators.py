@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
@@ -30,7 +30,11 @@ class Batch:
         negative_counts: How many negatives each record has; ``None`` when the data has none.
         labels: Class of each record; ``None`` when the data has no classes.
         scores: Graded similarity of each record; ``None`` when the data has none.
+        teacher_scores: A teacher's score of each record's query and positive; ``None`` when the
+            data has none, or they are not wanted.
+        negative_scores: The same of each negative, in the order of ``roles``.
         member: Number of the data set, where every batch comes from one.
+        teacher_roles: Teacher to role to the same items as in ``roles``, encoded for the teacher.
         vectors: Of frozen models, by their name and role: ``[n, G]`` float32, a row per item.
         error: What went wrong in a worker; the batch is empty then, and the trainer must
             agree on the error over all ranks before it raises it.
@@ -42,7 +46,10 @@ class Batch:
     negative_counts: list[int] | None = None
     labels: list[int] | None = None
     scores: list[float] | None = None
+    teacher_scores: list[float] | None = None
+    negative_scores: list[float] | None = None
     member: int = 0
+    teacher_roles: dict[str, dict[str, list[EncodedItem]]] = field(default_factory=dict)
     vectors: dict[str, dict[str, FloatArray]] = field(default_factory=dict)
     error: VembedError | None = None
 
@@ -56,12 +63,18 @@ def join(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     return Batch(
         indices=_chained([part.indices for part in parts]),
-        roles={role: _chained([part.roles[role] for part in parts]) for role in parts[0].roles},
-        keys={role: _chained([part.keys[role] for part in parts]) for role in parts[0].keys},
+        roles=_by_role([part.roles for part in parts]),
+        keys=_by_role([part.keys for part in parts]),
         negative_counts=_all_or_none([part.negative_counts for part in parts]),
         labels=_all_or_none([part.labels for part in parts]),
         scores=_all_or_none([part.scores for part in parts]),
+        teacher_scores=_all_or_none([part.teacher_scores for part in parts]),
+        negative_scores=_all_or_none([part.negative_scores for part in parts]),
         member=parts[0].member,
+        teacher_roles={
+            name: _by_role([part.teacher_roles[name] for part in parts])
+            for name in parts[0].teacher_roles
+        },
     )
 
 
@@ -84,8 +97,15 @@ def _batch_of(sample: Sample) -> Batch:
         negative_counts=None if negatives is None else [len(negatives)],
         labels=None if sample.label is None else [sample.label],
         scores=None if sample.score is None else [sample.score],
+        teacher_scores=None if sample.teacher_score is None else [sample.teacher_score],
+        negative_scores=sample.negative_scores,
         member=sample.member,
+        teacher_roles=sample.teacher_roles,
     )
+
+
+def _by_role(parts: Sequence[Mapping[str, Sequence[T]]]) -> dict[str, list[T]]:
+    return {role: _chained([part[role] for part in parts]) for role in parts[0]}
 
 
 def _chained(lists: Sequence[Sequence[T]]) -> list[T]:

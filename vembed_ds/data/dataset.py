@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
+from vembed_ds.data.images import open_image
 from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key
 from vembed_ds.data.records import Item, Record, RecordReader, content_number
 from vembed_ds.data.sampler import SampleKey
+from vembed_ds.data.teacher_items import TeacherItems
 from vembed_ds.errors import DataError, VembedError
 
 ROLES = ("query", "positive")
@@ -31,6 +33,9 @@ class Sample:
         keys: The content of each of these items as a 64-bit number, equal for equal content.
         label: Class, where the data has classes.
         score: Graded similarity, where the data has one.
+        teacher_score: Of query and positive, where the data has a teacher's scores.
+        negative_scores: The same of the negatives, one each.
+        teacher_roles: For every teacher by name, the same items as in ``roles`` as it reads them.
         member: Number of its data set, where there are several.
     """
 
@@ -39,6 +44,9 @@ class Sample:
     keys: dict[str, list[int]]
     label: int | None = None
     score: float | None = None
+    teacher_score: float | None = None
+    negative_scores: list[float] | None = None
+    teacher_roles: dict[str, dict[str, list[EncodedItem]]] = field(default_factory=dict)
     member: int = 0
 
 
@@ -52,6 +60,8 @@ class PairEncoder:
         max_negatives: Most negatives of one record; of more, others are drawn in every epoch.
             ``None``: all.
         read_files: In ``Sample.keys``, an image path counts as the bytes of its file.
+        teachers: By name; items are encoded for them too. Like ``read_files``, it may be set later,
+            before a loader is iterated over.
     """
 
     def __init__(
@@ -62,12 +72,14 @@ class PairEncoder:
         seed: int,
         max_negatives: int | None = None,
         read_files: bool = False,
+        teachers: Mapping[str, TeacherItems] | None = None,
     ) -> None:
         self.reader = reader
         self.processor = processor
         self.seed = seed
         self.max_negatives = max_negatives
         self.read_files = read_files
+        self.teachers: Mapping[str, TeacherItems] = teachers or {}
         self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
 
     def encode(
@@ -85,42 +97,65 @@ class PairEncoder:
         Raises:
             VembedError: An item cannot be encoded.
         """
-        items = {role: self._items(record, role, number=number, epoch=epoch) for role in self.roles}
+        record = self._drawn(record, number=number, epoch=epoch)
+        items = {role: record.items[role] for role in self.roles}
+        # Once for all who look at them. Their keys are those of the items as they stand in the data.
+        looked_at = _opened(items, origin=origin) if self.teachers else items
+        roles = self._encode_roles(looked_at, number=number, epoch=epoch, origin=origin)
+        augmented = epoch is not None and self.processor.augmentation is not None
+        scores = record.negative_scores
         return Sample(
             index,
-            roles={
-                role: [
-                    self.processor.encode(
-                        item,
-                        origin=f"{origin}, {role}",
-                        augment_seed=self._augment_seed(role, number, place, epoch=epoch),
-                    )
-                    for place, item in enumerate(found)
-                ]
-                for role, found in items.items()
-            },
-            keys={
-                role: [
-                    content_number(content_key(item, read_files=self.read_files).encode())
-                    for item in found
-                ]
-                for role, found in items.items()
-            },
+            roles=roles,
+            keys={role: [self._key(item) for item in found] for role, found in items.items()},
             label=record.label,
             score=record.score,
+            teacher_score=record.teacher_score,
+            negative_scores=None if scores is None else list(scores),
+            teacher_roles={
+                name: roles
+                if teacher.shared and not augmented
+                else teacher.encode(looked_at, origin=origin)
+                for name, teacher in self.teachers.items()
+            },
         )
 
-    def _items(
-        self, record: Record, role: str, *, number: int, epoch: int | None
-    ) -> Sequence[Item]:
-        if role != NEGATIVE:
-            return [getattr(record, role)]
+    def _encode_roles(
+        self,
+        items: Mapping[str, Sequence[Item]],
+        *,
+        number: int,
+        epoch: int | None,
+        origin: str,
+    ) -> dict[str, list[EncodedItem]]:
+        return {
+            role: [
+                self.processor.encode(
+                    item,
+                    origin=f"{origin}, {role}",
+                    augment_seed=self._augment_seed(role, number, place, epoch=epoch),
+                )
+                for place, item in enumerate(found)
+            ]
+            for role, found in items.items()
+        }
+
+    def _key(self, item: Item) -> int:
+        return content_number(content_key(item, read_files=self.read_files).encode())
+
+    def _drawn(self, record: Record, *, number: int, epoch: int | None) -> Record:
+        """The record with at most ``max_negatives`` negatives, and their scores."""
         total, limit = len(record.negatives), self.max_negatives
         if limit is None or total <= limit:
-            return record.negatives
+            return record
         seed = item_seed(self.seed, epoch=epoch or 0, index=number, role=NEGATIVE)
         chosen = np.argsort(np.random.PCG64(seed).random_raw(total), kind="stable")[:limit]
-        return [record.negatives[place] for place in sorted(chosen)]
+        places, scores = sorted(chosen), record.negative_scores
+        return replace(
+            record,
+            negatives=tuple(record.negatives[place] for place in places),
+            negative_scores=None if scores is None else tuple(scores[place] for place in places),
+        )
 
     def _augment_seed(self, role: str, number: int, place: int, *, epoch: int | None) -> int | None:
         if epoch is None:
@@ -214,6 +249,19 @@ class PairDataset(PairEncoder, Dataset[Sample | VembedError]):
             epoch=epoch,
             origin=f"{self.reader.origin}, record {record.index}",
         )
+
+
+def _opened(items: Mapping[str, Sequence[Item]], *, origin: str) -> dict[str, list[Item]]:
+    """The items with their images decoded."""
+    return {
+        role: [
+            item
+            if item.image is None
+            else replace(item, image=open_image(item.image, origin=f"{origin}, {role}"))
+            for item in found
+        ]
+        for role, found in items.items()
+    }
 
 
 def item_seed(seed: int, *, epoch: int, index: int, role: str) -> int:

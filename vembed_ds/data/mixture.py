@@ -82,11 +82,7 @@ class Mixture(Dataset[Sample | VembedError]):
         if not self._mixed:
             return sample
         if self._give_negatives and "negative" not in sample.roles:
-            sample = replace(
-                sample,
-                roles={**sample.roles, "negative": []},
-                keys={**sample.keys, "negative": []},
-            )
+            sample = _with_no_negatives(sample)
         if self._give_labels:
             # Classes of two data sets have nothing to do with each other; a record without is alone.
             own = f"{member}:{sample.label}" if sample.label is not None else f"record {index}"
@@ -109,6 +105,19 @@ class Mixture(Dataset[Sample | VembedError]):
         whole = np.concatenate([shard[0] for shard in shards]).tolist()
         ends = np.cumsum(np.concatenate([shard[1] for shard in shards])).tolist()
         return [tuple(whole[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _with_no_negatives(sample: Sample) -> Sample:
+    """A sample of data without negatives, for a batch that may have some."""
+    return replace(
+        sample,
+        roles={**sample.roles, "negative": []},
+        keys={**sample.keys, "negative": []},
+        negative_scores=None if sample.teacher_score is None else [],
+        teacher_roles={
+            name: {**roles, "negative": []} for name, roles in sample.teacher_roles.items()
+        },
+    )
 
 
 def _keys(record: Record) -> tuple[int, ...]:

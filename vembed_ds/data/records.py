@@ -25,8 +25,10 @@ from vembed_ds.data.columns import (
     listed,
     read_mode,
     refuse_videos,
+    shortened,
 )
 from vembed_ds.data.image_paths import resolve_image_path
+from vembed_ds.data.scores import checked_score, find_teacher_columns, given_score_roles
 from vembed_ds.errors import DataError
 
 ImageSource = str | bytes | Image.Image | dict[str, Any]
@@ -66,6 +68,9 @@ class Record:
         negatives: What does not.
         label: Class of the pair; pairs of one class answer each other's queries.
         score: Graded similarity of query and positive.
+        teacher_score: A teacher's score of query and positive, where the data has them and they
+            are wanted.
+        negative_scores: The same of query and each negative, where the data has negatives.
     """
 
     index: int
@@ -74,6 +79,13 @@ class Record:
     negatives: tuple[Item, ...] = ()
     label: int | None = None
     score: float | None = None
+    teacher_score: float | None = None
+    negative_scores: tuple[float, ...] | None = None
+
+    @property
+    def items(self) -> dict[str, Sequence[Item]]:
+        """All items, by role."""
+        return {"query": [self.query], "positive": [self.positive], "negative": self.negatives}
 
 
 class RecordReader:
@@ -85,17 +97,18 @@ class RecordReader:
             a text, ``i`` an image, ``m`` both together, ``x`` whatever the record holds.
             Negatives are of the positive's kind.
         column_mapping: Role (``query``, ``query_image``, ``positive``, ``positive_image``,
-            ``negatives``, ``negative_images``, ``label``, ``score``) to column name; beats the
-            default names.
+            ``negatives``, ``negative_images``, ``label``, ``score``, ``pos_scores``,
+            ``neg_scores``) to column name; beats the default names.
         image_root: Folder that relative image paths start from; empty for the working folder.
         origin: Name of the data in error messages, usually its path.
         instructions: Instruction of the ``query`` and the ``positive`` (and its negatives).
         allow_images_outside_root: Whether image paths may leave ``image_root``.
         allow_image_urls: Whether images may be http and https URLs.
+        teacher_scores: Whether a teacher's scores are wanted; otherwise they are not read.
 
     Raises:
         ConfigError: When the retrieval mode is not known.
-        DataError: When a column is missing, or is one of videos.
+        DataError: When a column is missing, is one of videos, or has scores of no negatives.
     """
 
     def __init__(
@@ -109,6 +122,7 @@ class RecordReader:
         instructions: Mapping[str, str] | None = None,
         allow_images_outside_root: bool = False,
         allow_image_urls: bool = False,
+        teacher_scores: bool = False,
     ) -> None:
         self.origin = origin
         self.image_root = image_root
@@ -126,14 +140,21 @@ class RecordReader:
         self.negative_columns = self._choose(chooser, "negative")
         self.label_column = chooser.find(["label"], _LABEL_COLUMNS)
         self.score_column = chooser.find(["score"], _SCORE_COLUMNS)
+        self.teacher_columns = (
+            find_teacher_columns(chooser, has_negatives=self.has_negatives)
+            if teacher_scores
+            else None
+        )
+        self.unread_scores = [] if teacher_scores else given_score_roles(columns, column_mapping)
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read, each once; hand them to ``select_columns``."""
         roles = [*self.role_columns.values(), self.negative_columns]
         used = [column for parts in roles for column in parts.values()]
-        others = [self.label_column, self.score_column]
-        return list(dict.fromkeys([*used, *(name for name in others if name is not None)]))
+        used += [name for name in (self.label_column, self.score_column) if name is not None]
+        used += self.teacher_columns.names if self.teacher_columns is not None else []
+        return list(dict.fromkeys(used))
 
     @property
     def parts(self) -> set[Part]:
@@ -167,15 +188,20 @@ class RecordReader:
 
         Raises:
             DataError: When a value is empty, blank or of the wrong type, the mode needs what the
-                record lacks, or an image is a URL that is not allowed or leaves ``image_root``.
+                record lacks, an image is a URL that is not allowed or leaves ``image_root``, or
+                there is not one score per document.
         """
+        negatives = self._negatives(row, index)
+        teacher_score, negative_scores = self._teacher_scores(row, index, len(negatives))
         return Record(
             index,
             query=self._item("query", row, index),
             positive=self._item("positive", row, index),
-            negatives=self._negatives(row, index),
+            negatives=negatives,
             label=None if self.label_column is None else self._label(row, index),
-            score=None if self.score_column is None else self._score(row, index),
+            score=self._score(row, index),
+            teacher_score=teacher_score,
+            negative_scores=negative_scores,
         )
 
     def _choose(self, chooser: ColumnChooser, role: str) -> dict[Part, str]:
@@ -197,9 +223,13 @@ class RecordReader:
     def _item(self, role: str, row: Mapping[str, Any], index: int) -> Item:
         columns = self.role_columns[role]
         free = self.letters[role] == "x"
-        values: dict[Part, Any] = {
-            part: None if free and _is_absent(row[column]) else self._part(part, row, index, column)
+        given = {
+            part: _only_value(row[column], role, place=self._place(index, column))
             for part, column in columns.items()
+        }
+        values: dict[Part, Any] = {
+            part: None if free and _is_absent(value) else self._part(part, value, index, columns[part])
+            for part, value in given.items()
         }
         if all(value is None for value in values.values()):
             raise DataError(
@@ -208,8 +238,8 @@ class RecordReader:
             )
         return Item(values.get(TEXT), values.get(IMAGE), self.instruction(role))
 
-    def _part(self, part: Part, row: Mapping[str, Any], index: int, column: str) -> Any:
-        return self._checked(part, row[column], place=self._place(index, column))
+    def _part(self, part: Part, value: Any, index: int, column: str) -> Any:
+        return self._checked(part, value, place=self._place(index, column))
 
     def _checked(self, part: Part, value: Any, *, place: str) -> Any:
         if part == TEXT:
@@ -276,19 +306,20 @@ class RecordReader:
             "or a text, or name another column with column_mapping: {label: COLUMN}"
         )
 
-    def _score(self, row: Mapping[str, Any], index: int) -> float:
-        assert self.score_column is not None
-        value = row[self.score_column]
-        try:
-            number = float("nan" if isinstance(value, bool) else value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if number - number != 0:  # NaN or infinite
-            raise DataError(
-                f"{self._place(index, self.score_column)}: {value!r} is no score; give a number, or "
-                "name another column with column_mapping: {score: COLUMN}"
-            )
-        return number
+    def _score(self, row: Mapping[str, Any], index: int) -> float | None:
+        if self.score_column is None:
+            return None
+        place = self._place(index, self.score_column)
+        return checked_score(row[self.score_column], "score", place=place)
+
+    def _teacher_scores(
+        self, row: Mapping[str, Any], index: int, num_negatives: int
+    ) -> tuple[float | None, tuple[float, ...] | None]:
+        if self.teacher_columns is None:
+            return None, None
+        return self.teacher_columns.read(
+            row, num_negatives=num_negatives, place=lambda column: self._place(index, column)
+        )
 
 
 def content_number(data: bytes) -> int:
@@ -296,12 +327,24 @@ def content_number(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
+def _only_value(value: Any, role: str, *, place: str) -> Any:
+    """FlagEmbedding writes positives as lists, also where there is one."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) > 1:
+        raise DataError(
+            f"{place}: {shortened(value)} is {len(value)} values, and a record has one {role}; "
+            "write one record for each"
+        )
+    return value[0] if value else None
+
+
 def _as_list(value: Any, *, place: str) -> list[Any]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []  # a CSV file has no other way to say that there is none
     if isinstance(value, str) and _WRITTEN_LIST.fullmatch(value):
         raise DataError(
-            f"{place}: {_shortened(value)} is a list written as one text; a CSV or TSV cell holds one "
+            f"{place}: {shortened(value)} is a list written as one text; a CSV or TSV cell holds one "
             "negative or none, so save the data as JSONL or Parquet with a list there"
         )
     if isinstance(value, (list, tuple)):
@@ -309,7 +352,7 @@ def _as_list(value: Any, *, place: str) -> list[Any]:
     if isinstance(value, (str, bytes, dict, Image.Image)):
         return [value]
     raise DataError(
-        f"{place}: {_shortened(value)} is {type(value).__name__}, not a list of negatives"
+        f"{place}: {shortened(value)} is {type(value).__name__}, not a list of negatives"
     )
 
 
@@ -329,7 +372,7 @@ def _checked_text(value: object, *, place: str) -> str:
         )
     if not isinstance(value, str):
         raise DataError(
-            f"{place}: {_shortened(value)} is {type(value).__name__}, not text; "
+            f"{place}: {shortened(value)} is {type(value).__name__}, not text; "
             "write it as a string, or name the text column with column_mapping"
         )
     return value
@@ -345,11 +388,6 @@ def _checked_image(value: object, *, place: str) -> ImageSource:
     if value is None or isinstance(value, (str, bytes)):
         raise DataError(f"{place}: {value!r} is no image; remove the record or fill it in")
     raise DataError(
-        f"{place}: {_shortened(value)} is {type(value).__name__}, not an image; give a path, "
+        f"{place}: {shortened(value)} is {type(value).__name__}, not an image; give a path, "
         "encoded bytes or an image column, or name the image column with column_mapping"
     )
-
-
-def _shortened(value: object, *, length: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."

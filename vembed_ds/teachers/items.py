@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,40 +11,15 @@ from torch.utils.data import Dataset
 
 from vembed_ds.data.dataset import NEGATIVE, PairDataset, Sample
 from vembed_ds.data.processors import ItemProcessor, content_key
-from vembed_ds.data.records import Item, Record, content_number
+from vembed_ds.data.records import content_number
 from vembed_ds.data.sampler import SampleKey, own_share
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import KeyArray
 from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
 
 ROLES = ("query", "positive", NEGATIVE)
 ITEMS = "items"  # the one role of what is loaded here
-
-
-@dataclass(frozen=True)
-class Instructions:
-    """What a frozen model reads before a text.
-
-    Attributes:
-        query: Before queries.
-        document: Before positives and negatives.
-    """
-
-    query: str = ""
-    document: str = ""
-
-    def of(self, role: str) -> str:
-        """The instruction of a role."""
-        return self.query if role == "query" else self.document
-
-    def keys(self, role: str, numbers: Iterable[int]) -> KeyArray:
-        """Numbers of contents to keys of a table.
-
-        One text has another vector behind another instruction, and so another key; where both
-        instructions are equal, a text that is a query here and a document there is embedded once.
-        """
-        salt = np.int64(content_number(self.of(role).encode()))
-        return np.fromiter(numbers, dtype=np.int64) ^ salt
 
 
 @dataclass(frozen=True)
@@ -111,7 +86,7 @@ class ItemDataset(Dataset[Sample | VembedError]):
         member, number, role, place = (int(value) for value in self._addresses[index])
         dataset, name = self._members[member], ROLES[role]
         try:
-            item = items_of(dataset.record(number))[name][place]
+            item = dataset.record(number).items[name][place]
             encoded = self._processor.encode(
                 replace(item, instruction=self._instructions.of(name)),
                 origin=f"{dataset.reader.origin}, record {number}, {name}",
@@ -122,18 +97,13 @@ class ItemDataset(Dataset[Sample | VembedError]):
         return Sample(index, roles={ITEMS: [encoded]}, keys={ITEMS: []})
 
 
-def items_of(record: Record) -> Mapping[str, Sequence[Item]]:
-    """The items of a record by role; of negatives, all."""
-    return {"query": [record.query], "positive": [record.positive], NEGATIVE: record.negatives}
-
-
 def _read(members: Sequence[PairDataset], instructions: Instructions) -> DistinctItems:
     """The items of this rank's share of the records; contents may repeat."""
     keys: list[KeyArray] = []
     addresses: list[tuple[int, int, int, int]] = []
     for member, dataset in enumerate(members):
         for number in own_share(len(dataset), rank=comm.rank(), world_size=comm.world_size()):
-            for role, items in enumerate(items_of(dataset.record(number)).values()):
+            for role, items in enumerate(dataset.record(number).items.values()):
                 numbers = [content_number(content_key(i, read_files=True).encode()) for i in items]
                 keys.append(instructions.keys(ROLES[role], numbers))
                 addresses += [(member, number, role, place) for place in range(len(items))]

@@ -15,6 +15,7 @@ from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.loader import BatchLoader, enough_workers
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.sampler import shard_indices
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import (
     RowArray,
     VectorTable,
@@ -26,7 +27,7 @@ from vembed_ds.data.vector_table import (
 from vembed_ds.distributed import comm
 from vembed_ds.errors import DataError
 from vembed_ds.similarity import Embeddings, concatenate
-from vembed_ds.teachers.items import ITEMS, DistinctItems, Instructions, ItemDataset, distinct_items
+from vembed_ds.teachers.items import ITEMS, DistinctItems, ItemDataset, distinct_items
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 

@@ -15,13 +15,13 @@ from deepspeed.accelerator import get_accelerator
 from vembed_ds.config.schema import Config, LossConfig
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import VectorTable
 from vembed_ds.distributed import comm
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.inference import Encoder, embed_items
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.teachers.identity import processor_digest, weights_digest
-from vembed_ds.teachers.items import Instructions
 from vembed_ds.teachers.precompute import precompute
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.engine_setup import inference_batch_size

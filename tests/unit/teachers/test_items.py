@@ -16,9 +16,10 @@ from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor, content_key
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import Item, RecordReader
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.errors import DataError
 from vembed_ds.teachers.identity import processor_digest, weights_digest
-from vembed_ds.teachers.items import ITEMS, Instructions, ItemDataset, distinct_items
+from vembed_ds.teachers.items import ITEMS, ItemDataset, distinct_items
 
 
 @pytest.fixture
