@@ -34,6 +34,7 @@ from vembed_ds.training.data_setup import (
     Source,
     build_dataset,
     dataset_entries,
+    follows_scores,
     open_source,
     validation_entries,
 )
@@ -124,7 +125,7 @@ def check(config: Config, arguments: argparse.Namespace) -> list[Checked]:
     Raises:
         ConfigError: The model's processor does not load, or a loss does not look at what the data has.
     """
-    checked = [_opened(key, entry) for key, entry in _tables(config)]
+    checked = [_opened(key, entry, config) for key, entry in _tables(config)]
     readers = [table.source.reader for table in checked if table.source is not None]
     if not readers:
         return checked
@@ -180,7 +181,11 @@ def _notes(config: Config, checked: Sequence[Checked]) -> Iterator[str]:
 
 def _trained(checked: Sequence[Checked]) -> list[Checked]:
     """The training tables, in the order of the data sets."""
-    return [table for table in checked if not table.key.endswith("val_data_path")]
+    return [table for table in checked if not _is_validation(table.key)]
+
+
+def _is_validation(key: str) -> bool:
+    return key.endswith("val_data_path")
 
 
 def _tables(config: Config) -> Iterator[tuple[str, Any]]:
@@ -190,11 +195,12 @@ def _tables(config: Config) -> Iterator[tuple[str, Any]]:
         yield f"datasets[{name}].val_data_path" if name else "val_data_path", entry
 
 
-def _opened(key: str, entry: Any) -> Checked:
+def _opened(key: str, entry: Any, config: Config) -> Checked:
     found = Findings()
     source = None
+    scores = follows_scores(config) and not _is_validation(key)
     try:
-        source = open_source(entry, key=key)
+        source = open_source(entry, key=key, teacher_scores=scores)
     except DataError as error:
         found.report(as_problem(error))
     return Checked(key, source, found, {}, Lines([], num_records=0))
@@ -206,7 +212,7 @@ def _count_leaks(checked: Sequence[Checked]) -> None:
     for table in _trained(checked):
         trained.add(table.found)
     for table in checked:
-        if table.key.endswith("val_data_path") and table.source is not None:
+        if _is_validation(table.key) and table.source is not None:
             table.figures["pairs_also_trained_on"] = shared_pairs(table.found, trained)
 
 

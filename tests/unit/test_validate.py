@@ -217,6 +217,28 @@ def test_data_that_its_loss_does_not_look_at(
     assert validate(rows, datasets=entries, **keys)[0] == 0
 
 
+def test_a_teachers_scores(
+    validate: Callable[..., tuple[int, str]],
+    rows: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [row | {"pos_scores": [0.5]} for row in rows[:3]]
+    assert validate(rows, val_data_path=None)[0] == 0
+    assert "train.jsonl: its pos_scores are not used without teacher_scores" in caplog.text
+    code, text = validate(rows, column_mapping={"pos_scores": "pos_scores"})
+    assert code == 2
+    assert text.startswith(
+        "error: column_mapping pos_scores='pos_scores': teacher_scores is not set"
+    )
+    rows[1]["pos_scores"] = []
+    code, text = validate(rows, teacher_scores=True)
+    assert code == 1
+    assert "record 1, column 'pos_scores': [] is 0 scores, and the record has 1 positive" in text
+    code, text = validate([{"query": "a", "positive": "0.png"}], teacher_scores=True)
+    assert code == 1
+    assert "no column holds the scores of the positives: looked for 'pos_scores'" in text
+
+
 def test_data_that_fills_no_global_batch_is_noted(
     validate: Callable[..., tuple[int, str]], rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ COLUMN_ROLES = (
     "negative_images",
     "label",
     "score",
+    "pos_scores",
+    "neg_scores",
 )
 
 MODE_LETTERS = ("t", "i", "m", "x")

@@ -60,8 +60,10 @@ class PairEncoder:
         max_negatives: Most negatives of one record; of more, others are drawn in every epoch.
             ``None``: all.
         read_files: In ``Sample.keys``, an image path counts as the bytes of its file.
-        teachers: By name; items are encoded for them too. Like ``read_files``, it may be set later,
-            before a loader is iterated over.
+
+    Attributes:
+        teachers: By name; items are encoded for them too. Like ``read_files``, they may be set until
+            a loader is iterated over, because its processes get a copy then.
     """
 
     def __init__(
@@ -72,14 +74,13 @@ class PairEncoder:
         seed: int,
         max_negatives: int | None = None,
         read_files: bool = False,
-        teachers: Mapping[str, TeacherItems] | None = None,
     ) -> None:
         self.reader = reader
         self.processor = processor
         self.seed = seed
         self.max_negatives = max_negatives
         self.read_files = read_files
-        self.teachers: Mapping[str, TeacherItems] = teachers or {}
+        self.teachers: Mapping[str, TeacherItems] = {}
         self.roles: tuple[str, ...] = (*ROLES, NEGATIVE) if reader.has_negatives else ROLES
 
     def encode(

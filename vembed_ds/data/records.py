@@ -228,7 +228,9 @@ class RecordReader:
             for part, column in columns.items()
         }
         values: dict[Part, Any] = {
-            part: None if free and _is_absent(value) else self._part(part, value, index, columns[part])
+            part: None
+            if free and _is_absent(value)
+            else self._part(part, value, index, columns[part])
             for part, value in given.items()
         }
         if all(value is None for value in values.values()):

@@ -123,5 +123,5 @@ def _missing(chooser: ColumnChooser, what: str, role: str) -> DataError:
     return DataError(
         f"{chooser.place}: teacher_scores: no column holds the scores of the {what}: looked for "
         f"{role!r}, the columns are {listed(chooser.columns)}; name it with "
-        f"column_mapping: {{{role}: COLUMN}}, or set teacher_scores: false"
+        f"column_mapping: {{{role}: COLUMN}}, or leave teacher_scores out"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import datasets
 
+from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config, DataConfig, DatasetEntry
 from vembed_ds.config.validation import dataset_name
 from vembed_ds.data.dataset import PairDataset, PairEncoder
@@ -91,7 +92,8 @@ def setup_data(config: Config, spec: ModelSpec) -> RunData:
     """Processor, training and validation data, all checked. Collective."""
     entries = dataset_entries(config.data)
     sources = {
-        name: open_source(entry, key=_key(name, "data_path")) for name, entry in entries.items()
+        name: open_source(entry, key=_key(name, "data_path"), teacher_scores=follows_scores(config))
+        for name, entry in entries.items()
     }
     validation = open_validation(config)
     opened = [*sources.values(), *validation.values()]
@@ -170,20 +172,30 @@ def dataset_entries(config: DataConfig) -> dict[str, DatasetEntry]:
     return filled
 
 
+def follows_scores(config: Config) -> bool:
+    """Whether a teacher's scores stand in the training data; validation data needs none."""
+    return any(entry.scores for entry in teacher_entries(config.distillation))
+
+
 def loader_timeout(config: Config) -> float:
     """Seconds to wait for a loader process: less than the other ranks wait for this one."""
     return config.data.loader_timeout_seconds or 30 * config.run.timeout_minutes
 
 
-def open_source(entry: DatasetEntry, *, key: str) -> Source:
+def open_source(entry: DatasetEntry, *, key: str, teacher_scores: bool = False) -> Source:
     """Open a data set's ``data_path`` or ``val_data_path`` memory-mapped.
+
+    Args:
+        entry: The data set.
+        key: Which of the two; names errors.
+        teacher_scores: Whether a teacher's scores are wanted.
 
     Raises:
         DataError: The file or its columns do not fit.
     """
     paths = data_paths(entry, key=key)
     table = load_table(paths, key=key)
-    reader = build_reader(table.column_names, entry, paths=paths)
+    reader = build_reader(table.column_names, entry, paths=paths, teacher_scores=teacher_scores)
     return Source(table, reader, paths, entry.max_negatives)
 
 
@@ -195,7 +207,11 @@ def data_paths(entry: DatasetEntry, *, key: str) -> list[str]:
 
 
 def build_reader(
-    columns: Sequence[str], entry: DatasetEntry, *, paths: Sequence[str]
+    columns: Sequence[str],
+    entry: DatasetEntry,
+    *,
+    paths: Sequence[str],
+    teacher_scores: bool = False,
 ) -> RecordReader:
     """What turns the rows of a data set into records.
 
@@ -214,6 +230,7 @@ def build_reader(
         },
         allow_images_outside_root=bool(entry.allow_images_outside_root),
         allow_image_urls=bool(entry.allow_image_urls),
+        teacher_scores=teacher_scores,
     )
 
 

@@ -11,6 +11,7 @@ from vembed_ds.config.distillation import DistillationConfig, teacher_entries
 from vembed_ds.config.schema import DatasetEntry, LossConfig
 from vembed_ds.config.validation import merged_loss
 from vembed_ds.data.dataset import PairEncoder
+from vembed_ds.data.records import RecordReader
 from vembed_ds.errors import ConfigError
 from vembed_ds.losses import (
     LOSSES,
@@ -116,10 +117,12 @@ def check_data(losses: Iterable[LossConfig], members: Sequence[PairEncoder]) -> 
     """Refuse data that a loss would not look at, unless it stands there by chance.
 
     Raises:
-        ConfigError: Explicit negatives, or labels or scores that ``column_mapping`` names.
+        ConfigError: Explicit negatives, or labels, scores or a teacher's scores that
+            ``column_mapping`` names.
     """
     for loss, member in zip(losses, members, strict=True):
         reader = member.reader
+        _check_teacher_scores(reader)
         given = {
             "negatives": reader.has_negatives,
             "labels": reader.label_column is not None,
@@ -132,6 +135,17 @@ def check_data(losses: Iterable[LossConfig], members: Sequence[PairEncoder]) -> 
                     "remove that column, or choose another loss"
                 )
             logger.warning("%s: its %s are not used by %s", reader.origin, name, loss.loss_type)
+
+
+def _check_teacher_scores(reader: RecordReader) -> None:
+    for role in reader.unread_scores:
+        if role in reader.column_mapping:
+            raise ConfigError(
+                f"column_mapping {role}={reader.column_mapping[role]!r}: teacher_scores is not set, so "
+                f"that column of {reader.origin} is not read; set teacher_scores: true, or remove "
+                f"{role} from column_mapping"
+            )
+        logger.warning("%s: its %s are not used without teacher_scores", reader.origin, role)
 
 
 def evaluated_dims(loss: LossConfig) -> tuple[int, ...]:

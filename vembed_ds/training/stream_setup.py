@@ -21,6 +21,7 @@ from vembed_ds.training.data_setup import (
     build_reader,
     data_paths,
     dataset_entries,
+    follows_scores,
     open_validation,
     setup_validation,
 )
@@ -42,7 +43,12 @@ def setup_stream(config: Config, spec: ModelSpec) -> RunData:
     key = f"datasets[{name}].data_path" if name else "data_path"
     shards = open_shards(data_paths(entry, key=key), key="data_path")
     columns = first_columns(shards)
-    reader = build_reader(columns, entry, paths=data_paths(entry, key=key))
+    reader = build_reader(
+        columns,
+        entry,
+        paths=data_paths(entry, key=key),
+        teacher_scores=follows_scores(config),
+    )
     validation = open_validation(config)
     processor = setup_processor(
         config, spec, needed=[reader, *(source.reader for source in validation.values())]

@@ -237,6 +237,8 @@ def test_collate_keeps_order_and_passes_the_first_error_on() -> None:
     assert [item.inputs["input_ids"].item() for item in batch.roles["query"]] == [4, 2]
     assert batch.keys == {"query": [28, 14]}
     assert batch.negative_counts is batch.labels is batch.scores is None
+    assert batch.teacher_scores is batch.negative_scores is None
+    assert batch.teacher_roles == {}
     errors = [DataError("first"), ConfigError(["second"])]
     assert collate([sample(1), *errors]) == Batch([], error=errors[0])
     assert collate([]) == Batch([])
@@ -280,7 +282,7 @@ def test_dataset_survives_pickling(dataset: PairDataset) -> None:
     assert pixels(twin[SampleKey(2, 1)]) == pixels(dataset[SampleKey(2, 1)])
 
 
-def test_negatives_labels_and_scores_travel_with_the_batch(
+def test_negatives_labels_and_all_scores_travel_with_the_batch(
     tmp_path: Path, minilm: str, write_jsonl: Any
 ) -> None:
     rows = [
@@ -290,12 +292,19 @@ def test_negatives_labels_and_scores_travel_with_the_batch(
             "negatives": [f"n {index} {place}" for place in range(index)],
             "label": index % 2,
             "score": index / 4,
+            "pos_scores": [index + 0.5],
+            "neg_scores": [10 * index + place for place in range(index)],
         }
         for index in range(4)
     ]
     table = load_table([write_jsonl(rows)], key="data_path")
     reader = RecordReader(
-        table.column_names, retrieval_mode="t2t", column_mapping={}, image_root="", origin="rows"
+        table.column_names,
+        retrieval_mode="t2t",
+        column_mapping={},
+        image_root="",
+        origin="rows",
+        teacher_scores=True,
     )
     processor = build_item_processor(minilm, None, max_length=12)
 
@@ -314,7 +323,14 @@ def test_negatives_labels_and_scores_travel_with_the_batch(
     assert whole.scores == [0.75, 0.0, 0.5]
     assert len(set(whole.keys["negative"])) == len(whole.keys["negative"]) == 5
     assert [text[6:11] for text in texts(whole)] == ["n 3 0", "n 3 1", "n 3 2", "n 2 0", "n 2 1"]
+    assert whole.teacher_scores == [3.5, 0.5, 2.5]
+    assert whole.negative_scores == [30.0, 31.0, 32.0, 20.0, 21.0]
     drawn = {tuple(texts(batch(1, epoch))) for epoch in range(20)}
     assert batch(1).negative_counts == [1, 0, 1]
     assert len(drawn) == 6  # every choice of one of three and one of two
     assert texts(batch(1, 5)) == texts(batch(1, 5))
+    for epoch in range(6):  # the scores follow the negatives that are drawn
+        some = batch(1, epoch)
+        assert some.negative_scores is not None
+        expected = [f"n {int(score) // 10} {int(score) % 10}" for score in some.negative_scores]
+        assert [text[6:11] for text in texts(some)] == expected

@@ -29,7 +29,12 @@ def make(minilm: str, image_settings: dict[str, Any], write_jsonl: Callable[...,
     def build(rows: Sequence[dict[str, Any]], name: str, mode: str = "t2t") -> PairDataset:
         table = load_table([write_jsonl(rows, name)], key="data_path")
         reader = RecordReader(
-            table.column_names, retrieval_mode=mode, column_mapping={}, image_root="", origin=name
+            table.column_names,
+            retrieval_mode=mode,
+            column_mapping={},
+            image_root="",
+            origin=name,
+            teacher_scores="pos_scores" in table.column_names,
         )
         return PairDataset(table, reader=reader, processor=processor, seed=0)
 
@@ -69,6 +74,16 @@ def test_mixed_data_sets_give_the_same_things(make: Make) -> None:
     assert b0 == b1
     assert c0 == c1
     assert len({a0, a1, b0, c0}) == 4  # no class is shared between data sets
+
+
+def test_scores_of_a_mixture_are_those_of_its_negatives(make: Make) -> None:
+    plain = make(rows(1, "a", pos_scores=[0.5]), "a.jsonl")
+    rich = make(rows(1, "b", pos_scores=[2], negatives=["n"], neg_scores=[1.5]), "b.jsonl")
+    for order in ([plain, rich], [rich, plain], [plain, plain]):
+        mixture = Mixture(order, mixed=True)
+        batch = collate([sample(mixture[index]) for index in range(2)])
+        assert batch.teacher_scores == [0.5 if member is plain else 2.0 for member in order]
+        assert batch.negative_scores == ([1.5] if rich in order else None)
 
 
 def test_homogeneous_data_sets_stay_as_they_are(make: Make) -> None:

@@ -116,7 +116,7 @@ def test_blank_text_is_an_error(blank: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(3, "int"), (0.5, "float"), (["a"], "list"), (True, "bool")]
+    ("value", "kind"), [(3, "int"), (0.5, "float"), ([["a"]], "list"), (True, "bool")]
 )
 def test_text_of_wrong_type_is_an_error(value: object, kind: str) -> None:
     with pytest.raises(DataError, match=rf"record 7, column 'positive': .* is {kind}, not text"):
@@ -133,7 +133,7 @@ def test_texts_that_were_read_as_dates_say_so(value: date) -> None:
 
 def test_long_values_are_shortened_in_messages() -> None:
     with pytest.raises(DataError) as caught:
-        reader(["query", "positive"]).read({"query": list(range(1000)), "positive": "b"}, 0)
+        reader(["query", "positive"]).read({"query": [list(range(1000))], "positive": "b"}, 0)
     assert len(str(caught.value)) < 300
 
 
@@ -143,11 +143,23 @@ def test_empty_image_is_an_error(blank: object) -> None:
         reader(["query", "image"], mode="t2i").read({"query": "a", "image": blank}, 7)
 
 
-@pytest.mark.parametrize("value", [3, [1, 2], {"url": "x"}])
+@pytest.mark.parametrize("value", [3, 0.5, {"url": "x"}])
 def test_image_of_wrong_type_is_an_error(value: object) -> None:
     kind = type(value).__name__
     with pytest.raises(DataError, match=rf"column 'image': .* is {kind}, not an image"):
         reader(["query", "image"], mode="t2i").read({"query": "a", "image": value}, 7)
+
+
+def test_one_value_in_a_list_is_that_value() -> None:
+    """As FlagEmbedding writes it."""
+    pairs = reader(["query", "image"], mode="t2i")
+    record = pairs.read({"query": ["a"], "image": ["1.png"]}, 0)
+    assert record == Record(0, Item(text="a"), Item(image="1.png"))
+    message = r"record 7, column 'image': \['1.png', '2.png'\] is 2 values, and a record has one "
+    with pytest.raises(DataError, match=message + "positive; write one record for each"):
+        pairs.read({"query": "a", "image": ["1.png", "2.png"]}, 7)
+    with pytest.raises(DataError, match="column 'query': None is a blank text"):
+        pairs.read({"query": [], "image": "1.png"}, 7)
 
 
 def test_both_parts_of_an_item_are_read() -> None:
