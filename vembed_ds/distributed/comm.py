@@ -174,6 +174,22 @@ def run_together(action: Callable[[], T], *, doing: str) -> T:
     return cast(T, result)
 
 
+def run_on_main(action: Callable[[], T], *, doing: str) -> T:
+    """What ``action`` gives on rank 0, which alone runs it; every rank gets it, or raises.
+
+    Collective: for what the ranks could see differently, such as files that another run writes.
+
+    Args:
+        action: What to do; gives something small that can be pickled. Not collective.
+        doing: As of :func:`run_together`.
+
+    Raises:
+        VembedError: On every rank, as of :func:`run_together`.
+    """
+    result = run_together(lambda: action() if is_main() else None, doing=doing)
+    return cast(T, all_gather_objects(result)[0])
+
+
 def require_equal(value: Any, *, what: str) -> None:
     """Raise on every rank unless all have the same ``value``. Collective.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,11 @@ from vembed_ds.data.records import Item
 _LONG = "all work and no play makes Jack a dull boy "
 _TEXTS = ("a", "Grey cats, 42 of them.\n\tÄÖÜ ß 猫 🐈", _LONG * 2000)
 _SIZES = ((64, 48), (31, 200))
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits of the SHA-256 of plain values, whatever their order."""
+    return sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:

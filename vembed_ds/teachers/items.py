@@ -39,6 +39,10 @@ class DistinctItems:
         """N."""
         return len(self.keys)
 
+    def where(self, wanted: npt.NDArray[np.bool_]) -> DistinctItems:
+        """Some of them, by ``[N]``."""
+        return DistinctItems(self.keys[wanted], self.addresses[wanted])
+
 
 def distinct_items(members: Sequence[PairDataset], instructions: Instructions) -> DistinctItems:
     """Read all records, without decoding them. Collective: the ranks share the records.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,22 +15,22 @@ from vembed_ds.data.loader import BatchLoader, enough_workers
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.data.teacher_items import Instructions
-from vembed_ds.data.vector_table import (
-    RowArray,
-    VectorTable,
-    create_table,
-    finish_table,
-    read_identity,
-    write_rows,
-)
+from vembed_ds.data.vector_table import SegmentWriter, VectorTable
 from vembed_ds.distributed import comm
-from vembed_ds.errors import DataError
-from vembed_ds.similarity import Embeddings, concatenate
+from vembed_ds.similarity import Embeddings
+from vembed_ds.teachers.cache import ensure_cache, open_table
 from vembed_ds.teachers.items import ITEMS, DistinctItems, ItemDataset, distinct_items
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
 GROUP = 16  # batches that are loaded together and sorted by length, for little padding
+
+
+class Precomputed(NamedTuple):
+    """A table that has every item, and how many of them it did not have before."""
+
+    table: VectorTable
+    num_embedded: int
 
 
 def precompute(
@@ -45,46 +44,47 @@ def precompute(
     batch_size: int,
     num_workers: int,
     timeout_seconds: float,
-) -> VectorTable:
-    """The vectors of all items; a table that is there already is used when its identity is the same.
+) -> Precomputed:
+    """Embed the items that a table has not, and add them to it.
 
-    Collective. Every rank embeds a share and makes equally many ``embed`` calls, so these may be
-    collective too.
+    Collective. Every rank embeds a share and makes equally many ``embed`` calls, none when nothing
+    is missing; so these may be collective too, and may load the model when they are first called.
 
     Args:
         members: The data sets.
-        folder: Where the table is kept; every rank must see it.
-        identity: What the vectors depend on beside the items: the model, its processor, the data.
+        folder: Where the table is kept, made where there is none; every rank must see it.
+        identity: What the vectors depend on beside the items: the model, its processor.
         processor: Of the frozen model.
         instructions: Of the frozen model.
-        embed: From 1 to ``batch_size`` items to one vector each; called without gradient.
+        embed: From 1 to ``batch_size`` items to one vector, or one per token, each; called without
+            gradient.
         batch_size: Items per rank at a time.
         num_workers: Loader processes per rank, at most.
         timeout_seconds: Longest wait for a loader process.
 
     Raises:
-        DataError: On every rank, when an item cannot be read or encoded, or a vector is not finite.
+        VembedError: On every rank: an item cannot be read or encoded, a vector is not finite, the
+            table belongs to another model or is damaged, or it cannot be written.
     """
-    found = comm.run_together(lambda: read_identity(folder), doing=f"reading {folder}")
-    if found == dict(identity):
-        return comm.run_together(lambda: VectorTable(folder), doing=f"reading {folder}")
+    table = ensure_cache(folder, identity=identity)
     distinct = distinct_items(members, instructions)
+    missing = distinct.where(~table.has(distinct.keys))
+    if not len(missing):
+        return Precomputed(table, 0)
     loader = _loader(
         members,
-        distinct,
+        missing,
         processor=processor,
         instructions=instructions,
         batch_size=batch_size,
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
     )
+    writer = SegmentWriter(folder)
     with torch.no_grad():
-        _fill(folder, distinct, loader, embed=embed, batch_size=batch_size)
-    comm.run_together(
-        lambda: finish_table(folder, identity=identity) if comm.is_main() else None,
-        doing=f"writing {folder}",
-    )
-    return comm.run_together(lambda: VectorTable(folder), doing=f"reading {folder}")
+        _fill(writer, missing, loader, embed=embed, batch_size=batch_size)
+    comm.run_together(writer.finish, doing=f"writing {folder}")
+    return Precomputed(open_table(folder), len(missing))
 
 
 def _loader(
@@ -110,52 +110,38 @@ def _loader(
 
 
 def _fill(
-    folder: Path, distinct: DistinctItems, loader: BatchLoader, *, embed: Embed, batch_size: int
+    writer: SegmentWriter,
+    distinct: DistinctItems,
+    loader: BatchLoader,
+    *,
+    embed: Embed,
+    batch_size: int,
 ) -> None:
     share = -(-len(distinct) // comm.world_size())
-    first, done = comm.rank() * share, 0
+    start = comm.rank() * share
     progress: tqdm[Any] = tqdm(
-        total=share, desc=f"embedding {folder.name}", disable=None if comm.is_main() else True
+        total=share,
+        desc=f"embedding {writer.folder.name}",
+        disable=None if comm.is_main() else True,
     )
     for batch in loader:
         comm.raise_together(batch.error)
-        rows = _embed_sorted(batch.roles[ITEMS], embed=embed, batch_size=batch_size)
-        if done == 0:
-            _create(folder, distinct, width=rows.shape[1])
-        # The last ranks' shares are filled up with the first items: those are not theirs to write.
-        own = rows[: max(0, len(distinct) - first - done)]
-        comm.run_together(
-            functools.partial(_write, folder, own, start=first + done), doing=f"writing {folder}"
-        )
-        done += len(rows)
-        progress.update(len(rows))
+        items = batch.roles[ITEMS]
+        for places in _by_size(items, batch_size=batch_size):
+            rows = embed([items[place] for place in places])
+            # The last ranks' shares are filled up with the first items: those are not theirs.
+            own = [turn for turn, place in enumerate(places) if start + place < len(distinct)]
+            keys = distinct.keys[[start + places[turn] for turn in own]]
+            comm.run_together(
+                functools.partial(writer.append, keys, rows.rows(own)),
+                doing=f"writing {writer.folder}",
+            )
+            progress.update(len(places))
+        start += len(items)
     progress.close()
 
 
-def _create(folder: Path, distinct: DistinctItems, *, width: int) -> None:
-    comm.run_together(
-        lambda: create_table(folder, keys=distinct.keys, width=width) if comm.is_main() else None,
-        doing=f"writing {folder}",
-    )
-
-
-def _embed_sorted(items: Sequence[EncodedItem], *, embed: Embed, batch_size: int) -> RowArray:
-    """``[n, G]`` in the order of ``items``; neighbours in a forward pass are of like size."""
+def _by_size(items: Sequence[EncodedItem], *, batch_size: int) -> list[list[int]]:
+    """Places of the items of each forward pass, the largest first: neighbours are of like size."""
     order = sorted(range(len(items)), key=lambda i: -sum(a.size for a in items[i].inputs.values()))
-    parts = [
-        embed([items[place] for place in order[start : start + batch_size]])
-        for start in range(0, len(order), batch_size)
-    ]
-    rows = concatenate(parts).values.float().cpu().numpy()
-    restored = np.empty_like(rows)
-    restored[order] = rows
-    return restored
-
-
-def _write(folder: Path, rows: RowArray, *, start: int) -> None:
-    if not np.isfinite(rows).all():
-        raise DataError(
-            f"{folder.name}: the frozen model gives vectors that are not finite; use it in float32, "
-            "or another model"
-        )
-    write_rows(folder, places=np.arange(start, start + len(rows)), rows=rows)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

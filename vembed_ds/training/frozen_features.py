@@ -17,12 +17,14 @@ from tqdm import tqdm
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.processors import ItemProcessor, text_key
 from vembed_ds.data.records import Item
-from vembed_ds.data.vector_table import VectorTable, create_table, finish_table, write_rows
+from vembed_ds.data.vector_table import SegmentWriter, ensure_table, remove_table
 from vembed_ds.distributed import comm
 from vembed_ds.errors import DataError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
 from vembed_ds.models.vision_language import VisionLanguageEncoder
+from vembed_ds.similarity import Embeddings
+from vembed_ds.teachers.cache import open_table
 
 STREAM = "text"
 
@@ -72,26 +74,22 @@ def cache_text_features(
     share = -(-len(texts) // comm.world_size())
     start = comm.rank() * share
     tower.to(device).eval()
-    width = _embed(tower, ["a"], processor, device=device, batch_size=1).shape[1]
 
-    def create() -> None:
-        if comm.is_main():
-            create_table(folder, keys=keys, width=width)
+    def begin() -> None:
+        remove_table(folder)
+        ensure_table(folder, identity={"of": "frozen text tower"})
 
     def fill() -> None:
         mine = texts[start : start + share]
         if mine:
             rows = _embed(tower, mine, processor, device=device, batch_size=batch_size)
-            write_rows(folder, places=np.arange(start, start + len(mine)), rows=rows.numpy())
+            writer = SegmentWriter(folder)
+            writer.append(keys[start : start + share], Embeddings(rows))
+            writer.finish()
 
-    def finish() -> None:
-        if comm.is_main():
-            finish_table(folder, identity={"of": "frozen text tower"})
-
-    comm.run_together(create, doing=f"writing {folder}")
+    comm.run_on_main(begin, doing=f"writing {folder}")
     comm.run_together(fill, doing=f"writing {folder}")
-    comm.run_together(finish, doing=f"writing {folder}")
-    table = comm.run_together(lambda: VectorTable(folder), doing=f"reading {folder}")
+    table = open_table(folder)
     tower.cpu()  # back beside the other towers; the engine moves the model as a whole
     processor.text_features = table
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +14,13 @@ from vembed_ds.config.schema import Config, LossConfig
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.teacher_items import Instructions
-from vembed_ds.data.vector_table import VectorTable
+from vembed_ds.data.vector_table import VectorTable, remove_table
 from vembed_ds.distributed import comm
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.inference import Encoder, embed_items
 from vembed_ds.models.embedding_model import EmbeddingModel
-from vembed_ds.teachers.identity import processor_digest, weights_digest
+from vembed_ds.teachers.cache import open_cache, open_table
+from vembed_ds.teachers.identity import identity_digest, processor_digest, weights_digest
 from vembed_ds.teachers.precompute import precompute
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.engine_setup import inference_batch_size
@@ -114,7 +113,7 @@ def load_guides(losses: Sequence[LossConfig], data: RunData) -> list[LoadedGuide
 
 def guides_identity(guides: Sequence[LoadedGuide]) -> dict[str, str]:
     """What a resumed run must have the same, by the words of a message; empty without guides."""
-    return {f"guide {guide.model_name}": _digest(guide.identity) for guide in guides}
+    return {f"guide {guide.model_name}": identity_digest(guide.identity) for guide in guides}
 
 
 def embed_guides(
@@ -177,23 +176,27 @@ def _loaded(spec: GuideSpec, members: Sequence[int], data: RunData) -> LoadedGui
 def _embed(
     guide: LoadedGuide, members: Sequence[PairDataset], *, config: Config, folder: Path
 ) -> GuideVectors:
-    encoder = guide.encoder
-    table = precompute(
-        members,
-        folder=folder / f"guide-{_digest(guide.identity)}",
-        identity=guide.identity,
-        processor=encoder.processor,
-        instructions=guide.instructions,
-        embed=lambda items: embed_items(encoder.model, encoder.processor, items),
-        batch_size=inference_batch_size(config),
-        num_workers=config.data.num_workers,
-        timeout_seconds=loader_timeout(config),
-    )
+    """Once per run: what is complete is not looked at again, so that changed data is noticed."""
+    complete = folder / f"guide-{identity_digest(guide.identity)}"
+    table = open_cache(complete, identity=guide.identity)
+    if table is None:
+        unfinished = complete.with_name(f"{complete.name}.unfinished")
+        comm.run_on_main(lambda: remove_table(unfinished), doing=f"deleting {unfinished}")
+        encoder = guide.encoder
+        precompute(
+            members,
+            folder=unfinished,
+            identity=guide.identity,
+            processor=encoder.processor,
+            instructions=guide.instructions,
+            embed=lambda items: embed_items(encoder.model, encoder.processor, items),
+            batch_size=inference_batch_size(config),
+            num_workers=config.data.num_workers,
+            timeout_seconds=loader_timeout(config),
+        )
+        comm.run_on_main(lambda: unfinished.rename(complete), doing=f"writing {complete}")
+        table = open_table(complete)
     return GuideVectors(table, guide.instructions)
-
-
-def _digest(identity: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _load(spec: GuideSpec, members: Sequence[PairDataset]) -> Encoder:

@@ -16,8 +16,9 @@ from vembed_ds.data.augment import ImageAugmentation
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key, text_key
 from vembed_ds.data.records import Item
-from vembed_ds.data.vector_table import VectorTable, create_table, finish_table, write_rows
+from vembed_ds.data.vector_table import SegmentWriter, VectorTable, ensure_table
 from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.similarity import Embeddings
 
 Noise = Callable[..., Image.Image]
 TEXTS = ["a dog", "the quick brown fox jumps over the lazy dog", "cat"]
@@ -195,10 +196,10 @@ def test_stored_features_replace_the_tokens(
 ) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     keys = np.array([text_key(text) for text in TEXTS])
-    order = np.argsort(keys)
-    create_table(tmp_path / "table", keys=keys[order], width=4)
-    write_rows(tmp_path / "table", places=np.arange(3), rows=rows[order])
-    finish_table(tmp_path / "table", identity={"of": "test"})
+    ensure_table(tmp_path / "table", identity={"of": "test"})
+    writer = SegmentWriter(tmp_path / "table")
+    writer.append(keys, Embeddings(torch.from_numpy(rows)))
+    writer.finish()
     processor.text_features = VectorTable(tmp_path / "table")
     items = [encode(processor, Item(text=text), seed=1) for text in TEXTS[::-1]]
     batch = processor.pad("text", [*items, processor.filler("text")])
