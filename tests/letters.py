@@ -17,7 +17,7 @@ from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import Item, RecordReader, content_number
 from vembed_ds.data.vector_table import KeyArray
 from vembed_ds.similarity import Embeddings
-from vembed_ds.teachers.items import Instructions
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.teachers.precompute import Precomputed, precompute
 
 INSTRUCTIONS = Instructions(query="", document="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from vembed_ds.data.records import ImageSource, Item
 from vembed_ds.data.vision_language import VisionLanguageProcessor
 from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length
-from vembed_ds.models.builder import build_encoder
+from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TwoTowerEncoder
 from vembed_ds.models.saved_folder import (
@@ -36,6 +36,20 @@ from vembed_ds.similarity import Embeddings, concatenate
 
 Array = np.ndarray[Any, Any]
 Role = Literal["query", "document"]
+
+
+class SavedModel(NamedTuple):
+    """A model that somebody saved.
+
+    Attributes:
+        source: Its folder, or a plain model's hub name.
+        settings: Content of ``vembed_config.json``; empty for a plain folder.
+        spec: How it is built.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    spec: ModelSpec
 
 
 class Encoder:
@@ -71,15 +85,10 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
-        source = _locate(str(folder))
-        self.settings: dict[str, Any] = read_settings(
-            Path(source), trust_remote_code=trust_remote_code
-        )
-        spec = saved_spec(source, self.settings, trust_remote_code=trust_remote_code)
-        self.model = EmbeddingModel(build_encoder(spec))
-        self.processor: ItemProcessor = _load_processor(
-            source, self.model, self.settings, trust_remote_code=trust_remote_code
-        )
+        saved = find_model(str(folder), trust_remote_code=trust_remote_code)
+        self.settings: dict[str, Any] = saved.settings
+        self.model = EmbeddingModel(build_encoder(saved.spec))
+        self.processor: ItemProcessor = load_processor(saved, self.model)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
         self.model.to(self.device).eval()
@@ -272,6 +281,18 @@ def _arrays(rows: Embeddings) -> Array | list[Array]:
     return [values[mask].numpy() for values, mask in pairs]
 
 
+def find_model(reference: str, *, trust_remote_code: bool) -> SavedModel:
+    """What a reference names: where it is, and how its model is built.
+
+    Raises:
+        ConfigError: It is missing, holds checkpoints, or belongs to another program.
+    """
+    source = _locate(reference)
+    settings = read_settings(Path(source), trust_remote_code=trust_remote_code)
+    spec = saved_spec(source, settings, trust_remote_code=trust_remote_code)
+    return SavedModel(source, settings, spec)
+
+
 def _locate(reference: str) -> str:
     """Folder or hub name; an exported model on the hub is fetched whole."""
     source = resolve_model_reference(reference)
@@ -289,9 +310,17 @@ def _locate(reference: str) -> str:
         raise ConfigError(f"{reference}: no such folder or hub model: {error}") from error
 
 
-def _load_processor(
-    source: str, model: EmbeddingModel, settings: dict[str, Any], *, trust_remote_code: bool
-) -> ItemProcessor:
+def load_processor(saved: SavedModel, model: EmbeddingModel) -> ItemProcessor:
+    """The processor of a saved model.
+
+    Args:
+        saved: From :func:`find_model`.
+        model: Built from it; its weights do not matter.
+
+    Raises:
+        ConfigError: A part is missing or cannot be loaded.
+    """
+    source, settings, spec = saved
     folders = {
         part: folder
         for part, folder in processor_sources(source, settings).items()
@@ -304,7 +333,7 @@ def _load_processor(
         max_length=settings.get("max_seq_length") or stated_length(BackboneSource(name=source)),
         fallback_length=limit,
         model_config=_config(model),
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=spec.trust_remote_code,
     )
     if "pad_to_max_length" in settings:
         processor.pad_to_max_length = settings["pad_to_max_length"]

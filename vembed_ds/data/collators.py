@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from vembed_ds.data.dataset import NEGATIVE, Sample
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.errors import VembedError
+from vembed_ds.similarity import Embeddings
 
 T = TypeVar("T")
-FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Batch:
         negative_scores: The same of each negative, in the order of ``roles``.
         member: Number of the data set, where every batch comes from one.
         teacher_roles: Teacher to role to the same items as in ``roles``, encoded for the teacher.
-        vectors: Of frozen models, by their name and role: ``[n, G]`` float32, a row per item.
+        vectors: Of frozen models, by their name and role: float32 on the host, a row per item.
         error: What went wrong in a worker; the batch is empty then, and the trainer must
             agree on the error over all ranks before it raises it.
     """
@@ -50,7 +47,7 @@ class Batch:
     negative_scores: list[float] | None = None
     member: int = 0
     teacher_roles: dict[str, dict[str, list[EncodedItem]]] = field(default_factory=dict)
-    vectors: dict[str, dict[str, FloatArray]] = field(default_factory=dict)
+    vectors: dict[str, dict[str, Embeddings]] = field(default_factory=dict)
     error: VembedError | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,19 +80,12 @@ def load_backbone(
             model, missing = build_from_config(config, dtype=torch.float32, **options), []
     except Exception as error:  # transformers raises anything for a wrong config
         raise _not_loadable(source, error) from error
-    if missing:
-        raise ConfigError(
-            f"model {source.describe()}: its files lack {len(missing)} of the weights of "
-            f"{type(model).__name__} (first: {missing[0]}), which would be random; "
-            "give the files that belong to its config.json"
-        )
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # no generation here; the cache would only cost memory
-    return model  # type: ignore[no-any-return]
+    refuse_missing(source, model, missing)
+    return _without_cache(model)
 
 
 def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Module:
-    """The backbone's modules on the meta device: what kind it is, without its weights.
+    """The backbone's modules on the meta device, as float32: what kind it is, without its weights.
 
     Raises:
         ConfigError: Its config cannot be found; names the source.
@@ -100,11 +93,32 @@ def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Modu
     config = _load_config(source, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            return build_from_config(  # type: ignore[no-any-return]
-                config, trust_remote_code=trust_remote_code
+            model = build_from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except Exception as error:
         raise _not_loadable(source, error) from error
+    return _without_cache(model)
+
+
+def refuse_missing(source: BackboneSource, model: nn.Module, missing: Sequence[str]) -> None:
+    """Weights that the files lack would be random.
+
+    Raises:
+        ConfigError: There are some; names the first.
+    """
+    if missing:
+        raise ConfigError(
+            f"model {source.describe()}: its files lack {len(missing)} of the weights of "
+            f"{type(model).__name__} (first: {missing[0]}), which would be random; "
+            "give the files that belong to its config.json"
+        )
+
+
+def _without_cache(model: Any) -> nn.Module:
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # no generation here; the cache would only cost memory
+    return model  # type: ignore[no-any-return]
 
 
 def position_limit(skeleton: nn.Module) -> int | None:
@@ -143,7 +157,7 @@ def stated_pooling(source: BackboneSource) -> str | None:
     Raises:
         ConfigError: It states one that is not offered.
     """
-    file = _repository_file(source, "1_Pooling/config.json")
+    file = repository_file(source, "1_Pooling/config.json")
     if file is None:
         return None
     settings = json.loads(file.read_text())
@@ -165,7 +179,7 @@ def stated_pooling(source: BackboneSource) -> str | None:
 
 def stated_length(source: BackboneSource) -> int | None:
     """The longest text, in tokens, that a sentence-transformers folder states."""
-    file = _repository_file(source, "sentence_bert_config.json")
+    file = repository_file(source, "sentence_bert_config.json")
     if file is None:
         return None
     length = json.loads(file.read_text()).get("max_seq_length")
@@ -178,7 +192,7 @@ def refuse_more_modules(source: BackboneSource) -> None:
     Raises:
         ConfigError: The sentence-transformers folder has modules that are not offered.
     """
-    file = _repository_file(source, "modules.json")
+    file = repository_file(source, "modules.json")
     types = [] if file is None else [entry["type"] for entry in json.loads(file.read_text())]
     names = [name.rpartition(".")[2] for name in types]
     if more := [name for name in names if name not in _SENTENCE_TRANSFORMERS]:
@@ -188,8 +202,8 @@ def refuse_more_modules(source: BackboneSource) -> None:
         )
 
 
-def _repository_file(source: BackboneSource, name: str) -> Path | None:
-    """One of the optional files of a folder or hub repository."""
+def repository_file(source: BackboneSource, name: str) -> Path | None:
+    """One of the optional files of a folder or hub repository; ``None``: it has none."""
     if source.name is None:
         return None
     file = cached_file(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,22 +73,46 @@ class ModelSpec:
         return "" not in self.sources
 
 
-def build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
+def load_whole(spec: ModelSpec, key: str) -> nn.Module:
+    """The backbone of one source with its weights, and with its adapter's merged into them."""
+    backbone = load_backbone(
+        spec.sources[key],
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    if key in spec.adapters:
+        backbone = merge_adapter_folder(backbone, spec.adapters[key])
+    return backbone
+
+
+def build_encoder(
+    spec: ModelSpec, *, load: Callable[[ModelSpec, str], nn.Module] = load_whole
+) -> TowersEncoder | TwoTowerEncoder:
     """The encoder in float32 on the host, everything trainable.
+
+    Args:
+        spec: Its shape and weights.
+        load: Gives the backbone of a source; see ``hollow.py`` for another way.
 
     Raises:
         ConfigError: A backbone cannot be loaded, or does not fit its place; or a stored
             projection.
     """
-    encoder = _build_encoder(spec)
+    encoder = _build_encoder(spec, load)
     load_projections(encoder, spec.projection_files)
     return encoder
 
 
-def _build_encoder(spec: ModelSpec) -> TowersEncoder | TwoTowerEncoder:
+def _build_encoder(
+    spec: ModelSpec, load: Callable[[ModelSpec, str], nn.Module]
+) -> TowersEncoder | TwoTowerEncoder:
+    backbones = {key: load(spec, key) for key in spec.sources}
+    for backbone in backbones.values():
+        lift_scalars(backbone)
+        demote_empty(backbone)
     if spec.composed:
-        return TowersEncoder({stream: _composed_tower(spec, stream) for stream in spec.sources})
-    backbone = _load(spec, "")
+        return TowersEncoder({s: _composed_tower(spec, s, b) for s, b in backbones.items()})
+    backbone = backbones[""]
     kind = kind_of(backbone)
     if kind == "two_tower":
         return _two_tower(spec, backbone)
@@ -154,21 +178,7 @@ def build_model(
     return model
 
 
-def _load(spec: ModelSpec, key: str) -> nn.Module:
-    backbone = load_backbone(
-        spec.sources[key],
-        attn_implementation=spec.attn_implementation,
-        trust_remote_code=spec.trust_remote_code,
-    )
-    if key in spec.adapters:
-        backbone = merge_adapter_folder(backbone, spec.adapters[key])
-    lift_scalars(backbone)
-    demote_empty(backbone)
-    return backbone
-
-
-def _composed_tower(spec: ModelSpec, stream: str) -> TowerEncoder:
-    backbone = _load(spec, stream)
+def _composed_tower(spec: ModelSpec, stream: str, backbone: nn.Module) -> TowerEncoder:
     if kind_of(backbone) != stream:
         raise ConfigError(
             f"{stream}_model_name={spec.sources[stream].describe()}: this is a "

@@ -187,7 +187,7 @@ def _unfit(backbone: nn.Module, folder: Path, problem: str) -> ConfigError:
 def _add_to(backbone: nn.Module, spec: LoraSpec) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    whole = _matching(spec.modules_to_save, _trained_modules(backbone))
+    whole = matching(spec.modules_to_save, _trained_modules(backbone))
     saved = [p for name in whole for p in backbone.get_submodule(name).parameters()]
     saved = [parameter for parameter in saved if parameter.requires_grad]
     targets = [n for n in _targets(backbone, spec) if not inside(n, whole)]
@@ -226,7 +226,7 @@ def _targets(backbone: nn.Module, spec: LoraSpec) -> list[str]:
         lists = [n for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList)]
         found = [name for name in linears if inside(name, lists)]
     else:
-        found = _matching(spec.target_modules, linears)
+        found = matching(spec.target_modules, linears)
     if not found:
         raise ConfigError(
             f"lora_target_modules={_shown(spec.target_modules)}: {type(backbone).__name__} has no "
@@ -279,7 +279,7 @@ def _check_names(
 ) -> None:
     known = [name for place in places for name in place]
     for name in wanted:
-        if not _matching([name], known):
+        if not matching([name], known):
             ends = {known_name.rpartition(".")[2] for known_name in known}
             near = difflib.get_close_matches(name, sorted(ends | set(known)), n=3, cutoff=0.0)
             raise ConfigError(
@@ -288,7 +288,7 @@ def _check_names(
             )
 
 
-def _matching(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
+def matching(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
     """Names that are one of ``wanted``, or end in one behind a dot."""
     ends = tuple(wanted)
     return [n for n in names if n in ends or any(n.endswith(f".{end}") for end in ends)]

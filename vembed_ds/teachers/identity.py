@@ -26,13 +26,25 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, number formats, shapes and bytes of tensors, in the order of their names."""
-    total = sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total.update(data.numpy().data)
+    """SHA-256 over names, number formats, shapes and bytes of tensors, in whatever order."""
+    return combined_digest({name: tensor_digest(tensor) for name, tensor in named})
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over number format, shape and bytes of one tensor of at least one dimension."""
+    total = sha256(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    total.update(data.numpy().data)
     return total.hexdigest()
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """The :func:`weights_digest` of tensors that were never in memory together.
+
+    Args:
+        digests: :func:`tensor_digest` by name.
+    """
+    return sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
 def processor_digest(processor: ItemProcessor, parts: Iterable[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,35 @@ from vembed_ds.data.sampler import SampleKey, own_share
 from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import KeyArray
 from vembed_ds.distributed import comm
-from vembed_ds.errors import VembedError
+from vembed_ds.errors import ConfigError, VembedError
 
 ROLES = ("query", "positive", NEGATIVE)
 ITEMS = "items"  # the one role of what is loaded here
+
+
+def read_instruction(
+    wanted: str | None, settings: Mapping[str, Any], role: str, *, key: str
+) -> str:
+    """What a frozen model reads before the texts of a role.
+
+    Args:
+        wanted: As configured; ``None``: what its folder states.
+        settings: Content of the folder's ``vembed_config.json``; empty for a plain folder.
+        role: ``query`` or ``document``.
+        key: The configuration's key, for messages.
+
+    Raises:
+        ConfigError: It was trained on several, of which none is chosen.
+    """
+    if wanted is not None:
+        return wanted
+    stated = settings.get(f"{role}_instruction", "")
+    if stated is None:
+        raise ConfigError(
+            f"{key}: the {key.split('_')[0]} was trained on data sets with instructions of "
+            "their own; say which it shall read"
+        )
+    return str(stated)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from vembed_ds.distributed import comm
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.inference import Encoder, embed_items
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.similarity import Embeddings
 from vembed_ds.teachers.cache import open_cache, open_table
 from vembed_ds.teachers.identity import identity_digest, processor_digest, weights_digest
+from vembed_ds.teachers.items import read_instruction
 from vembed_ds.teachers.precompute import precompute
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.engine_setup import inference_batch_size
@@ -63,14 +65,14 @@ class GuideVectors:
     table: VectorTable
     instructions: Instructions
 
-    def of(self, keys: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    def of(self, keys: Mapping[str, Sequence[int]]) -> dict[str, Embeddings]:
         """``[n, G]`` of every role, by the contents of its items.
 
         Raises:
             DataError: The table has no vector for an item.
         """
         return {
-            role: self.table.lookup(self.instructions.keys(role, numbers))
+            role: self.table.embeddings(self.instructions.keys(role, numbers))
             for role, numbers in keys.items()
         }
 
@@ -152,8 +154,15 @@ def _loaded(spec: GuideSpec, members: Sequence[int], data: RunData) -> LoadedGui
     tables = [data.tables[number] for number in members]
     encoder = comm.run_together(lambda: _load(spec, tables), doing=f"loading {spec.model_name}")
     instructions = Instructions(
-        query=_instruction(spec.query_instruction, encoder, "query"),
-        document=_instruction(spec.document_instruction, encoder, "document"),
+        query=read_instruction(
+            spec.query_instruction, encoder.settings, "query", key="guide_query_instruction"
+        ),
+        document=read_instruction(
+            spec.document_instruction,
+            encoder.settings,
+            "document",
+            key="guide_document_instruction",
+        ),
     )
     logger.info(
         "guide %s: instructions %r and %r",
@@ -220,15 +229,3 @@ def _load(spec: GuideSpec, members: Sequence[PairDataset]) -> Encoder:
 
 def _gives_tokens(model: EmbeddingModel) -> bool:
     return "none" in model.pooling().values()
-
-
-def _instruction(wanted: str | None, guide: Encoder, role: str) -> str:
-    if wanted is not None:
-        return wanted
-    stated = guide.settings.get(f"{role}_instruction", "")
-    if stated is None:
-        raise ConfigError(
-            f"guide_{role}_instruction: the guide was trained on data sets with instructions of "
-            "their own; say which it shall read"
-        )
-    return str(stated)

@@ -64,5 +64,5 @@ def loss_inputs(
 def _guide(batch: Batch, device: torch.device) -> Guide | None:
     if GUIDE not in batch.vectors:
         return None
-    found = {role: torch.from_numpy(rows) for role, rows in batch.vectors[GUIDE].items()}
-    return Guide(**{role: rows.to(device) for role, rows in found.items()})
+    found = batch.vectors[GUIDE]
+    return Guide(**{role: rows.values.to(device) for role, rows in found.items()})

@@ -129,11 +129,11 @@ class CachedTeacher(Source):
             }
         except VembedError as error:
             return replace(batch, error=error)
-        return replace(batch, teacher_rows={**batch.teacher_rows, self.name: found})
+        return replace(batch, vectors={**batch.vectors, self.name: found})
 
     def judge(self, batch: Batch, plan: StepPlan, pad: PadFunction) -> TeacherVectors:
         """The vectors of the batch's items."""
-        found = batch.teacher_rows[self.name]
+        found = batch.vectors[self.name]
         return vectors({role: rows.to(self.device) for role, rows in found.items()})
 
 

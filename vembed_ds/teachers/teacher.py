@@ -1,0 +1,256 @@
+"""A frozen model of any family, sharded over the ranks as ZeRO-3 shards it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.distributed import comm
+from vembed_ds.engine.teacher_engine import Partitioner, Residence, TeacherEngine, teacher_dtype
+from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.inference import SavedModel, find_model, load_processor
+from vembed_ds.models.backbones import BackboneSource, repository_file
+from vembed_ds.models.builder import ModelSpec, build_encoder
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.hollow import HollowModel, build_hollow
+from vembed_ds.models.lora import ADAPTER_CONFIG
+from vembed_ds.teachers.identity import combined_digest, processor_digest, tensor_digest
+from vembed_ds.teachers.items import read_instruction
+
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model with its processor. Stands in for the engine in ``steps``' ``embed_plan``.
+
+    Attributes:
+        name: As configured.
+        engine: Holds the shards.
+        processor: What turns items into its inputs.
+        instructions: What it reads before texts.
+        identity: What its vectors depend on beside the items.
+        width: Dimensions of an embedding.
+    """
+
+    name: str
+    engine: TeacherEngine
+    processor: ItemProcessor
+    instructions: Instructions
+    identity: Mapping[str, Any]
+    width: int
+
+    @property
+    def model(self) -> EmbeddingModel:
+        """The model; its parameters are empty but while they are gathered."""
+        model = self.engine.module
+        assert isinstance(model, EmbeddingModel)
+        return model
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams it embeds, in the order in which every rank embeds them."""
+        return self.model.streams
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Kinds of items, text and image, that it embeds."""
+        return self.model.parts
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether an item gets one embedding per token."""
+        return "none" in self.model.pooling().values()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.engine.device
+
+    @property
+    def forwards(self) -> int:
+        """Chunks embedded so far."""
+        return self.engine.forwards
+
+    def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Embed a chunk without gradient; see :meth:`EmbeddingModel.forward`. Collective."""
+        return self.engine.embed(inputs)
+
+    def residence(self) -> Residence:
+        """How much of its parameters this rank holds now."""
+        return self.engine.residence()
+
+    def close(self) -> None:
+        """Free the shards."""
+        self.engine.close()
+
+
+def load_teacher(
+    reference: str | Mapping[str, Any],
+    *,
+    name: str,
+    ds_config: dict[str, Any],
+    query_instruction: str | None = None,
+    document_instruction: str | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    processor: ItemProcessor | None = None,
+) -> Teacher:
+    """Load a teacher into shards. Collective.
+
+    A named model is read tensor by tensor, so that a rank never holds more of it than its own
+    shards, one whole tensor and its buffers.
+
+    Args:
+        reference: Hub name, folder or ``package:...`` of a model, of this project's exports too; or
+            ``{"config": {...}}``: random weights, drawn whole by every rank (for tests).
+        name: As configured, for messages and the identity.
+        ds_config: From :func:`resolve_teacher_config`.
+        query_instruction: Before queries; ``None``: what its folder states.
+        document_instruction: Before documents, likewise.
+        seed: Of random weights.
+        trust_remote_code: Whether code that the model brings may run.
+        processor: In the place of its own; needed with ``config``.
+
+    Raises:
+        ConfigError: On every rank, when the model, a weight or its processor cannot be loaded.
+    """
+    place = f"loading teacher {name}"
+    prepared = comm.run_together(
+        lambda: _prepare(
+            reference, name, seed=seed, trust_remote_code=trust_remote_code, processor=processor
+        ),
+        doing=place,
+    )
+    settings = prepared.settings
+    instructions = Instructions(
+        read_instruction(query_instruction, settings, "query", key="teacher_query_instruction"),
+        read_instruction(
+            document_instruction, settings, "document", key="teacher_document_instruction"
+        ),
+    )
+    weights = _shard(prepared.hollow, ds_config, doing=place)
+    identity = {
+        "name": name,
+        "revision": prepared.revision,
+        "weights": weights,
+        "processor": processor_digest(prepared.processor, prepared.hollow.model.parts),
+        "query_instruction": instructions.query,
+        "document_instruction": instructions.document,
+        "precision": str(teacher_dtype(ds_config)).removeprefix("torch."),
+    }
+    comm.require_equal(identity, what=f"teacher {name}")
+    engine = TeacherEngine(prepared.hollow.model, ds_config=ds_config)
+    return Teacher(name, engine, prepared.processor, instructions, identity, prepared.width)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A teacher before it has weights."""
+
+    hollow: HollowModel
+    processor: ItemProcessor
+    settings: Mapping[str, Any]
+    revision: str | None
+    width: int
+
+
+def _prepare(
+    reference: str | Mapping[str, Any],
+    name: str,
+    *,
+    seed: int,
+    trust_remote_code: bool,
+    processor: ItemProcessor | None,
+) -> _Prepared:
+    try:
+        if isinstance(reference, str):
+            saved = find_model(reference, trust_remote_code=trust_remote_code)
+            hollow = build_hollow(saved.spec)
+            processor = processor or load_processor(saved, hollow.model)
+            settings, revision = saved.settings, _revision(saved)
+        else:
+            hollow, settings, revision = _random(reference["config"], seed), {}, None
+        if processor is None:
+            raise ConfigError("has a config and no files, so no processor; give it one")
+        width = _width(hollow.model, processor)
+    except ConfigError as error:
+        raise ConfigError([f"teacher {name}: {problem}" for problem in error.problems]) from error
+    return _Prepared(hollow, processor, settings, revision, width)
+
+
+def _random(config: Mapping[str, Any], seed: int) -> HollowModel:
+    """A model that lacks nothing: its weights are drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(ModelSpec({"": BackboneSource(config=config)}))
+    return HollowModel(EmbeddingModel(encoder).eval().requires_grad_(False), frozenset(), ())
+
+
+def _revision(saved: SavedModel) -> str | None:
+    """The commit of a hub model in the local cache; ``None``: it is a folder."""
+    source = BackboneSource(name=saved.source)
+    files = [repository_file(source, name) for name in ("config.json", ADAPTER_CONFIG)]
+    found = [_SNAPSHOT.search(file.as_posix()) for file in files if file is not None]
+    return next((match[1] for match in found if match is not None), None)
+
+
+@torch.no_grad()
+def _width(model: EmbeddingModel, processor: ItemProcessor) -> int:
+    """Dimensions of an embedding: of a filler's, whatever the weights are.
+
+    Raises:
+        ConfigError: The model does not take what the processor gives.
+    """
+    part = model.parts[0]
+    try:
+        return int(model({part: processor.pad(part, [processor.filler(part)])})[part].shape[-1])
+    except Exception as error:  # whatever a model raises for inputs that it is not made for
+        raise ConfigError(
+            f"the model does not embed what its processor gives ({one_line(error)}); the model is "
+            "not supported, or processor and model do not belong together"
+        ) from error
+
+
+def _shard(hollow: HollowModel, ds_config: dict[str, Any], *, doing: str) -> str:
+    """Give every parameter its weights and keep this rank's shards. Collective.
+
+    Returns:
+        Digest of all weights, float32, whatever the teacher's precision.
+    """
+    comm.require_equal(sorted(hollow.names), what=f"{doing}, the names of its weights")
+    model, partitioner = hollow.model, Partitioner(ds_config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    digests: dict[str, str] = {}
+    taken: dict[int, str] = {}
+    stream = hollow.tensors()
+    while found := comm.run_together(lambda: next(stream, None), doing=doing):
+        name, value = found
+        digests[name] = tensor_digest(value)
+        if name in buffers:
+            buffers[name].copy_(value)
+        elif id(parameters[name]) not in taken:
+            taken[id(parameters[name])] = name
+            partitioner.take(parameters[name], value)
+        elif digests[name] != digests[taken[id(parameters[name])]]:
+            raise ConfigError(
+                f"{doing}: its config.json ties {name} to {taken[id(parameters[name])]}, and its "
+                "files hold other values for either; set tie_word_embeddings: false there"
+            )
+    persistent = model.state_dict()
+    digests |= {n: tensor_digest(b) for n, b in buffers.items() if n in persistent}
+    for name, parameter in parameters.items():
+        if id(parameter) in taken:
+            digests[name] = digests[taken[id(parameter)]]
+        else:
+            taken[id(parameter)] = name
+            digests[name] = tensor_digest(parameter)
+            partitioner.take(parameter, parameter.data)
+    return combined_digest(digests)
