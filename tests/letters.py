@@ -15,9 +15,9 @@ from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key
 from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import Item, RecordReader, content_number
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import KeyArray
 from vembed_ds.similarity import Embeddings
-from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.teachers.precompute import Precomputed, precompute
 
 INSTRUCTIONS = Instructions(query="", document="")

@@ -67,6 +67,11 @@ class Embeddings:
         """The first ``width`` dimensions of every vector (Matryoshka)."""
         return self.dims(0, width)
 
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, values=self.values.to(device), mask=mask)
+
     def float(self) -> Self:
         """The same in float32."""
         return replace(self, values=self.values.float())

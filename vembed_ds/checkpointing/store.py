@@ -31,6 +31,7 @@ def save_checkpoint(
     step: int,
     state: Mapping[str, Any],
     describe: Callable[[Path], None],
+    write: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write weights, optimizer, schedule, random states and ``state``; then move ``latest``.
 
@@ -42,6 +43,8 @@ def save_checkpoint(
         step: Optimizer steps done.
         state: Plain values, kept as JSON.
         describe: Called on rank 0 with the folder ``model/``, to write what rebuilds the model.
+        write: Called on every rank with the checkpoint's folder, to write more of the rank's state;
+            not collective.
 
     Returns:
         The checkpoint's folder.
@@ -59,6 +62,7 @@ def save_checkpoint(
 
     def write_own_files() -> None:
         torch.save(_random_state(), _random_file(folder))
+        write(folder)
         if comm.is_main():
             describe(folder / "model")
             (folder / STATE).write_text(json.dumps(facts, indent=2))

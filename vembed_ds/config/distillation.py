@@ -78,6 +78,10 @@ class DistillationConfig(Section):
     teacher_precision: Precision = Field(
         default="fp32", description="Number format of the teacher's weights and activations."
     )
+    teacher_trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that a teacher's repository brings, with your rights.",
+    )
     teacher_query_instruction: str | None = Field(
         default=None,
         description="Put before the queries' texts for the teacher; null: what its folder states.",

@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from vembed_ds.errors import ConfigError
-from vembed_ds.losses import distillation
 from vembed_ds.losses.batch import GlobalBatch
 from vembed_ds.losses.distillation import (
     Judged,
@@ -19,6 +17,10 @@ from vembed_ds.losses.distillation import (
     gather_teacher,
     judge_by_scores,
     judge_by_vectors,
+    kl,
+    margin_mse,
+    mse,
+    rank,
     regression,
     weighted,
 )
@@ -108,6 +110,7 @@ class Distillation:
         if self.loss_type == REGRESSION:
             assert isinstance(teacher, TeacherVectors)
             return self._regression(inputs, teacher, inputs.projections.get(number))
+        judge: Callable[[GlobalBatch], Judged]
         if isinstance(teacher, TeacherScores):
             judge = partial(judge_by_scores, scores=teacher, reduction=self.reduction)
         else:
@@ -130,12 +133,12 @@ class Distillation:
         return sum_over(self.prefixes, inputs.query.width, of)
 
     def _similarity_loss(self, number: int) -> Callable[[Judged], Tensor]:
-        own = self.teacher_temperatures[number] if self.teacher_temperatures else None
-        options: dict[str, Any] = {
-            "kl": {"temperature": self.temperature, "teacher_temperature": own},
-            "rank": {"scale": self.scale},
-        }.get(self.loss_type, {})
-        return partial(getattr(distillation, self.loss_type), **options)
+        if self.loss_type == "kl":
+            own = self.teacher_temperatures[number] if self.teacher_temperatures else None
+            return partial(kl, temperature=self.temperature, teacher_temperature=own)
+        if self.loss_type == "rank":
+            return partial(rank, scale=self.scale)
+        return {"mse": mse, "margin_mse": margin_mse}[self.loss_type]
 
 
 def sum_over(prefixes: Prefixes | None, width: int, loss: Callable[[int, int], Tensor]) -> Tensor:

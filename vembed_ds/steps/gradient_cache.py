@@ -39,12 +39,17 @@ class StepResult(NamedTuple):
     learned: dict[str, Tensor]
 
 
-class Engine(Protocol):
-    """What the step needs of an engine; see ``engine.train_engine.TrainEngine``."""
+class Embedder(Protocol):
+    """What embeds chunks: the student's engine, or a teacher's."""
 
     @property
     def device(self) -> torch.device: ...  # noqa: D102
     def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]: ...  # noqa: D102
+
+
+class Engine(Embedder, Protocol):
+    """What the step needs of an engine; see ``engine.train_engine.TrainEngine``."""
+
     def backward(self, surrogate: Tensor) -> None: ...  # noqa: D102
     def reduce_once(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
@@ -81,7 +86,7 @@ def compute_gradient(
     return StepResult(loss, {name: v.detach().float() for name, v in _learned(outputs[-1]).items()})
 
 
-def embed_plan(engine: Engine, plan: StepPlan, *, pad: PadFunction) -> dict[str, Embeddings]:
+def embed_plan(engine: Embedder, plan: StepPlan, *, pad: PadFunction) -> dict[str, Embeddings]:
     """The embeddings of every role, float32, without gradient.
 
     Collective under ZeRO-3; arguments as in :func:`compute_gradient`.

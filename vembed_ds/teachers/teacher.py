@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vembed_ds.data.processors import ItemProcessor
+from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.distributed import comm
 from vembed_ds.engine.teacher_engine import Partitioner, Residence, TeacherEngine, teacher_dtype
 from vembed_ds.errors import ConfigError, one_line

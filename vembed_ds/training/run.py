@@ -116,9 +116,7 @@ def train(
         loaded, config, data, step=step, steps_per_epoch=intervals.steps_per_epoch
     )
     prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
-    model, width = prepare_model(
-        config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes
-    )
+    model, width = prepare_model(config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes)
     join_student(teachers, model, config, width=width)
     engine = start_engine(config, model, ds_config, intervals)
     if checkpoint is not None:

@@ -15,13 +15,17 @@ from vembed_ds.config.distillation import TeacherEntry, teacher_entries
 from vembed_ds.config.fields import ScratchModel
 from vembed_ds.config.schema import Config
 from vembed_ds.data.dataset import PairDataset
+from vembed_ds.data.processor_loading import build_item_processor
+from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.teacher_items import Instructions, TeacherItems
 from vembed_ds.data.vector_table import VectorTable
 from vembed_ds.distributed import comm
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.engine.teacher_config import resolve_teacher_config
 from vembed_ds.errors import ConfigError
+from vembed_ds.models.backbones import BackboneSource, kind_of, load_skeleton, position_limit
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.references import resolve_model_reference
 from vembed_ds.teachers.cache import ensure_cache
 from vembed_ds.teachers.ema import EmaTeacher
 from vembed_ds.teachers.first_epoch import FirstEpoch
@@ -123,9 +127,7 @@ def prepare_teachers(
     return Teachers(sources, widths=widths)
 
 
-def join_student(
-    teachers: Teachers, model: EmbeddingModel, config: Config, *, width: int
-) -> None:
+def join_student(teachers: Teachers, model: EmbeddingModel, config: Config, *, width: int) -> None:
     """Add what needs the student: its averages, and projections to the spaces of its teachers.
 
     Collective, before the student's engine is made.
@@ -186,20 +188,17 @@ def cache_folder(config: Config, entry: TeacherEntry) -> Path:
 
 
 def _load(entry: TeacherEntry, config: Config, data: RunData) -> Teacher:
-    reference = entry.model_name
+    reference, name = entry.model_name, str(entry.name)
     assert reference is not None
-    processor = None
-    if isinstance(reference, ScratchModel):
-        processor, reference = reference.processor, reference.config
-    name = str(entry.name)
     teacher = load_teacher(
-        reference,
+        {"config": reference.config} if isinstance(reference, ScratchModel) else reference,
         name=name,
         ds_config=_ds_config(entry, precision=entry.precision or "fp32"),
         query_instruction=entry.query_instruction,
         document_instruction=entry.document_instruction,
-        processor=processor,
+        processor=_stated_processor(reference) if isinstance(reference, ScratchModel) else None,
         seed=config.training.seed,
+        trust_remote_code=config.distillation.teacher_trust_remote_code,
     )
     _check_fits(teacher, config, data)
     logger.info(
@@ -210,6 +209,23 @@ def _load(entry: TeacherEntry, config: Config, data: RunData) -> Teacher:
         teacher.width,
     )
     return teacher
+
+
+def _stated_processor(reference: ScratchModel) -> ItemProcessor:
+    """The processor of a model that starts from random weights."""
+    skeleton: Any = load_skeleton(BackboneSource(config=reference.config), trust_remote_code=False)
+    parts = {"text", "image"} & {kind_of(skeleton)} or {"text", "image"}
+    place = reference.processor
+    if isinstance(place, str):
+        place = resolve_model_reference(place)
+    return build_item_processor(
+        str(place) if "text" in parts else None,
+        place if "image" in parts else None,
+        max_length=None,
+        fallback_length=position_limit(skeleton) if "text" in parts else None,
+        text_model_type=reference.config["model_type"],
+        model_config=skeleton.config,
+    )
 
 
 def _check_fits(teacher: Teacher, config: Config, data: RunData) -> None:
@@ -284,9 +300,7 @@ def _by_content(data: RunData) -> Sequence[PairDataset]:
 
 def _have_items_encoded(teacher: Teacher, data: RunData) -> None:
     """Let the loader's processes encode every item for the teacher, too."""
-    digest = None
-    if teacher.parts == _parts(data.processor):
-        digest = processor_digest(data.processor, teacher.parts)
+    digest = _digest(data.processor, teacher.parts)
     for member in data.members:
         instructions = Instructions(
             query=member.reader.instruction("query"),
@@ -295,3 +309,11 @@ def _have_items_encoded(teacher: Teacher, data: RunData) -> None:
         shared = (digest, instructions) == (teacher.identity["processor"], teacher.instructions)
         items = TeacherItems(teacher.processor, teacher.instructions, shared=shared)
         member.teachers = {**member.teachers, teacher.name: items}
+
+
+def _digest(processor: ItemProcessor, parts: Sequence[str]) -> str | None:
+    """Of what the student's processor makes of items; ``None``: it does not read all kinds."""
+    reads = {"text": processor.tokenizer, "image": processor.image_processor}
+    if any(reads[part] is None for part in parts):
+        return None
+    return processor_digest(processor, parts)

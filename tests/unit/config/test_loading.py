@@ -241,7 +241,7 @@ def test_a_broken_list_in_an_override(base):
             "column_mapping",
             {"qury": "a"},
             "unknown role 'qury'; expected one of query, query_image, positive, positive_image, "
-            "negatives, negative_images, label, score",
+            "negatives, negative_images, label, score, pos_scores, neg_scores",
         ),
         (
             "image_augmentation",

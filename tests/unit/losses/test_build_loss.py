@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from vembed_ds.config.distillation import DistillationConfig
 from vembed_ds.config.loss_rules import MULTI_POSITIVE, ONLY_WITH
 from vembed_ds.config.schema import LossConfig
 from vembed_ds.errors import ConfigError
@@ -139,7 +140,7 @@ def test_every_loss_is_built_from_the_defaults_of_the_configuration(loss_type: s
     config = LossConfig.model_validate({"loss_type": loss_type})
     tokens = Embeddings(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
     learned = {"logit_scale": torch.tensor([2.0]), "logit_bias": torch.tensor([-10.0])}
-    (loss,) = build_losses([config])
+    (loss,) = build_losses([config], DistillationConfig(), num_steps=1)
     assert loss(LossInputs(tokens, tokens.rows([1, 0]), **learned)) > 0
 
 
@@ -208,7 +209,8 @@ def test_every_key_of_a_loss_reaches_it(loss_type: str, option: str) -> None:
         guided=option.startswith("guide"),
         learned=loss_type == "sigmoid",
     )
-    before, after = (float(loss(inputs)) for loss in build_losses(configs))
+    losses = build_losses(configs, DistillationConfig(), num_steps=1)
+    before, after = (float(loss(inputs)) for loss in losses)
     assert abs(before - after) > 1e-3
 
 
