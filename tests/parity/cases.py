@@ -207,6 +207,8 @@ def reference_name(name: str) -> str:
     """Name of the same parameter in ``reference.PlainModel``."""
     if name in ("logit_scale", "logit_bias"):
         return name
+    if name.startswith("teacher_projections."):
+        return name.removeprefix("teacher_")
     name = name.removeprefix("encoder.")
     if name.startswith("backbone."):
         return "parts.clip." + name.removeprefix("backbone.")

@@ -170,6 +170,8 @@ def _save(
 
 def _name(name: str, *, composed: bool) -> str:
     """Name of the same parameter in the reference; `whole_parameters` has changed it once."""
+    if name.startswith("projections."):
+        return name
     kind, stream, rest = name.replace(".default.weight", "").split(".", 2)
     if not composed:
         return f"models.one.{rest}"

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpointing": {"distributed", "engine", "data", "models"},
     "evaluation": {"distributed", "data", "models"},
     "inference": {"data", "models"},
-    "teachers": {"distributed", "data", "engine", "inference", "models"},
+    "teachers": {"distributed", "data", "checkpointing", "engine", "inference", "models"},
     "training": {
         "config",
         "distributed",
