@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from vembed_ds.data.batches import collect_roles, plan_step
+from vembed_ds.data.cells import ImageSource
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
-from vembed_ds.data.records import ImageSource, Item
+from vembed_ds.data.records import Item
 from vembed_ds.data.vision_language import VisionLanguageProcessor
 from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length

@@ -119,9 +119,3 @@ def column_names(role: str, part: Part, letter: str) -> tuple[tuple[str, ...], t
 def listed(names: Sequence[str]) -> str:
     """Names for a message."""
     return ", ".join(repr(name) for name in names) or "none"
-
-
-def shortened(value: object, *, length: int = 80) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."

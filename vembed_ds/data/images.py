@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vembed_ds.data.cells import ImageSource
 from vembed_ds.data.image_paths import file_problem
 from vembed_ds.data.image_urls import ImageUrl, fetch_image
-from vembed_ds.data.records import ImageSource, Item, Record
+from vembed_ds.data.records import Item, Record
 from vembed_ds.errors import DataError
 
 # Others are never tried: some run programs (EPS) or are rarely looked at by anyone.

@@ -6,15 +6,19 @@ inspected to guess its type, so a caption such as ``"and/or"`` stays a text.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from hashlib import blake2b
 from typing import Any
 
-from PIL import Image
-
+from vembed_ds.data.cells import (
+    ImageSource,
+    as_list,
+    checked_image,
+    checked_text,
+    is_absent,
+    only_value,
+)
 from vembed_ds.data.columns import (
     IMAGE,
     REQUIRED,
@@ -25,19 +29,13 @@ from vembed_ds.data.columns import (
     listed,
     read_mode,
     refuse_videos,
-    shortened,
 )
 from vembed_ds.data.image_paths import resolve_image_path
 from vembed_ds.data.scores import checked_score, find_teacher_columns, given_score_roles
 from vembed_ds.errors import DataError
 
-ImageSource = str | bytes | Image.Image | dict[str, Any]
-
 _LABEL_COLUMNS = ("label", "class_id")  # not `id`, which numbers records more often than classes
 _SCORE_COLUMNS = ("score",)
-
-# What JSON, Python and numpy write of a list of texts, as CSV and TSV keep it: one text.
-_WRITTEN_LIST = re.compile(r"""\s*\[\s*(?:["'].*["']\s*)?\]\s*""", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +222,12 @@ class RecordReader:
         columns = self.role_columns[role]
         free = self.letters[role] == "x"
         given = {
-            part: _only_value(row[column], role, place=self._place(index, column))
+            part: only_value(row[column], role, place=self._place(index, column))
             for part, column in columns.items()
         }
         values: dict[Part, Any] = {
             part: None
-            if free and _is_absent(value)
+            if free and is_absent(value)
             else self._part(part, value, index, columns[part])
             for part, value in given.items()
         }
@@ -245,8 +243,8 @@ class RecordReader:
 
     def _checked(self, part: Part, value: Any, *, place: str) -> Any:
         if part == TEXT:
-            return _checked_text(value, place=place)
-        value = _checked_image(value, place=place)
+            return checked_text(value, place=place)
+        value = checked_image(value, place=place)
         if not isinstance(value, str):
             return value
         return resolve_image_path(
@@ -259,7 +257,7 @@ class RecordReader:
 
     def _negatives(self, row: Mapping[str, Any], index: int) -> tuple[Item, ...]:
         cells = {
-            part: _as_list(row[column], place=self._place(index, column))
+            part: as_list(row[column], place=self._place(index, column))
             for part, column in self.negative_columns.items()
         }
         given = {
@@ -280,7 +278,7 @@ class RecordReader:
         free = self.letters["positive"] == "x"
         values = {
             part: None
-            if free and _is_absent(cell[place])
+            if free and is_absent(cell[place])
             else self._checked(
                 part,
                 cell[place],
@@ -327,69 +325,3 @@ class RecordReader:
 def content_number(data: bytes) -> int:
     """A stable signed 64-bit hash."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def _only_value(value: Any, role: str, *, place: str) -> Any:
-    """FlagEmbedding writes positives as lists, also where there is one."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    if len(value) > 1:
-        raise DataError(
-            f"{place}: {shortened(value)} is {len(value)} values, and a record has one {role}; "
-            "write one record for each"
-        )
-    return value[0] if value else None
-
-
-def _as_list(value: Any, *, place: str) -> list[Any]:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return []  # a CSV file has no other way to say that there is none
-    if isinstance(value, str) and _WRITTEN_LIST.fullmatch(value):
-        raise DataError(
-            f"{place}: {shortened(value)} is a list written as one text; a CSV or TSV cell holds one "
-            "negative or none, so save the data as JSONL or Parquet with a list there"
-        )
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, (str, bytes, dict, Image.Image)):
-        return [value]
-    raise DataError(
-        f"{place}: {shortened(value)} is {type(value).__name__}, not a list of negatives"
-    )
-
-
-def _is_absent(value: Any) -> bool:
-    if isinstance(value, dict):
-        return not (value.get("bytes") or value.get("path"))
-    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
-
-
-def _checked_text(value: object, *, place: str) -> str:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{place}: {value!r} is a blank text; remove the record or fill it in")
-    if isinstance(value, date):
-        raise DataError(
-            f"{place}: {value!s} was read as a date, because JSON texts that are all dates are; "
-            "save the data as CSV or Parquet, or name the text column with column_mapping"
-        )
-    if not isinstance(value, str):
-        raise DataError(
-            f"{place}: {shortened(value)} is {type(value).__name__}, not text; "
-            "write it as a string, or name the text column with column_mapping"
-        )
-    return value
-
-
-def _checked_image(value: object, *, place: str) -> ImageSource:
-    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, (bytes, Image.Image)) and value:
-        return value
-    if value is None or isinstance(value, (str, bytes)):
-        raise DataError(f"{place}: {value!r} is no image; remove the record or fill it in")
-    raise DataError(
-        f"{place}: {shortened(value)} is {type(value).__name__}, not an image; give a path, "
-        "encoded bytes or an image column, or name the image column with column_mapping"
-    )

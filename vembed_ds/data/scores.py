@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vembed_ds.data.columns import ColumnChooser, listed, shortened
+from vembed_ds.data.cells import shortened
+from vembed_ds.data.columns import ColumnChooser, listed
 from vembed_ds.errors import DataError
 
 POSITIVE_SCORES, NEGATIVE_SCORES = "pos_scores", "neg_scores"

@@ -84,6 +84,8 @@ def test_scores_of_a_mixture_are_those_of_its_negatives(make: Make) -> None:
         batch = collate([sample(mixture[index]) for index in range(2)])
         assert batch.teacher_scores == [0.5 if member is plain else 2.0 for member in order]
         assert batch.negative_scores == ([1.5] if rich in order else None)
+    # None on one rank is None on all: a rank that drew no negatives has an empty list.
+    assert collate([sample(Mixture([rich, plain], mixed=True)[1])]).negative_scores == []
 
 
 def test_homogeneous_data_sets_stay_as_they_are(make: Make) -> None:
