@@ -35,11 +35,11 @@ SCENARIOS = {
         "bert", "rank", ("qwen3", "clip"), weights=(1.0, 2.0, 0.5), scored=True
     ),
     "regression, two teachers, one by a projection": Scenario(
-        "qwen2_vl", "regression", ("clip", "siglip"), weights=(1.0, 3.0), alpha=(0.1, 0.9)
+        "siglip", "regression", ("clip", "qwen2_vl"), weights=(1.0, 3.0), alpha=(0.1, 0.9)
     ),
     "regression of prefixes": Scenario("clip", "regression", ("siglip",), mrl_dims=(12, 4)),
     "MaxSim": Scenario("colqwen2", "kl", ("colpali", "clip"), weights=(1.0, 1.0)),
-    "kl of scores": Scenario("bert", "kl", scored=True, alpha=(0.0, 0.0)),
+    "kl of scores": Scenario("bert", "kl", scored=True, temperature=1.0),
     "moving average": Scenario("clip", "mse", ("ema",), alpha=(0.5, 0.5)),
     "moving average, projected": Scenario(
         "bert", "regression", ("ema", "clip"), weights=(1.0, 1.0), mrl_dims=(16, 7)

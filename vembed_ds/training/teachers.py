@@ -282,7 +282,9 @@ def _source(
         if table.has(distinct.keys).all():
             return from_table()
     live = LiveTeacher(teacher, inference_batch_size(config))
-    _have_items_encoded(teacher, data)
+    # The student may get stored features of texts in their place, which no teacher can read.
+    stored = config.model.freeze_text_encoder and config.model.cache_frozen_encoder
+    _have_items_encoded(teacher, data, sharing=not stored)
     if mode == "live":
         return live
     assert steps_per_epoch is not None
@@ -298,9 +300,15 @@ def _by_content(data: RunData) -> Sequence[PairDataset]:
     return data.tables
 
 
-def _have_items_encoded(teacher: Teacher, data: RunData) -> None:
-    """Let the loader's processes encode every item for the teacher, too."""
-    digest = _digest(data.processor, teacher.parts)
+def _have_items_encoded(teacher: Teacher, data: RunData, *, sharing: bool) -> None:
+    """Let the loader's processes encode every item for the teacher, too.
+
+    Args:
+        teacher: Who reads them.
+        data: The run's.
+        sharing: Take what is encoded for the student where the teacher would see just the same.
+    """
+    digest = _digest(data.processor, teacher.parts) if sharing else None
     for member in data.members:
         instructions = Instructions(
             query=member.reader.instruction("query"),
