@@ -1,8 +1,8 @@
 """The model of a specification before it has weights, and the weights as a stream.
 
-What :func:`build_encoder` builds, on placeholders that take no memory. A placeholder can be computed
-with, so that the model is probed like any other: parameter ``[a, b, ...]`` is a window on
-``a + b + ...`` random numbers that all its strides move by one.
+What :func:`build_encoder` builds, on placeholders that take next to no memory. They can be computed
+with, so that the model is probed like any other: a matrix ``[a, b]`` is a window on ``a + b - 1``
+random numbers, in which both strides move by one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.models.backbones import load_skeleton, refuse_missing
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.encoder import TowerEncoder
 from vembed_ds.models.merging import StoredAdapter
 from vembed_ds.models.stored import StoredWeights, weight_files
 
@@ -69,6 +70,9 @@ def build_hollow(spec: ModelSpec) -> HollowModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = EmbeddingModel(build_encoder(spec, load=load)).eval().requires_grad_(False)
+    for key, (backbone, stored) in found.items():
+        if _reads_pooler(model, backbone):
+            refuse_missing(spec.sources[key], backbone, stored.missing())
     owners = {module: name for name, module in model.named_modules()}
     prefixes = {key: f"{owners[backbone]}." for key, (backbone, _) in found.items()}
     streams = [_in_model(_merged(spec, key, *found[key]), model, prefixes[key]) for key in found]
@@ -93,6 +97,11 @@ def _hollow_backbone(spec: ModelSpec, key: str) -> tuple[nn.Module, StoredWeight
     _compute_rest(backbone, stored.names)
     _place_holders(backbone, stored.names)
     return backbone, stored
+
+
+def _reads_pooler(model: EmbeddingModel, backbone: nn.Module) -> bool:
+    towers = [module for module in model.modules() if isinstance(module, TowerEncoder)]
+    return any(tower.backbone is backbone and tower.pooling == "pooler" for tower in towers)
 
 
 def _merged(
@@ -154,8 +163,11 @@ def _placeholder(value: Tensor) -> Tensor:
         return torch.ones_like(value, device="cpu")
     if not value.numel():
         return nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=False)
-    numbers = 0.02 * torch.randn(sum(value.shape) - value.dim() + 1)
+    strides = [1] * value.dim()
+    if value.dim() > 2:
+        strides[-2] = value.shape[-1]  # whole matrices, which the kernels of experts ask for
+    reach = sum((size - 1) * stride for size, stride in zip(value.shape, strides, strict=True))
+    numbers = 0.02 * torch.randn(reach + 1)
     if value.dim() == 1:  # a scale, or a bias, for which one is as good
         numbers += 1.0
-    window = numbers.as_strided(value.shape, [1] * value.dim())
-    return nn.Parameter(window, requires_grad=False)
+    return nn.Parameter(numbers.as_strided(value.shape, strides), requires_grad=False)

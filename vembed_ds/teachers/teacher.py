@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.teacher_items import Instructions
@@ -136,7 +136,7 @@ def load_teacher(
             document_instruction, settings, "document", key="teacher_document_instruction"
         ),
     )
-    weights = _shard(prepared.hollow, ds_config, doing=place)
+    weights = shard_weights(prepared.hollow, ds_config, doing=place)
     identity = {
         "name": name,
         "revision": prepared.revision,
@@ -219,39 +219,44 @@ def _width(model: EmbeddingModel, processor: ItemProcessor) -> int:
         ) from error
 
 
-def _shard(hollow: HollowModel, ds_config: dict[str, Any], *, doing: str) -> str:
+def shard_weights(hollow: HollowModel, ds_config: dict[str, Any], *, doing: str) -> str:
     """Give every parameter its weights and keep this rank's shards. Collective.
 
+    Args:
+        hollow: Its stream is read to the end.
+        ds_config: From :func:`resolve_teacher_config`.
+        doing: Words for the message of a failing file operation.
+
     Returns:
-        Digest of all weights, float32, whatever the teacher's precision.
+        The :func:`weights_digest` of the model, float32, whatever the teacher's precision.
+
+    Raises:
+        ConfigError: On every rank, when a tensor cannot be read or does not fit.
     """
     comm.require_equal(sorted(hollow.names), what=f"{doing}, the names of its weights")
     model, partitioner = hollow.model, Partitioner(ds_config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     digests: dict[str, str] = {}
-    taken: dict[int, str] = {}
+    taken: dict[nn.Parameter, str] = {}
     stream = hollow.tensors()
     while found := comm.run_together(lambda: next(stream, None), doing=doing):
         name, value = found
         digests[name] = tensor_digest(value)
         if name in buffers:
             buffers[name].copy_(value)
-        elif id(parameters[name]) not in taken:
-            taken[id(parameters[name])] = name
+        elif (first := taken.setdefault(parameters[name], name)) == name:
             partitioner.take(parameters[name], value)
-        elif digests[name] != digests[taken[id(parameters[name])]]:
+        elif digests[name] != digests[first]:
             raise ConfigError(
-                f"{doing}: its config.json ties {name} to {taken[id(parameters[name])]}, and its "
-                "files hold other values for either; set tie_word_embeddings: false there"
+                f"{doing}: its config.json ties {name} to {first}, and its files hold other values "
+                "for either; set tie_word_embeddings: false there"
             )
-    persistent = model.state_dict()
-    digests |= {n: tensor_digest(b) for n, b in buffers.items() if n in persistent}
     for name, parameter in parameters.items():
-        if id(parameter) in taken:
-            digests[name] = digests[taken[id(parameter)]]
-        else:
-            taken[id(parameter)] = name
-            digests[name] = tensor_digest(parameter)
+        if (first := taken.setdefault(parameter, name)) == name and name not in digests:
+            digests[name] = tensor_digest(parameter)  # it was there already
             partitioner.take(parameter, parameter.data)
+        digests[name] = digests[first]
+    saved = model.state_dict().keys()
+    digests |= {name: tensor_digest(b) for name, b in buffers.items() if name in saved}
     return combined_digest(digests)

@@ -12,7 +12,7 @@ from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
 from vembed_ds.errors import ConfigError
 
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("zero*.json"))
 OURS: dict[str, Any] = {
     "origin": "x.json",
     "origins": {"batch_size": "my.yaml", "lr": "--config_override", "adam_beta2": "my.yaml"},
