@@ -31,7 +31,7 @@ class ShardedAverage:
 
     def __init__(self, copy: TeacherEngine, student: nn.Module, *, decay: float) -> None:
         self._copy, self._decay = copy, decay
-        copied = dict(copy.engine.module.named_parameters())
+        copied = dict(copy.module.named_parameters())
         self._pieces = {
             name: _piece(copied[name], parameter)
             for name, parameter in student.named_parameters()
@@ -63,10 +63,11 @@ class ShardedAverage:
         for piece in self._pieces.values():
             if piece.shard is not piece.average:
                 piece.shard.copy_(piece.average)
-            # hpZ gathers from copies within a node once it has them.
-            piece.copy.ds_secondary_tensor = None
         # Small parameters stay gathered between forward passes, with their old values.
         self._copy.engine.optimizer.partition_all_parameters()
+        for piece in self._pieces.values():
+            # hpZ would gather from its copies within a node; letting go has just renewed them.
+            piece.copy.ds_secondary_tensor = None
 
 
 class _Piece(NamedTuple):

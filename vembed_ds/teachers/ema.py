@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vembed_ds.checkpointing.ema import load_average, save_average
 from vembed_ds.distributed import comm
 from vembed_ds.engine.ema import ShardedAverage
-from vembed_ds.engine.teacher_engine import TeacherEngine
+from vembed_ds.engine.teacher_engine import Partitioner, Residence, TeacherEngine
 from vembed_ds.models.embedding_model import EmbeddingModel
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,15 +31,35 @@ class EmaTeacher:
 
     Args:
         student: Whole, on the host, in float32, with everything frozen that will be.
-        ds_config: Resolved, ZeRO-3, without optimizer; the student's own may be of any stage.
+        ds_config: From :func:`resolve_teacher_config`; the student's own may be of any stage.
         decay: d, in ``[0, 1)``, constant: the average starts at weights that are worth
             something, so that it has no bias of the start to get rid of.
     """
 
     def __init__(self, student: EmbeddingModel, *, ds_config: dict[str, Any], decay: float) -> None:
-        self.engine = TeacherEngine(share_weights(student), ds_config=ds_config)
-        self.streams = student.streams
+        model = share_weights(student)
+        partitioner = Partitioner(ds_config)
+        for parameter in model.parameters():
+            partitioner.take(parameter, parameter.data)
+        self.engine = TeacherEngine(model, ds_config=ds_config)
         self._average = ShardedAverage(self.engine, student, decay=decay)
+
+    @property
+    def model(self) -> EmbeddingModel:
+        """The copy; its parameters are empty but while they are gathered."""
+        model = self.engine.module
+        assert isinstance(model, EmbeddingModel)
+        return model
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams it embeds: the student's."""
+        return self.model.streams
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Kinds of items, text and image, that it embeds."""
+        return self.model.parts
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +74,14 @@ class EmaTeacher:
     def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Forward pass of a chunk, without gradient, as the student's. Collective."""
         return self.engine.embed(inputs)
+
+    def residence(self) -> Residence:
+        """How much of its parameters this rank holds now, but for averages kept beside them."""
+        return self.engine.residence()
+
+    def close(self) -> None:
+        """Free the shards."""
+        self.engine.close()
 
     def update(self) -> None:
         """Follow the student's weights, behind every step that was applied.

@@ -1,0 +1,53 @@
+"""What a rank keeps of an EMA teacher in a checkpoint, and what it does not take back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vembed_ds.checkpointing.ema import check_average, load_average, save_average
+from vembed_ds.errors import CheckpointError
+
+STATE = {"a": torch.tensor([0.1, 0.2]), "b": torch.empty(0)}
+FILE = "ema_teacher_rank_0.safetensors"
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    save_average(tmp_path, STATE)
+    check_average(tmp_path)
+    found = load_average(tmp_path, like=STATE)
+    assert all(torch.equal(found[name], shard) for name, shard in STATE.items())
+
+
+def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{FILE}: missing, so the teacher_ema_decay of"):
+        check_average(tmp_path)
+
+
+def test_another_number_of_ranks(tmp_path: Path) -> None:
+    save_average(tmp_path, STATE)
+    save_file(load_file(tmp_path / FILE), tmp_path / FILE, metadata={"world_size": "8"})
+    with pytest.raises(CheckpointError, match="written by 8 ranks, read by 1; resume with 8"):
+        load_average(tmp_path, like=STATE)
+
+
+@pytest.mark.parametrize(
+    ("like", "name"),
+    [({**STATE, "a": torch.empty(3)}, "a"), ({"a": STATE["a"]}, "b")],
+)
+def test_another_model(tmp_path: Path, like: dict[str, torch.Tensor], name: str) -> None:
+    save_average(tmp_path, STATE)
+    with pytest.raises(CheckpointError, match=rf"average of another model \({name} differs\)"):
+        load_average(tmp_path, like=like)
+
+
+@pytest.mark.parametrize("length", [4, -1])
+def test_a_damaged_file(tmp_path: Path, length: int) -> None:
+    save_average(tmp_path, STATE)
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=rf"{FILE}: damaged"):
+        load_average(tmp_path, like=STATE)
