@@ -157,7 +157,7 @@ def _check_losses(config: Config, checked: Sequence[Checked]) -> None:
     losses = loss_configs(config.loss, dataset_entries(config.data))
     for loss, table in zip(losses, _trained(checked), strict=True):
         if table.dataset is not None:
-            check_data([loss], [table.dataset])
+            check_data([loss], [table.dataset], config.distillation)
 
 
 def _notes(config: Config, checked: Sequence[Checked]) -> Iterator[str]:

@@ -19,6 +19,8 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import Item
 from vembed_ds.distributed import comm
 from vembed_ds.engine.teacher_config import resolve_teacher_config
+from vembed_ds.engine.teacher_engine import TeacherEngine
+from vembed_ds.errors import VembedError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.hollow import HollowModel
 from vembed_ds.steps.gradient_cache import embed_plan

@@ -100,8 +100,9 @@ class PairEncoder:
         """
         record = self._drawn(record, number=number, epoch=epoch)
         items = {role: record.items[role] for role in self.roles}
+        teachers = {name: t for name, t in self.teachers.items() if t.reads_in(epoch)}
         # Once for all who look at them. Their keys are those of the items as they stand in the data.
-        looked_at = _opened(items, origin=origin) if self.teachers else items
+        looked_at = _opened(items, origin=origin) if teachers else items
         roles = self._encode_roles(looked_at, number=number, epoch=epoch, origin=origin)
         augmented = epoch is not None and self.processor.augmentation is not None
         scores = record.negative_scores
@@ -117,7 +118,7 @@ class PairEncoder:
                 name: roles
                 if teacher.shared and not augmented
                 else teacher.encode(looked_at, origin=origin)
-                for name, teacher in self.teachers.items()
+                for name, teacher in teachers.items()
             },
         )
 

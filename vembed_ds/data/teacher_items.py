@@ -47,11 +47,17 @@ class TeacherItems:
         instructions: The teacher's, in place of the record's.
         shared: Its processor and instructions make of every item what the student's make, so that
             what is encoded for the student need not be encoded again.
+        last_epoch: The last one in which it reads items; ``None``: it always does.
     """
 
     processor: ItemProcessor
     instructions: Instructions
     shared: bool = False
+    last_epoch: int | None = None
+
+    def reads_in(self, epoch: int | None) -> bool:
+        """Whether it reads items in an epoch; ``None``: items that are looked at before training."""
+        return self.last_epoch is None or epoch is None or epoch <= self.last_epoch
 
     def encode(
         self, items: Mapping[str, Sequence[Item]], *, origin: str

@@ -113,22 +113,34 @@ def learned_scalars(loss: LossConfig) -> tuple[float | None, float | None]:
     return (-math.log(loss.temperature) if loss.learnable_temperature else None), None
 
 
-def check_data(losses: Iterable[LossConfig], members: Sequence[PairEncoder]) -> None:
-    """Refuse data that a loss would not look at, unless it stands there by chance.
+def check_data(
+    losses: Iterable[LossConfig],
+    members: Sequence[PairEncoder],
+    distillation: DistillationConfig,
+) -> None:
+    """Refuse data that no loss would look at, unless it stands there by chance.
+
+    Args:
+        losses: Of every data set.
+        members: The data sets.
+        distillation: Of all of them; every distillation loss looks at negatives.
 
     Raises:
         ConfigError: Explicit negatives, or labels, scores or a teacher's scores that
-            ``column_mapping`` names.
+            ``column_mapping`` names; or a teacher's scores without negatives to compare.
     """
+    followed = bool(teacher_entries(distillation))
     for loss, member in zip(losses, members, strict=True):
         reader = member.reader
-        _check_teacher_scores(reader)
+        _check_teacher_scores(reader, distillation.distillation_loss_type)
         given = {
             "negatives": reader.has_negatives,
             "labels": reader.label_column is not None,
             "scores": reader.score_column is not None,
         }
         for name in ignored_data(loss.loss_type, [name for name, has in given.items() if has]):
+            if name == "negatives" and followed:
+                continue
             if name == "negatives" or name.removesuffix("s") in reader.column_mapping:
                 raise ConfigError(
                     f"loss_type={loss.loss_type}: does not look at the {name} of {reader.origin}; "
@@ -137,7 +149,12 @@ def check_data(losses: Iterable[LossConfig], members: Sequence[PairEncoder]) -> 
             logger.warning("%s: its %s are not used by %s", reader.origin, name, loss.loss_type)
 
 
-def _check_teacher_scores(reader: RecordReader) -> None:
+def _check_teacher_scores(reader: RecordReader, loss_type: str) -> None:
+    if reader.teacher_columns is not None and not reader.has_negatives and loss_type != "mse":
+        raise ConfigError(
+            f"distillation_loss_type={loss_type}: compares a query's documents with each other, and "
+            f"{reader.origin} has scores of one only; add negatives with neg_scores, or use mse"
+        )
     for role in reader.unread_scores:
         if role in reader.column_mapping:
             raise ConfigError(

@@ -92,7 +92,7 @@ def train(
     losses = loss_configs(config.loss, entries)
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
     data = setup_stream(config, spec) if config.data.streaming else setup_data(config, spec)
-    check_data(losses, data.members)
+    check_data(losses, data.members, config.distillation)
     if config.data.num_workers:
         prepare_server(data.train)  # imports beside what follows here
     intervals = plan_run(config, per_epoch=data.steps_per_epoch)

