@@ -11,13 +11,33 @@ from torch.nn.utils.rnn import pad_sequence
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.errors import DataError, VembedError
-from vembed_ds.losses import Embeddings, Guide, LossInputs, build_loss
+from vembed_ds.losses import (
+    Distillation,
+    Embeddings,
+    Guide,
+    LossInputs,
+    Prefixes,
+    TeacherScores,
+    TeacherVectors,
+    alpha_schedule,
+    build_loss,
+)
 
 
 def loss_and_gradients(
-    *, loss_type: str, batch: dict[str, Any], options: dict[str, Any]
+    *,
+    loss_type: str,
+    batch: dict[str, Any],
+    options: dict[str, Any],
+    distillation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """This rank's share of a batch as `loss_reference` describes it.
+
+    Args:
+        loss_type: Of the task.
+        batch: The whole of it.
+        options: Of the task.
+        distillation: As `distillation_reference` describes it.
 
     Returns:
         The loss of the whole batch; per role the gradients of this rank's items, and of the
@@ -33,21 +53,31 @@ def loss_and_gradients(
         for name in ("logit_scale", "logit_bias")
         if name in batch
     }
+    projections = {
+        number: value.clone().requires_grad_() for number, value in mine["projections"].items()
+    }
     like = batch["query"][0]
     inputs = LossInputs(
         query=_stack(leaves["query"], like=like),
         positive=_stack(leaves["positive"], like=like),
         negative=_stack(leaves["negative"], like=like) if batch["has_negatives"] else None,
         guide=_guide(mine) if "guide" in mine else None,
+        teachers=tuple(_teacher(own, batch, name) for name, own in mine["teachers"].items()),
+        projections=projections,
+        step=mine["step"],
         **_numbers(mine),
         **learned,
     )
-    loss = build_loss(loss_type, **options)(inputs)
+    followed = None if distillation is None else _distillation(distillation, options)
+    loss = build_loss(loss_type, distillation=followed, **options)(inputs)
     loss.backward()
     return {
         "loss": float(comm.mean_over_ranks(loss)),
         **{role: [_average(item) for item in items] for role, items in leaves.items()},
         **{name: float(comm.mean_over_ranks(value.grad)) for name, value in learned.items()},
+        "projections": {
+            number: comm.mean_over_ranks(value.grad) for number, value in projections.items()
+        },
     }
 
 
@@ -94,6 +124,30 @@ def _guide(mine: dict[str, Any]) -> Guide:
 
     negative = rows("negative") if mine["has_negatives"] else None
     return Guide(rows("query"), rows("positive"), negative)
+
+
+def _teacher(
+    mine: dict[str, Any], batch: dict[str, Any], name: str
+) -> TeacherVectors | TeacherScores:
+    if "query" not in mine:
+        negative = torch.tensor(mine["negative"]) if batch["has_negatives"] else None
+        return TeacherScores(torch.tensor(mine["positive"]), negative)
+    like = batch["teachers"][name]["query"][0]
+    negatives = _stack(mine["negative"], like=like) if batch["has_negatives"] else None
+    return TeacherVectors(
+        _stack(mine["query"], like=like), _stack(mine["positive"], like=like), negatives
+    )
+
+
+def _distillation(given: dict[str, Any], options: dict[str, Any]) -> Distillation:
+    prefixes = None
+    if options.get("use_mrl"):
+        prefixes = Prefixes(
+            options["mrl_dims"], options["mrl_weights"], options.get("mrl_layer_weights", (1.0,))
+        )
+    kind, start, end, num_steps = given["alpha"]
+    alpha = alpha_schedule(kind, start=start, end=end, num_steps=num_steps)
+    return Distillation(**{**given, "alpha": alpha, "prefixes": prefixes})
 
 
 def _numbers(mine: dict[str, Any]) -> dict[str, Tensor]:

@@ -51,6 +51,9 @@ def make_batch(
         "positive_keys": [11, 12, 13, 14, 12, 16],
         "negative_keys": [21, 13, 12][: sum(counts)],
         "guide": {"query": guides(6), "positive": guides(6), "negative": guides(sum(counts))},
+        "teachers": {},
+        "projections": {},
+        "step": 0,
     }
     return (
         {name: value for name, value in batch.items() if name != "guide"}
@@ -59,8 +62,14 @@ def make_batch(
     )
 
 
-def reference(loss_type: str, batch: Batch, options: dict[str, Any]) -> dict[str, Any]:
-    """Value, and gradient of every item and learned number, in float64."""
+def reference(
+    loss_type: str,
+    batch: Batch,
+    options: dict[str, Any],
+    *,
+    combine: Callable[[Tensor, Batch], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Value, and gradient of every item and learned number, in float64; of what ``combine`` makes."""
     leaves = {
         role: [item.double().requires_grad_() for item in batch[role]]
         for role in ("query", "positive", "negative")
@@ -70,13 +79,20 @@ def reference(loss_type: str, batch: Batch, options: dict[str, Any]) -> dict[str
         for name in ("logit_scale", "logit_bias")
         if name in batch
     }
-    loss = value_of(loss_type, {**batch, **leaves, **learned}, options)
+    projections = {
+        number: value.double().requires_grad_() for number, value in batch["projections"].items()
+    }
+    given = {**batch, **leaves, **learned, "projections": projections}
+    loss = value_of(loss_type, given, options)
+    if combine is not None:
+        loss = combine(loss, given)
     if loss.requires_grad:  # not where nothing is a negative of anything
         loss.backward()
     return {
         "loss": float(loss.detach()),
         **{role: [_gradient(item) for item in items] for role, items in leaves.items()},
         **{name: float(value.grad) for name, value in learned.items()},
+        "projections": {number: value.grad for number, value in projections.items()},
     }
 
 
@@ -110,7 +126,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / (a.norm() * b.norm())
 
 
-def _sim(query: Tensor, document: Tensor, options: dict[str, Any]) -> Tensor:
+def sim(query: Tensor, document: Tensor, options: dict[str, Any]) -> Tensor:
     if query.dim() == 1:
         return cosine(query, document)
     best = [torch.stack([cosine(q, d) for d in document]).max() for q in query]
@@ -118,7 +134,7 @@ def _sim(query: Tensor, document: Tensor, options: dict[str, Any]) -> Tensor:
     return total if options.get("maxsim_reduction") == "sum" else total / len(best)
 
 
-def _columns(batch: Batch, kind: str) -> list[Column]:
+def columns_of(batch: Batch, kind: str) -> list[Column]:
     """All queries, or all documents: positives, then negatives."""
 
     def columns(role: str, owners: list[int]) -> list[Column]:
@@ -170,12 +186,12 @@ def _row(
 ) -> tuple[list[Tensor], list[Tensor], list[Column]]:
     """Similarities of a row's positives, of its negatives, and the negatives themselves."""
     positives, negatives, columns = [], [], []
-    for column in _columns(batch, "query" if direction.endswith("query") else "document"):
+    for column in columns_of(batch, "query" if direction.endswith("query") else "document"):
         relation = _relation(batch, o, direction, i, column, default)
         if direction.startswith("query"):
-            similarity = _sim(batch["query"][i], column.item, o)
+            similarity = sim(batch["query"][i], column.item, o)
         else:
-            similarity = _sim(column.item, batch["positive"][i], o)
+            similarity = sim(column.item, batch["positive"][i], o)
         if relation == "positive":
             positives.append(similarity)
         if relation == "negative":
@@ -188,7 +204,7 @@ def _scale(batch: Batch, o: dict[str, Any]) -> Any:
     return batch["logit_scale"].exp() if "logit_scale" in batch else 1 / o["temperature"]
 
 
-def _mean(values: list[Tensor]) -> Tensor:
+def mean_of(values: list[Tensor]) -> Tensor:
     return torch.stack(values).mean()
 
 
@@ -208,10 +224,10 @@ def _info_nce(batch: Batch, o: dict[str, Any], default: str) -> Tensor:
         sums = {d: _sum_exp(p + n, scale) for d, (p, n, _) in found.items() if p + n}
         if joint:
             z = torch.stack(list(sums.values())).sum().log()
-            rows.append(z - scale * _mean(found["query_to_doc"][0]))
+            rows.append(z - scale * mean_of(found["query_to_doc"][0]))
         else:
-            rows.append(_mean([sums[d].log() - scale * _mean(found[d][0]) for d in directions]))
-    return _mean(rows)
+            rows.append(mean_of([sums[d].log() - scale * mean_of(found[d][0]) for d in directions]))
+    return mean_of(rows)
 
 
 def _in_batch_hard(batch: Batch, o: dict[str, Any]) -> Tensor:
@@ -223,7 +239,7 @@ def _in_batch_hard(batch: Batch, o: dict[str, Any]) -> Tensor:
                 : o["hard_mining_topk"]
             ]
         rows.append(_sum_exp([own, *negatives], scale).log() - own * scale)
-    return _mean(rows)
+    return mean_of(rows)
 
 
 def _sigmoid(batch: Batch, o: dict[str, Any]) -> Tensor:
@@ -252,14 +268,14 @@ def _triplet(batch: Batch, o: dict[str, Any]) -> Tensor:
             rows.append(torch.relu(torch.stack(negatives).max() - own + o["triplet_margin"]))
         else:
             rows.append(own * 0)
-    return _mean(rows)
+    return mean_of(rows)
 
 
 def _cosent(batch: Batch, o: dict[str, Any]) -> Tensor:
     scale = o["cosent_scale"]
     total = torch.ones((), dtype=torch.float64)
     if "scores" in batch:
-        pairs = [_sim(q, p, o) for q, p in zip(batch["query"], batch["positive"], strict=True)]
+        pairs = [sim(q, p, o) for q, p in zip(batch["query"], batch["positive"], strict=True)]
         for i in range(6):
             for j in range(6):
                 if batch["scores"][i] < batch["scores"][j]:

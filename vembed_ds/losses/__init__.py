@@ -14,13 +14,12 @@ from vembed_ds.losses.batch import gather_batch
 from vembed_ds.losses.combination import (
     DISTILLATION_LOSSES,
     Distillation,
-    Prefixes,
     alpha_schedule,
 )
 from vembed_ds.losses.comparison import DIRECTIONS, Selection
 from vembed_ds.losses.infonce import colbert, in_batch_hard, info_nce
 from vembed_ds.losses.inputs import Guide, LossInputs, TeacherScores, TeacherVectors
-from vembed_ds.losses.matryoshka import BatchFunction, check_mrl_dims, matryoshka
+from vembed_ds.losses.matryoshka import BatchFunction, Prefixes, check_mrl_dims, matryoshka
 from vembed_ds.losses.ranking import cosent, triplet
 from vembed_ds.losses.sigmoid import sigmoid
 from vembed_ds.similarity import Embeddings

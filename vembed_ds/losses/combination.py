@@ -14,7 +14,6 @@ from vembed_ds.losses.batch import GlobalBatch
 from vembed_ds.losses.distillation import (
     Judged,
     cut,
-    gather_teacher,
     judge_by_scores,
     judge_by_vectors,
     kl,
@@ -25,28 +24,14 @@ from vembed_ds.losses.distillation import (
     weighted,
 )
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
-from vembed_ds.losses.matryoshka import check_mrl_dims
+from vembed_ds.losses.matryoshka import Prefixes, sum_over
+from vembed_ds.similarity import similarity
 
 Alpha = Callable[[int], float]
 """From the steps already done to the share of the task."""
 
 DISTILLATION_LOSSES = ("kl", "mse", "margin_mse", "rank", "regression")
 REGRESSION = "regression"
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """Which parts of the student's embeddings are compared with the whole of the teacher's.
-
-    Attributes:
-        dims: Widths.
-        weights: Of the widths.
-        layer_weights: Of the layers that stand side by side.
-    """
-
-    dims: Sequence[int]
-    weights: Sequence[float]
-    layer_weights: Sequence[float] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -110,18 +95,18 @@ class Distillation:
         if self.loss_type == REGRESSION:
             assert isinstance(teacher, TeacherVectors)
             return self._regression(inputs, teacher, inputs.projections.get(number))
-        judge: Callable[[GlobalBatch], Judged]
         if isinstance(teacher, TeacherScores):
-            judge = partial(judge_by_scores, scores=teacher, reduction=self.reduction)
+            judged = judge_by_scores(batch, teacher)
         else:
-            gathered = gather_teacher(inputs, teacher)
-            judge = partial(judge_by_vectors, teacher=gathered, reduction=self.reduction)
+            judged = judge_by_vectors(inputs, teacher, reduction=self.reduction)
         loss = self._similarity_loss(number)
-        return sum_over(
-            self.prefixes,
-            batch.query.width,
-            lambda start, stop: loss(judge(batch.dims(start, stop))),
-        )
+
+        def of(start: int, stop: int) -> Tensor:
+            part = batch.dims(start, stop)
+            student = similarity(part.query, part.documents.items, reduction=self.reduction)
+            return loss(student, judged)
+
+        return sum_over(self.prefixes, batch.query.width, of)
 
     def _regression(
         self, inputs: LossInputs, teacher: TeacherVectors, projection: Tensor | None
@@ -132,36 +117,13 @@ class Distillation:
 
         return sum_over(self.prefixes, inputs.query.width, of)
 
-    def _similarity_loss(self, number: int) -> Callable[[Judged], Tensor]:
+    def _similarity_loss(self, number: int) -> Callable[[Tensor, Judged], Tensor]:
         if self.loss_type == "kl":
             own = self.teacher_temperatures[number] if self.teacher_temperatures else None
             return partial(kl, temperature=self.temperature, teacher_temperature=own)
         if self.loss_type == "rank":
             return partial(rank, scale=self.scale)
         return {"mse": mse, "margin_mse": margin_mse}[self.loss_type]
-
-
-def sum_over(prefixes: Prefixes | None, width: int, loss: Callable[[int, int], Tensor]) -> Tensor:
-    """The weighted sum over the prefixes of every layer; of whole embeddings without prefixes.
-
-    Args:
-        prefixes: What to sum over.
-        width: Of the student's embeddings, all layers together.
-        loss: Of the dimensions from start to stop.
-
-    Raises:
-        ConfigError: A prefix is wider than an embedding.
-    """
-    if prefixes is None:
-        return loss(0, width)
-    own = width // len(prefixes.layer_weights)
-    check_mrl_dims(prefixes.dims, width=own)
-    terms = [
-        layer_weight * weight * loss(layer * own, layer * own + dim)
-        for layer, layer_weight in enumerate(prefixes.layer_weights)
-        for dim, weight in zip(prefixes.dims, prefixes.weights, strict=True)
-    ]
-    return sum(terms[1:], terms[0])
 
 
 def alpha_schedule(kind: str, *, start: float, end: float, num_steps: int) -> Alpha:

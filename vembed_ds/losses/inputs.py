@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -105,6 +105,8 @@ class LossInputs:
             raise ValueError(
                 f"{len(self.query)} queries and {len(self.positive)} positives; expected as many"
             )
+        for number, teacher in enumerate(self.teachers):
+            self._check_teacher(number, teacher)
         if self.negative is None:
             return
         if self.negative_counts is None:
@@ -113,3 +115,16 @@ class LossInputs:
             raise ValueError(
                 f"{len(self.negative)} explicit negatives, but negative_counts sum to {total}"
             )
+
+    def _check_teacher(self, number: int, teacher: TeacherVectors | TeacherScores) -> None:
+        roles = ("positive", "negative")
+        for role in roles if isinstance(teacher, TeacherScores) else ("query", *roles):
+            found, expected = _count(getattr(teacher, role)), _count(getattr(self, role))
+            if found != expected:
+                raise ValueError(
+                    f"teacher {number} knows {found} items of role {role}, the batch has {expected}"
+                )
+
+
+def _count(items: Sized | None) -> int:
+    return 0 if items is None else len(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,49 @@ def check_mrl_dims(mrl_dims: Sequence[int], *, width: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Prefixes:
+    """Which parts of embeddings a loss is summed over.
+
+    Attributes:
+        dims: d, in any order.
+        weights: w, in the order of ``dims``.
+        layer_weights: u, of the layers of equal width that the embeddings hold side by side.
+    """
+
+    dims: Sequence[int]
+    weights: Sequence[float]
+    layer_weights: Sequence[float] = (1.0,)
+
+
+def sum_over(prefixes: Prefixes | None, width: int, loss: Callable[[int, int], Tensor]) -> Tensor:
+    """``sum_k u_k sum_d w_d L(layer_k[..., :d])``; the loss of the whole without prefixes.
+
+    Args:
+        prefixes: What to sum over.
+        width: Of the embeddings, all layers together.
+        loss: Of the dimensions from start to stop.
+
+    Raises:
+        ConfigError: A prefix is wider than an embedding.
+        ValueError: The layers do not divide the width.
+    """
+    if prefixes is None:
+        return loss(0, width)
+    num_layers = len(prefixes.layer_weights)
+    own, rest = divmod(width, num_layers)
+    if rest:
+        raise ValueError(f"{width} dimensions are not {num_layers} equal layers")
+    check_mrl_dims(prefixes.dims, width=own)
+    return torch.stack(
+        [
+            layer_weight * weight * loss(layer * own, layer * own + dim)
+            for layer, layer_weight in enumerate(prefixes.layer_weights)
+            for dim, weight in zip(prefixes.dims, prefixes.weights, strict=True)
+        ]
+    ).sum()
+
+
 def matryoshka(
     loss: BatchFunction,
     *,
@@ -54,20 +98,15 @@ def matryoshka(
     Returns:
         A loss; it raises ``ConfigError`` for dimensions that the embeddings do not have.
     """
-    dims = dict(zip(mrl_dims, mrl_weights or [1.0] * len(mrl_dims), strict=True))
-    layers = mrl_layer_weights or [1.0] * num_layers
+    prefixes = Prefixes(
+        mrl_dims,
+        weights=mrl_weights or [1.0] * len(mrl_dims),
+        layer_weights=mrl_layer_weights or [1.0] * num_layers,
+    )
 
     def over_prefixes(batch: GlobalBatch) -> Tensor:
-        width, rest = divmod(batch.query.width, num_layers)
-        if rest:
-            raise ValueError(f"{batch.query.width} dimensions are not {num_layers} equal layers")
-        check_mrl_dims(mrl_dims, width=width)
-        return torch.stack(
-            [
-                layer_weight * weight * loss(batch.dims(number * width, number * width + dim))
-                for number, layer_weight in enumerate(layers)
-                for dim, weight in dims.items()
-            ]
-        ).sum()
+        return sum_over(
+            prefixes, batch.query.width, lambda start, stop: loss(batch.dims(start, stop))
+        )
 
     return over_prefixes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from vembed_ds.errors import ConfigError
 from vembed_ds.losses import distillation
 from vembed_ds.losses.batch import gather_batch
-from vembed_ds.losses.combination import Distillation, Prefixes, alpha_schedule
+from vembed_ds.losses.combination import Distillation, alpha_schedule
 from vembed_ds.losses.distillation import Judged, judge_by_scores, regression
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.losses.matryoshka import Prefixes
 from vembed_ds.similarity import Embeddings
 
 B, C = 4, 7
@@ -34,17 +36,18 @@ def judged(*, whole: bool, seed: int = 0) -> tuple[Judged, Tensor]:
     known = torch.ones_like(explicit)
     if not whole:
         known = explicit | (torch.arange(C) == own.unsqueeze(1))
-    return Judged(student, teacher, known=known, own=own, explicit=explicit), student
+    tie = torch.full((B, 1), 1e-6, dtype=torch.float64)
+    return Judged(teacher, known=known, own=own, explicit=explicit, tie=tie), student
 
 
 def columns(found: Judged, row: int) -> list[int]:
     return [column for column in range(C) if found.known[row, column]]
 
 
-def kl(found: Judged) -> Tensor:
+def kl(student: Tensor, found: Judged) -> Tensor:
     rows = []
     for row in range(B):
-        s = torch.stack([found.student[row, c] / 0.3 for c in columns(found, row)])
+        s = torch.stack([student[row, c] / 0.3 for c in columns(found, row)])
         t = torch.stack([found.teacher[row, c] / 0.7 for c in columns(found, row)])
         p = t.exp() / t.exp().sum()
         q = s.exp() / s.exp().sum()
@@ -52,39 +55,37 @@ def kl(found: Judged) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def mse(found: Judged) -> Tensor:
+def mse(student: Tensor, found: Judged) -> Tensor:
     rows = []
     for row in range(B):
-        squares = [
-            (found.student[row, c] - found.teacher[row, c]) ** 2 for c in columns(found, row)
-        ]
+        squares = [(student[row, c] - found.teacher[row, c]) ** 2 for c in columns(found, row)]
         rows.append(torch.stack(squares).mean())
     return torch.stack(rows).mean()
 
 
-def margin_mse(found: Judged) -> Tensor:
+def margin_mse(student: Tensor, found: Judged) -> Tensor:
     rows = []
     for row in range(B):
         negatives = EXPLICIT.get(row) or [c for c in columns(found, row) if c != OWN[row]]
-        s, t = found.student[row], found.teacher[row]
+        s, t = student[row], found.teacher[row]
         terms = [((s[OWN[row]] - s[n]) - (t[OWN[row]] - t[n])) ** 2 for n in negatives]
         rows.append(torch.stack(terms).mean() if terms else torch.zeros((), dtype=torch.float64))
     return torch.stack(rows).mean()
 
 
-def rank(found: Judged) -> Tensor:
+def rank(student: Tensor, found: Judged) -> Tensor:
     rows = []
     for row in range(B):
         total = torch.ones((), dtype=torch.float64)
         for a in columns(found, row):
             for b in columns(found, row):
                 if found.teacher[row, a] < found.teacher[row, b]:
-                    total = total + (5.0 * (found.student[row, a] - found.student[row, b])).exp()
+                    total = total + (5.0 * (student[row, a] - student[row, b])).exp()
         rows.append(total.log())
     return torch.stack(rows).mean()
 
 
-CASES: dict[str, tuple[Callable[[Judged], Tensor], dict[str, float]]] = {
+CASES: dict[str, tuple[Callable[[Tensor, Judged], Tensor], dict[str, float]]] = {
     "kl": (kl, {"temperature": 0.3, "teacher_temperature": 0.7}),
     "mse": (mse, {}),
     "margin_mse": (margin_mse, {}),
@@ -97,9 +98,9 @@ CASES: dict[str, tuple[Callable[[Judged], Tensor], dict[str, float]]] = {
 def test_value_and_gradient_are_those_of_the_formula(name: str, whole: bool) -> None:
     formula, options = CASES[name]
     found, student = judged(whole=whole)
-    value = getattr(distillation, name)(found, **options)
+    value = getattr(distillation, name)(student, found, **options)
     (gradient,) = torch.autograd.grad(value, student)
-    expected = formula(found)
+    expected = formula(student, found)
     (wanted,) = torch.autograd.grad(expected, student)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(gradient, wanted, rtol=1e-10, atol=1e-14)
@@ -108,8 +109,8 @@ def test_value_and_gradient_are_those_of_the_formula(name: str, whole: bool) -> 
 
 def test_a_row_that_the_teacher_finds_all_alike_has_no_order() -> None:
     found, student = judged(whole=True)
-    flat = Judged(student, torch.zeros(B, C).double(), found.known, found.own, found.explicit)
-    value = distillation.rank(flat, scale=5.0)
+    flat = replace(found, teacher=torch.zeros(B, C).double())
+    value = distillation.rank(student, flat, scale=5.0)
     assert value.item() == 0
     (gradient,) = torch.autograd.grad(value, student)
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -175,7 +176,7 @@ def test_scores_of_the_data_go_to_the_own_columns() -> None:
     scores = TeacherScores(
         torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([4.0, 5.0, 6.0]).double()
     )
-    found = judge_by_scores(batch, scores, reduction="mean")
+    found = judge_by_scores(batch, scores)
     assert found.teacher.tolist() == [
         [1, 0, 0, 4, 5, 0],
         [0, 2, 0, 0, 0, 0],

@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as peers
-from sentence_transformers.util import cos_sim
+from sentence_transformers.util import cos_sim, pairwise_cos_sim
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vembed_ds.losses import Embeddings, Guide, LossInputs, build_loss
+from vembed_ds.losses import (
+    Distillation,
+    Embeddings,
+    Guide,
+    LossInputs,
+    TeacherScores,
+    TeacherVectors,
+    build_loss,
+)
 
 B, D = 6, 8
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -47,7 +55,7 @@ def ours(loss_type: str, options: dict[str, Any], *, per_query: int = 0, **more:
             "negative_counts": torch.full((B,), per_query),
         }
     inputs = LossInputs(Embeddings(QUERY), Embeddings(POSITIVE), **explicit, **more)
-    return float(build_loss(loss_type, **options)(inputs))
+    return float(build_loss(loss_type, **options)(inputs).detach())
 
 
 def columns(per_query: int) -> list[Tensor]:
@@ -138,6 +146,71 @@ def test_triplet_with_one_negative_is_triplet_loss() -> None:
     expected = peer.compute_loss_from_embeddings(columns(1), torch.zeros(B))
     found = ours("triplet", {"triplet_margin": 0.5}, per_query=1)
     assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+SCORES = draw(B, 3, seed=3)  # a teacher's, of a positive and two negatives
+
+
+def follow(
+    name: str,
+    teacher: TeacherVectors | TeacherScores,
+    *,
+    projections: dict[int, Tensor] | None = None,
+    **options: Any,
+) -> float:
+    """Distillation alone, with two negatives of each query."""
+    distillation = Distillation(name, weights=(1.0,), alpha=lambda step: 0.0, **options)
+    return ours(
+        "triplet",
+        {"triplet_margin": 0.5, "distillation": distillation},
+        per_query=2,
+        teachers=(teacher,),
+        projections=projections or {},
+    )
+
+
+STORED = TeacherScores(SCORES[:, 0], SCORES[:, 1:].flatten())
+
+
+def test_kl_of_scores_is_distill_kl_div_loss() -> None:
+    peer = peers.DistillKLDivLoss(
+        GivenEmbeddings(), pairwise_cos_sim, student_temperature=0.3, teacher_temperature=0.7
+    )
+    expected = peer.compute_loss_from_embeddings(columns(2), SCORES)
+    found = follow("kl", STORED, temperature=0.3, teacher_temperatures=(0.7,))
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_margin_mse_of_scores_is_margin_mse_loss() -> None:
+    peer = peers.MarginMSELoss(GivenEmbeddings(), pairwise_cos_sim)
+    expected = peer.compute_loss_from_embeddings(columns(2), SCORES)
+    assert follow("margin_mse", STORED) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_rank_is_cosent_loss_of_every_query() -> None:
+    peer = peers.CoSENTLoss(GivenEmbeddings(), scale=20.0)
+    documents = torch.cat([POSITIVE.unsqueeze(1), NEGATIVES], dim=1)
+    rows = [
+        peer.compute_loss_from_embeddings([query.expand(3, -1), own], scores)
+        for query, own, scores in zip(QUERY, documents, SCORES, strict=True)
+    ]
+    expected = torch.stack(rows).mean()
+    assert follow("rank", STORED, scale=20.0) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [D, 5])
+def test_regression_is_twice_the_cosine_embed_distill_loss(width: int) -> None:
+    targets = [draw(B, width, seed=40 + place) for place in range(4)]  # of the four columns
+    peer = peers.EmbedDistillLoss(GivenEmbeddings(), distance_metric="cosine")
+    projections = {}
+    if width != D:
+        peer.projection = nn.Linear(D, width, bias=False)
+        projections[0] = peer.projection.weight
+    expected = peer.compute_loss_from_embeddings(columns(2), targets)
+    negative = torch.stack(targets[2:], dim=1).flatten(0, 1)
+    teacher = TeacherVectors(*map(Embeddings, (*targets[:2], negative)))
+    found = follow("regression", teacher, projections=projections)
+    assert found == pytest.approx(2 * float(expected.detach()), rel=1e-6)
 
 
 def test_matryoshka_is_matryoshka_loss() -> None:
