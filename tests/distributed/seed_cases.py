@@ -124,7 +124,7 @@ def train(*, config: str, ds_config: str, custom: bool = False) -> dict[str, Any
     return {
         "distributed": (use_grad_ckpt, use_grad_cache, find_unused),
         "warmup_steps": warmup_steps,
-        "teacher": teacher,
+        "taught": teacher is not None,
         "first_loss": first_loss,
         "calls": getattr(trainer, "calls", None),
         "before": before,

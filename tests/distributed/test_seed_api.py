@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModel, get_scheduler
+from transformers import AutoModel, AutoProcessor, get_scheduler
 
 from tests.distributed import seed_cases as cases
 from tests.distributed.conftest import ROOT
@@ -64,7 +64,9 @@ def config(make_config: Callable[..., str], quiet_clip: Path) -> Callable[..., s
     return make
 
 
-def plain_update(folder: Path, *, sign: float = 1.0) -> tuple[dict[str, Tensor], list[float]]:
+def plain_update(
+    folder: Path, *, sign: float = 1.0, teacher: Path | None = None
+) -> tuple[dict[str, Tensor], list[float]]:
     """One process, the whole batch, plain PyTorch: AdamW, clipping, cosine with warm-up."""
     model = AutoModel.from_pretrained(folder).train()
     model.logit_scale.requires_grad_(False)
@@ -84,7 +86,10 @@ def plain_update(folder: Path, *, sign: float = 1.0) -> tuple[dict[str, Tensor],
     )
     losses = []
     for step in range(cases.STEPS):
-        loss = plain_loss(model, cases.global_batch(step, pairs=WORLD * cases.PAIRS), sign=sign)
+        batch = cases.global_batch(step, pairs=WORLD * cases.PAIRS)
+        loss = plain_loss(model, batch, sign=sign)
+        if teacher is not None:
+            loss = 0.3 * loss + 0.7 * plain_kl(model, AutoModel.from_pretrained(teacher), batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -95,12 +100,24 @@ def plain_update(folder: Path, *, sign: float = 1.0) -> tuple[dict[str, Tensor],
 
 
 def plain_loss(model: Any, batch: dict[str, Tensor], *, sign: float = 1.0) -> Tensor:
+    found = similarities(model, batch, sign=sign)
+    return functional.cross_entropy(found / 0.05, torch.arange(len(found)))
+
+
+def plain_kl(model: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        wanted = (similarities(teacher.eval(), batch) / 0.5).softmax(dim=1)
+    logs = (similarities(model, batch) / 0.5).log_softmax(dim=1)
+    return 0.5**2 * (wanted * (wanted.log() - logs)).sum(dim=1).mean()
+
+
+def similarities(model: Any, batch: dict[str, Tensor], *, sign: float = 1.0) -> Tensor:
     query = model.get_text_features(batch["input_ids"], batch["attention_mask"])
     positive = model.get_image_features(sign * batch["pos_pixel_values"])
     rows, columns = (
         functional.normalize(getattr(x, "pooler_output", x), dim=-1) for x in (query, positive)
     )
-    return functional.cross_entropy(rows @ columns.T / 0.05, torch.arange(len(rows)))
+    return rows @ columns.T
 
 
 def relative_error(before: Any, after: Any, expected: dict[str, Tensor]) -> float:
@@ -126,9 +143,35 @@ def test_the_snippets_update_equals_plain_pytorch(
         assert relative_error(result["before"], result["after"], expected) < 1e-5
         assert result["distributed"] == (False, cached, False)
         assert result["warmup_steps"] == 1
-        assert result["teacher"] is None
+        assert not result["taught"]
     metrics = results[0]["metrics"]
     logged = [line["train/loss"] for line in metrics if "train/loss" in line]
+    assert logged == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "cached"), [(0, True), (3, False)])
+def test_the_snippets_update_with_a_teacher_equals_plain_pytorch(
+    world: Callable[[int], World],
+    config: Callable[..., str],
+    quiet_clip: Path,
+    clip_folder: Path,
+    tmp_path: Path,
+    stage: int,
+    cached: bool,
+) -> None:
+    torch.manual_seed(3)
+    AutoModel.from_config(AutoModel.from_pretrained(clip_folder).config).save_pretrained(
+        tmp_path / "teacher"
+    )
+    AutoProcessor.from_pretrained(clip_folder).save_pretrained(tmp_path / "teacher")
+    changes = {"use_gradient_cache": cached, "gradient_cache_chunk_size": 3}
+    changes |= {"teacher_model_name": str(tmp_path / "teacher")}
+    changes |= {"distillation_alpha": 0.3, "distillation_temperature": 0.5}
+    results = world(WORLD).run(CASE + "train", config=config(**changes), ds_config=ds_file(stage))
+    expected, losses = plain_update(quiet_clip, teacher=tmp_path / "teacher")
+    for result in results:
+        assert relative_error(result["before"], result["after"], expected) < 1e-5
+    logged = [line["train/loss"] for line in results[0]["metrics"] if "train/loss" in line]
     assert logged == pytest.approx(losses, rel=1e-5)
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "build_loss",
     "check_mrl_dims",
     "ignored_data",
+    "with_distillation",
 ]
 
 LossFunction = Callable[[LossInputs], Tensor]
@@ -165,6 +166,20 @@ def build_loss(
         batch = gather_batch(inputs, queries=queries)
         found = task(batch)
         return found if distillation is None else distillation.combine(found, batch, inputs)
+
+    return loss
+
+
+def with_distillation(task: LossFunction, distillation: Distillation) -> LossFunction:
+    """A task's loss, whatever computes it, beside what its teachers say; for a script of one's own.
+
+    Args:
+        task: Of this rank's inputs; its mean over ranks is the loss of the whole batch.
+        distillation: How the student follows.
+    """
+
+    def loss(inputs: LossInputs) -> Tensor:
+        return distillation.combine(task(inputs), gather_batch(inputs, queries=False), inputs)
 
     return loss
 

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from vembed_ds.checkpointing.frozen import keep_frozen_weights
+from vembed_ds.config.fields import ScratchModel
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
@@ -21,6 +22,7 @@ from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError
+from vembed_ds.inference import find_model
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -70,12 +72,20 @@ def build_teacher_model(config: Config | Mapping[str, Any]) -> EmbeddingModel | 
     """The model of ``teacher_model_name``, frozen and in evaluation mode; ``None`` without one.
 
     Args:
-        config: A plain mapping; the configuration of a run has no teacher in this version.
+        config: A configuration, or a plain mapping.
+
+    Raises:
+        ConfigError: It cannot be loaded.
     """
-    name = config.get("teacher_model_name")
-    if not name:
+    reference = config.get("teacher_model_name")
+    if not reference:
         return None
-    teacher = EmbeddingModel(build_encoder(ModelSpec({"": BackboneSource(name=name)})))
+    if isinstance(reference, ScratchModel):
+        spec = ModelSpec({"": BackboneSource(config=reference.config)})
+    else:
+        trusted = bool(config.get("teacher_trust_remote_code"))
+        spec = find_model(reference, trust_remote_code=trusted).spec
+    teacher = EmbeddingModel(build_encoder(spec))
     teacher.requires_grad_(False)
     for backbone in teacher.children():
         teacher.keep_in_eval(backbone)

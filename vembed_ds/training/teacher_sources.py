@@ -18,7 +18,7 @@ from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
 from vembed_ds.losses import TeacherScores, TeacherVectors
 from vembed_ds.similarity import Embeddings
-from vembed_ds.steps.gradient_cache import PadFunction, embed_plan
+from vembed_ds.steps.gradient_cache import Embedder, PadFunction, embed_plan
 from vembed_ds.teachers.ema import EmaTeacher
 from vembed_ds.teachers.first_epoch import FirstEpoch
 from vembed_ds.teachers.teacher import Teacher
@@ -186,8 +186,23 @@ class FirstEpochTeacher(Source):
 
 
 @dataclass
+class SameInputs(Source):
+    """A frozen model that is given the very inputs of the student.
+
+    Args:
+        embedder: The model in its shards.
+    """
+
+    embedder: Embedder
+
+    def judge(self, batch: Batch, plan: StepPlan, pad: PadFunction) -> TeacherVectors:
+        """The embeddings of the student's items."""
+        return vectors(embed_plan(self.embedder, plan, pad=pad))
+
+
+@dataclass
 class EmaSource(Source):
-    """The student's moving average.
+    """The student's moving average; it sees what the student sees.
 
     Args:
         teacher: The average, in shards.
@@ -198,7 +213,7 @@ class EmaSource(Source):
     num_layers: int
 
     def judge(self, batch: Batch, plan: StepPlan, pad: PadFunction) -> TeacherVectors:
-        """Its embeddings of the very items that the student sees."""
+        """The embeddings of the student's items."""
         rows = embed_plan(self.teacher, plan, pad=pad)
         width = rows["query"].width
         own = width // self.num_layers

@@ -143,7 +143,7 @@ def join_student(teachers: Teachers, model: EmbeddingModel, config: Config, *, w
         if entry.ema_decay is not None:
             average = EmaTeacher(
                 model,
-                ds_config=_ds_config(entry, precision=config.model.precision),
+                ds_config=teacher_ds_config(entry, precision=config.model.precision),
                 decay=entry.ema_decay,
             )
             teachers.sources[number] = EmaSource(average, num_layers=model.num_layers)
@@ -187,13 +187,32 @@ def cache_folder(config: Config, entry: TeacherEntry) -> Path:
     return Path(root) / str(entry.name)
 
 
+def teacher_ds_config(entry: TeacherEntry, *, precision: str) -> dict[str, Any]:
+    """DeepSpeed's config of a teacher.
+
+    Raises:
+        ConfigError: The file is not one, or would train the teacher.
+    """
+    accelerator = get_accelerator()
+    raw = None if entry.ds_config is None else load_ds_config(Path(entry.ds_config))
+    return resolve_teacher_config(
+        raw,
+        origin=entry.ds_config or "the default of teacher_ds_config",
+        precision=precision,
+        world_size=comm.world_size(),
+        device_type=accelerator.device_name(),
+        fp16_supported=bool(accelerator.is_fp16_supported()),
+        bf16_supported=bool(accelerator.is_bf16_supported()),
+    )
+
+
 def _load(entry: TeacherEntry, config: Config, data: RunData) -> Teacher:
     reference, name = entry.model_name, str(entry.name)
     assert reference is not None
     teacher = load_teacher(
         {"config": reference.config} if isinstance(reference, ScratchModel) else reference,
         name=name,
-        ds_config=_ds_config(entry, precision=entry.precision or "fp32"),
+        ds_config=teacher_ds_config(entry, precision=entry.precision or "fp32"),
         query_instruction=entry.query_instruction,
         document_instruction=entry.document_instruction,
         processor=_stated_processor(reference) if isinstance(reference, ScratchModel) else None,
@@ -241,20 +260,6 @@ def _check_fits(teacher: Teacher, config: Config, data: RunData) -> None:
             f"distillation_loss_type=regression: teacher {teacher.name!r} gives one vector per "
             "token, and this loss compares one per item; choose another loss or teacher"
         )
-
-
-def _ds_config(entry: TeacherEntry, *, precision: str) -> dict[str, Any]:
-    accelerator = get_accelerator()
-    raw = None if entry.ds_config is None else load_ds_config(Path(entry.ds_config))
-    return resolve_teacher_config(
-        raw,
-        origin=entry.ds_config or "the default of teacher_ds_config",
-        precision=precision,
-        world_size=comm.world_size(),
-        device_type=accelerator.device_name(),
-        fp16_supported=bool(accelerator.is_fp16_supported()),
-        bf16_supported=bool(accelerator.is_bf16_supported()),
-    )
 
 
 def _source(

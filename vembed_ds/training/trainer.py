@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch
 from vembed_ds.distributed import comm
+from vembed_ds.engine.teacher_engine import TeacherEngine
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError
-from vembed_ds.losses import LossFunction
+from vembed_ds.losses import LossFunction, with_distillation
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.gradient_cache import StepResult
 from vembed_ds.tracking.trackers import Tracker, build_tracker
@@ -25,6 +27,9 @@ from vembed_ds.training.config import as_config
 from vembed_ds.training.data_utils import TensorBatch
 from vembed_ds.training.evaluator import Evaluator
 from vembed_ds.training.loop import Intervals, TrainingLoop
+from vembed_ds.training.loss_setup import build_distillation
+from vembed_ds.training.teacher_sources import NO_TEACHERS, SameInputs, Teachers
+from vembed_ds.training.teachers import teacher_ds_config
 from vembed_ds.training.tensor_batches import ItemizedBatch, TensorItems, itemize
 
 __all__ = ["Trainer"]
@@ -45,13 +50,16 @@ class Trainer(TrainingLoop):
         engine: From :func:`prepare_engine`.
         config: A configuration, or a plain mapping; its ``processor``, if any, is saved.
         scheduler: That the engine was made with.
-        teacher_model: Only ``None``; distillation is not in this version.
-        distillation_loss_fn: Only ``None``.
+        teacher_model: From :func:`build_teacher_model`; it is held in shards, and embeds the inputs
+            that the student gets, so it must take the same. How it is followed, the configuration's
+            ``distillation_*`` say. ``None``: no teacher.
+        distillation_loss_fn: Only ``None``: ``distillation_loss_type`` names the loss.
         evaluator: Computes the loss on ``val_dataloader``; ``None``: one is made.
         val_dataloader: Validation batches; ``None``: no evaluation.
 
     Raises:
-        ConfigError: Distillation is asked for, or a schedule that the engine does not have.
+        ConfigError: A teacher of another make, a distillation loss of one's own, or a schedule that
+            the engine does not have.
     """
 
     def __init__(
@@ -69,10 +77,10 @@ class Trainer(TrainingLoop):
         evaluator: Evaluator | None = None,
         val_dataloader: Iterable[TensorBatch] | None = None,
     ) -> None:
-        if teacher_model is not None or distillation_loss_fn is not None:
+        if distillation_loss_fn is not None:
             raise ConfigError(
-                "teacher_model, distillation_loss_fn: distillation is not in this version; "
-                "leave both out"
+                "distillation_loss_fn: a function of one rank's embeddings is not the loss of the "
+                "whole batch; leave it out and choose by distillation_loss_type"
             )
         if scheduler is not None and engine.engine.lr_scheduler is None:
             raise ConfigError(
@@ -84,6 +92,10 @@ class Trainer(TrainingLoop):
         training = self.config.training
         items = TensorItems()
         intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
+        task, teachers = criterion, NO_TEACHERS
+        if teacher_model is not None:
+            teachers = _teachers(teacher_model, self.config)
+            criterion = _followed(criterion, self.config, num_steps=intervals.num_steps)
         super().__init__(
             engine=engine,
             model=model,
@@ -104,8 +116,9 @@ class Trainer(TrainingLoop):
             ),
             evaluate=None if val_dataloader is None else lambda: self._val_loss(val_dataloader),
             pin_memory=self.config.data.pin_memory,
+            teachers=teachers,
         )
-        self._items = items
+        self._items, self._criterion = items, task
         self._result: StepResult | None = None
 
     def compute_gradient(self, batch: Batch) -> StepResult:
@@ -148,12 +161,41 @@ class Trainer(TrainingLoop):
         if self.evaluator is None:
             self.evaluator = Evaluator(
                 self.model,
-                criterion=self.loss_functions[0],
+                criterion=self._criterion,
                 engine=self.engine,
                 retrieval_mode=self.retrieval_mode,
                 chunk_size=self.chunk_size,
             )
         return {"loss": self.evaluator.evaluate(batches, global_step=self.step)}
+
+
+def _teachers(model: Any, config: Config) -> Teachers:
+    """The teacher in shards. Collective."""
+    if not isinstance(model, EmbeddingModel):
+        raise ConfigError(
+            f"teacher_model: {type(model).__name__} is no EmbeddingModel; make it by "
+            "build_teacher_model"
+        )
+    entries = teacher_entries(config.distillation)
+    if len(entries) != 1:
+        raise ConfigError(
+            "teacher_model: the configuration must name one teacher; set teacher_model_name"
+        )
+    ds_config = teacher_ds_config(entries[0], precision=config.distillation.teacher_precision)
+    engine = TeacherEngine(model.requires_grad_(False), ds_config=ds_config)
+    return Teachers({0: SameInputs(engine)}, widths={})
+
+
+def _followed(criterion: LossFunction, config: Config, *, num_steps: int) -> LossFunction:
+    """The task beside the distillation that is configured."""
+    distillation = build_distillation(config.loss, config.distillation, num_steps=num_steps)
+    assert distillation is not None
+    if distillation.loss_type == "regression":
+        raise ConfigError(
+            "distillation_loss_type=regression: its projection would have to be in the model before "
+            "the engine is made; choose kl, mse, margin_mse or rank"
+        )
+    return with_distillation(criterion, distillation)
 
 
 def _intervals(config: Config, *, steps_per_epoch: int) -> Intervals:

@@ -269,16 +269,30 @@ def test_adapters_come_before_the_engine(clip_folder: Path) -> None:
     assert all("lora_" in name for name in trained)
 
 
-def test_a_trainer_does_not_skip_distillation_silently() -> None:
-    with pytest.raises(ConfigError, match="distillation is not in this version"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"distillation_loss_fn": len}, "distillation_loss_fn: a function of one rank's"),
+        ({"teacher_model": nn.Linear(1, 1)}, "teacher_model: Linear is no EmbeddingModel"),
+        ({"teacher_model": "TEACHER"}, "the configuration must name one teacher"),
+    ],
+)
+def test_a_teacher_that_a_trainer_cannot_follow_is_refused(
+    clip_folder: Path, given: dict[str, Any], message: str
+) -> None:
+    config = {"model_name": str(clip_folder)}
+    if given.get("teacher_model") == "TEACHER":
+        teacher = published.build_teacher_model(config | {"teacher_model_name": str(clip_folder)})
+        given = {"teacher_model": teacher}
+    with pytest.raises(ConfigError, match=message):
         published.Trainer(
             nn.Linear(1, 1),
             optimizer=None,
-            dataloader=[],
+            dataloader=[{}],
             criterion=None,
             engine=None,
-            config={},
-            teacher_model=nn.Linear(1, 1),
+            config=config,
+            **given,
         )
 
 
