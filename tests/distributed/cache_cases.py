@@ -12,12 +12,14 @@ from unittest import mock
 import torch
 
 from tests.letters import LetterTeacher, keys_of, letter_data
+from vembed_ds.config.loading import load_config
 from vembed_ds.data.vector_table import SegmentWriter
 from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
 from vembed_ds.similarity import Embeddings
 from vembed_ds.teachers.cache import ensure_cache
 from vembed_ds.teachers.first_epoch import FirstEpoch
+from vembed_ds.training.precompute_run import precompute_teachers
 
 IDENTITY = {"weights": "none"}
 
@@ -67,3 +69,11 @@ def _add(epoch: FirstEpoch, step: int, gives_tokens: bool) -> None:
     mask = torch.ones(len(texts), 1, dtype=torch.bool)
     items = Embeddings(values[:, None], mask) if gives_tokens else Embeddings(values)
     epoch.add(keys_of(texts), items)
+
+
+def precompute(*, config: str) -> dict[str, Any]:
+    """How many items each teacher of a configuration has embedded, or what this rank would print."""
+    try:
+        return dict(precompute_teachers(load_config(Path(config), [])))
+    except VembedError as error:
+        return {"error": str(error)}

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.conftest import NUM_PAIRS
+from tests.distributed.test_train import ds_file
 from tests.letters import keys_of, tokens_of, vector_of
+from tests.tiny import CLIP_WIDTH
 from tests.worlds import World
 from vembed_ds.data.vector_table import IDENTITY_FILE, VectorTable
 
@@ -32,13 +35,13 @@ def stored(table: VectorTable, text: str) -> Any:
 @pytest.mark.parametrize("gives_tokens", [False, True])
 def test_the_ranks_share_what_is_missing(world: Worlds, tmp_path: Path, gives_tokens: bool) -> None:
     folder, expected = tmp_path / "cache", tokens_of if gives_tokens else vector_of
-    texts = ["x" * length for length in range(1, 8)]
+    texts = ["x" * length for length in range(1, 68)]
     options = {"folder": str(folder), "gives_tokens": gives_tokens}
     first = world(2).run(CASES + "fill", path=write(tmp_path / "a.jsonl", texts), **options)
-    # 4 items per rank, 2 per call; the last rank's fourth is another's, and is not written twice.
+    # 34 items per rank, 2 per call; the last rank's 34th is another's, and is not written twice.
     assert first[0] == first[1]
-    assert (first[0]["embedded"], first[0]["calls"]) == (7, 2)
-    assert len(VectorTable(folder)) == 7
+    assert (first[0]["embedded"], first[0]["calls"]) == (67, 17)
+    assert len(VectorTable(folder)) == 67
     more = write(tmp_path / "b.jsonl", [*texts, "y"])
     second = world(2).run(CASES + "fill", path=more, **options)
     assert (second[0]["embedded"], second[1]["calls"]) == (1, 1)
@@ -46,7 +49,7 @@ def test_the_ranks_share_what_is_missing(world: Worlds, tmp_path: Path, gives_to
     third = world(2).run(CASES + "fill", path=more, **options)
     assert [(rank["embedded"], rank["calls"]) for rank in third] == [(0, 0)] * 2
     table = VectorTable(folder)
-    assert len(table) == 8
+    assert len(table) == 68
     for text in [*texts, "y"]:
         assert stored(table, text) == expected(text)
 
@@ -90,3 +93,28 @@ def test_the_first_epoch_keeps_what_the_live_teacher_gave(
     # What was not committed before the run ended is gone.
     left = {path.name for path in folder.iterdir()}
     assert left == {IDENTITY_FILE, *table.segments}
+
+
+def test_a_run_finds_what_the_command_has_embedded(
+    world: Worlds, make_config: Callable[..., str], clip_folder: Path, tmp_path: Path
+) -> None:
+    cached = {"teacher_mode": "cached", "teacher_cache": str(tmp_path / "cache")}
+    config = make_config(teacher_model_name=str(clip_folder), **cached)
+    live = make_config("live.yaml", teacher_model_name=str(clip_folder))
+    results = world(2).run(CASES + "precompute", config=live)
+    for result in results:
+        assert (
+            "teacher_mode: no teacher of this run is cached, so there is nothing" in result["error"]
+        )
+    (first, _) = world(2).run(CASES + "precompute", config=config)
+    assert first == {clip_folder.name: 2 * NUM_PAIRS}
+    table = VectorTable(tmp_path / "cache" / clip_folder.name)
+    assert (len(table), table.width) == (2 * NUM_PAIRS, CLIP_WIDTH)
+    results = world(2).run(
+        "tests.distributed.train_cases:run_train",
+        config=config,
+        ds_config=ds_file(2),
+        overrides=["max_steps=1", "eval_on_start=false", "val_data_path=null"],
+    )
+    assert "error" not in results[0], results[0]["error"]
+    assert VectorTable(table.folder).segments == table.segments

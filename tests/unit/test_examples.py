@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from vembed_ds import convert, evaluate, train, validate
+from vembed_ds import convert, evaluate, precompute_teacher, train, validate
 from vembed_ds.config.loading import load_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,6 +28,7 @@ PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "vembed_ds.train": train._parse,
     "vembed_ds.convert": convert._parser().parse_args,
     "vembed_ds.evaluate": evaluate.build_parser().parse_args,
+    "vembed_ds.precompute_teacher": precompute_teacher.build_parser().parse_args,
     "vembed_ds.validate": validate.build_parser().parse_args,
 }
 

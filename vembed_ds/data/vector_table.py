@@ -56,7 +56,10 @@ class VectorTable:
         self.folder = Path(folder)
         self.identity = read_identity(self.folder)
         if not self.identity:
-            raise DataError(f"{folder}: holds no table of vectors (no {IDENTITY_FILE})")
+            raise DataError(
+                f"{folder}: holds no table of vectors (no {IDENTITY_FILE}); give a folder that all "
+                "machines share"
+            )
         self.segments = list_segments(folder) if segments is None else list(segments)
         self._opened = [_Segment(self.folder / name) for name in self.segments]
 

@@ -18,7 +18,6 @@ from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.teacher_items import Instructions, TeacherItems
-from vembed_ds.data.vector_table import VectorTable
 from vembed_ds.distributed import comm
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.engine.teacher_config import resolve_teacher_config
@@ -31,7 +30,7 @@ from vembed_ds.teachers.ema import EmaTeacher
 from vembed_ds.teachers.first_epoch import FirstEpoch
 from vembed_ds.teachers.identity import identity_digest, processor_digest
 from vembed_ds.teachers.items import distinct_items
-from vembed_ds.teachers.precompute import precompute
+from vembed_ds.teachers.precompute import Precomputed, precompute
 from vembed_ds.teachers.teacher import Teacher, load_teacher
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.engine_setup import inference_batch_size
@@ -73,7 +72,7 @@ def load_teachers(config: Config, data: RunData) -> list[LoadedTeacher]:
         ConfigError: On every rank, when one cannot be loaded, or does not embed what the data holds.
     """
     return [
-        LoadedTeacher(number, entry, _load(entry, config, data))
+        LoadedTeacher(number, entry, load_teacher_of(entry, config, data))
         for number, entry in enumerate(teacher_entries(config.distillation))
         if entry.model_name is not None
     ]
@@ -158,7 +157,7 @@ def join_student(teachers: Teachers, model: EmbeddingModel, config: Config, *, w
 
 def precompute_teacher(
     teacher: Teacher, config: Config, data: RunData, *, folder: Path
-) -> VectorTable:
+) -> Precomputed:
     """Embed what its table in ``folder`` lacks of the training data. Collective.
 
     Raises:
@@ -178,7 +177,7 @@ def precompute_teacher(
         batch_size=size,
         num_workers=config.data.num_workers,
         timeout_seconds=loader_timeout(config),
-    ).table
+    )
 
 
 def cache_folder(config: Config, entry: TeacherEntry) -> Path:
@@ -206,7 +205,12 @@ def teacher_ds_config(entry: TeacherEntry, *, precision: str) -> dict[str, Any]:
     )
 
 
-def _load(entry: TeacherEntry, config: Config, data: RunData) -> Teacher:
+def load_teacher_of(entry: TeacherEntry, config: Config, data: RunData) -> Teacher:
+    """Load one teacher that is a model of its own, in shards. Collective.
+
+    Raises:
+        ConfigError: On every rank, when it cannot be loaded, or does not embed what the data holds.
+    """
     reference, name = entry.model_name, str(entry.name)
     assert reference is not None
     teacher = load_teacher(
@@ -275,7 +279,7 @@ def _source(
     folder = cache_folder(config, found.entry)
 
     def from_table() -> CachedTeacher:
-        table = precompute_teacher(teacher, config, data, folder=folder)
+        table, _ = precompute_teacher(teacher, config, data, folder=folder)
         teacher.close()
         return CachedTeacher(teacher.name, table, teacher.instructions, device)
 

@@ -1,0 +1,156 @@
+"""What the commands share that run on every rank: flags, start-up, one readable error per rank.
+
+Torch is imported late: ``--help`` and a mistyped flag need none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vembed_ds.config.schema import Config
+
+EXIT_ERROR = 2  # a problem the user can mend
+EXIT_UNEXPECTED = 1  # with a traceback
+SHUTDOWN_SECONDS = 10
+JOIN_MINUTES = 1.0  # for the other ranks, when this one already knows that it must end
+
+
+class Prepared(NamedTuple):
+    """What a rank does once all have joined, and how long it waits for them."""
+
+    timeout_minutes: float
+    work: Callable[[], object]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a run, and the launcher's own."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--config_override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that win over the YAML file",
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the DeepSpeed launcher")
+
+
+def announce_rank(arguments: argparse.Namespace) -> None:
+    """What the launcher says in a flag, where everything else looks for it."""
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+
+
+def load_run(arguments: argparse.Namespace) -> Config:
+    """The configuration that the flags name; rank 0 says what it should be told of it.
+
+    Raises:
+        ConfigError: It is wrong.
+    """
+    from vembed_ds.config.loading import config_notices, load_config
+    from vembed_ds.distributed import comm
+
+    config = load_config(arguments.config, arguments.config_override)
+    if comm.is_main():
+        _tell(config_notices(arguments.config, arguments.config_override))
+    return config
+
+
+def run_on_ranks(prepare: Callable[[], Prepared]) -> int:
+    """Set up this rank and do its work; an error is printed with its rank before any waiting.
+
+    Args:
+        prepare: Reads what this rank can read alone, before it joins the others.
+
+    Returns:
+        The exit code. A rank that the others still wait for exits here.
+    """
+    _quiet()
+    from vembed_ds.distributed import comm
+
+    code = _run(prepare)
+    if code and not comm.shutdown(timeout_seconds=SHUTDOWN_SECONDS):
+        os._exit(code)  # the others wait for this rank in a collective: let them see it gone
+    comm.shutdown()
+    return code
+
+
+def _run(prepare: Callable[[], Prepared]) -> int:
+    from vembed_ds.distributed import comm
+    from vembed_ds.errors import VembedError
+
+    mistake: VembedError | None = None
+    prepared = Prepared(JOIN_MINUTES, lambda: None)
+    try:
+        prepared = prepare()
+    except VembedError as error:
+        mistake = error
+        _report(error)
+    try:
+        _start(prepared.timeout_minutes)
+        # The launcher ends all ranks as soon as one exits: a later one would never say why.
+        comm.raise_together(mistake)
+        prepared.work()
+    except VembedError as error:
+        if error is not mistake:
+            _report(error)
+        return EXIT_ERROR
+    except Exception:  # noqa: BLE001 (whatever it is, this process ends with it)
+        if mistake is not None:  # the others did not come; what is wrong has been said
+            return EXIT_ERROR
+        trace = traceback.format_exc()
+        sys.stderr.write(f"vembed_ds: rank {comm.rank()} ended by an unexpected error:\n{trace}\n")
+        sys.stderr.flush()
+        return EXIT_UNEXPECTED
+    return 0
+
+
+def _report(error: Exception) -> None:
+    from vembed_ds.distributed import comm
+
+    text = str(error).replace("\n", "\n  ")
+    sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
+    sys.stderr.flush()
+
+
+def _tell(notices: Sequence[str]) -> None:
+    for notice in notices:
+        logging.getLogger("vembed_ds").warning("%s", notice)
+
+
+def _start(timeout_minutes: float) -> None:
+    """Pick this rank's device, or its share of the cores, and join the other ranks."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from vembed_ds.distributed import comm
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(comm.local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Every rank would start a thread per core, and they would wait for each other.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // comm.local_world_size()))
+    comm.init_distributed(device_type=accelerator.device_name(), timeout_minutes=timeout_minutes)
+    level = logging.INFO if comm.is_main() else logging.ERROR
+    logging.getLogger("vembed_ds").setLevel(level)
+
+
+def _quiet() -> None:
+    """Our own log lines, on standard error; other libraries from warnings up."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
