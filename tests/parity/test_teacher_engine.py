@@ -167,6 +167,7 @@ def test_hpz_keeps_a_second_shard_per_machine(
     options = {"folder": str(saved("clip")), "items": items_of("clip")}
     for found in world(4).run(f"{CASES}:compare", zero={"zero_hpz_partition_size": 2}, **options):
         assert found["error"] <= 1e-6
+        assert found["untouched"]
         assert found["after"]["live"] == 0
         total = found["after"]["total"]
         assert total * 3 / 4 <= found["after"]["shard"] <= total * 3 / 4 + 400

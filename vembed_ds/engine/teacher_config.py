@@ -57,7 +57,8 @@ def resolve_teacher_config(
     supported = {"fp32": True, "fp16": fp16_supported, "bf16": bf16_supported}
     problems += _training(config, origin)
     problems += _batch(config, origin, world_size)
-    problems += _zero(config, origin, world_size)
+    problems += _sharding(config, origin, world_size)
+    problems += _places(config["zero_optimization"], origin)
     problems += _precision(config, origin, precision)
     if not supported[precision]:
         problems.append(
@@ -92,7 +93,8 @@ def _batch(config: dict[str, Any], origin: str, world_size: int) -> Iterator[str
         config[key] = value
 
 
-def _zero(config: dict[str, Any], origin: str, world_size: int) -> Iterator[str]:
+def _sharding(config: dict[str, Any], origin: str, world_size: int) -> Iterator[str]:
+    """The stage and hpZ, which only teachers have; for the other keys training's rules hold."""
     zero = config.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 3) != 3:
         yield (
@@ -108,6 +110,10 @@ def _zero(config: dict[str, Any], origin: str, world_size: int) -> Iterator[str]
         )
     elif hpz > 1:
         zero[_HPZ] = hpz
+
+
+def _places(zero: dict[str, Any], origin: str) -> Iterator[str]:
+    """Where shards are kept, and how much is whole at one time."""
     device = value_at(zero, "offload_param.device")
     if device not in (None, "none", "cpu"):
         yield (
