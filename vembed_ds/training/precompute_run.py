@@ -7,6 +7,7 @@ import logging
 from vembed_ds.config.distillation import TeacherEntry, teacher_entries
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
+from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.errors import ConfigError
 from vembed_ds.training.data_setup import dataset_entries, setup_data
 from vembed_ds.training.loss_setup import loss_configs
@@ -33,6 +34,7 @@ def precompute_teachers(config: Config) -> dict[str, int]:
     entries = _cached(config)
     losses = loss_configs(config.loss, dataset_entries(config.data))
     data = setup_data(config, model_spec(config.model, layers=losses[0].mrl_layers or ()))
+    prepare_extensions({})  # for engines without optimizer
     embedded: dict[str, int] = {}
     for entry in entries:
         teacher, folder = load_teacher_of(entry, config, data), cache_folder(config, entry)
