@@ -1,8 +1,8 @@
 """Losses that pull a student's similarities, or embeddings, towards a teacher's.
 
 Shapes: B rows of this rank (its queries), C columns (the documents of all ranks). Every function
-gives the mean over this rank's rows, so that the mean over ranks is that of the whole batch. All
-hold ``[B, C]`` and no more.
+gives the mean over this rank's rows, so that the mean over ranks is that of the whole batch. Memory
+is a few tensors of ``[B, C]``.
 """
 
 from __future__ import annotations

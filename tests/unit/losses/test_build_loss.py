@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +19,8 @@ from vembed_ds.losses import (
     Embeddings,
     Guide,
     LossInputs,
+    TeacherScores,
+    TeacherVectors,
     build_loss,
     check_mrl_dims,
     ignored_data,
@@ -211,6 +214,70 @@ def test_every_key_of_a_loss_reaches_it(loss_type: str, option: str) -> None:
     )
     losses = build_losses(configs, DistillationConfig(), num_steps=1)
     before, after = (float(loss(inputs)) for loss in losses)
+    assert abs(before - after) > 1e-3
+
+
+# Keys of the teachers themselves; what they say goes into the loss.
+OF_THE_TEACHERS = {"teacher_model_name", "teacher_ema_decay", "teacher_scores", "teacher_mode"}
+OF_THE_TEACHERS |= {"teacher_cache", "teacher_ds_config", "teacher_precision"}
+OF_THE_TEACHERS |= {"teacher_trust_remote_code"}
+OF_THE_TEACHERS |= {"teacher_query_instruction", "teacher_document_instruction"}
+
+TWO = [{"model_name": "a"}, {"scores": True}]
+# Key: the loss it belongs to, settings it needs, and a value that is not its default.
+FOLLOWED: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "distillation_loss_type": ("kl", {}, "mse"),
+    "distillation_alpha": ("kl", {}, 0.2),
+    "distillation_alpha_end": (
+        "kl",
+        {"distillation_alpha_schedule": "linear", "distillation_alpha_end": 0.5},
+        0.1,
+    ),
+    "distillation_alpha_schedule": ("kl", {"distillation_alpha_end": 0.1}, "cosine"),
+    "distillation_temperature": ("kl", {}, 0.2),
+    "teacher_temperature": ("kl", {}, 0.2),
+    "distillation_scale": ("rank", {}, 2.0),
+    "teachers": ("mse", {}, [{**TWO[0], "weight": 3.0}, TWO[1]]),
+}
+
+
+@pytest.mark.parametrize("key", sorted(set(DistillationConfig.model_fields) - OF_THE_TEACHERS))
+def test_every_key_of_distillation_reaches_its_loss(key: str) -> None:
+    loss_type, needed, value = FOLLOWED[key]
+    settings = {"distillation_loss_type": loss_type, "teachers": TWO, **needed}
+    before, after = (
+        build_losses(
+            [LossConfig()], DistillationConfig.model_validate({**settings, **changed}), num_steps=9
+        )[0]
+        for changed in ({}, {key: value})
+    )
+    inputs = replace(full_inputs(tokens=False, guided=False, learned=False), step=2)
+    assert inputs.negative is not None
+    given = (inputs.positive, inputs.query, inputs.negative)
+    teachers = (TeacherVectors(*given), TeacherScores(torch.linspace(0, 1, 6), torch.ones(6)))
+    inputs = replace(inputs, teachers=teachers)
+    assert abs(float(before(inputs)) - float(after(inputs))) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mrl_dims", [8, 2]),
+        ("mrl_weights", [0.5, 1.0]),
+        ("mrl_layers", [1, 2]),
+        ("maxsim_reduction", "sum"),
+    ],
+)
+def test_the_tasks_prefixes_and_reduction_are_those_of_distillation(key: str, value: Any) -> None:
+    settings = {"loss_type": "colbert", "use_mrl": True, "mrl_dims": [4, 2]}
+    followed = DistillationConfig.model_validate(
+        {"teachers": TWO[:1], "distillation_alpha": 0.0, "distillation_loss_type": "mse"}
+    )
+    configs = [LossConfig.model_validate({**settings, **more}) for more in ({}, {key: value})]
+    inputs = full_inputs(tokens=True, guided=False, learned=False)
+    teacher = TeacherVectors(inputs.positive, inputs.query, inputs.negative)
+    given = replace(inputs, teachers=(teacher,))
+    before, after = (float(loss(given)) for loss in build_losses(configs, followed, num_steps=1))
     assert abs(before - after) > 1e-3
 
 

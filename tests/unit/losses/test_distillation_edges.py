@@ -191,3 +191,38 @@ def test_regression_refuses_token_embeddings() -> None:
     inputs = LossInputs(tokens, tokens)
     with pytest.raises(ValueError, match="compares one vector per item, not one per token"):
         regression(inputs, TeacherVectors(*[Embeddings(torch.ones(2, 6))] * 2), None)
+
+
+def pairs_of(noise: float) -> list[Tensor]:
+    """256 pairs around common centres."""
+    centres = draw(256, 64, seed=0)
+    return [centres + noise * draw(256, 64, seed=seed) for seed in (1, 2)]
+
+
+def gradient_norm(distillation: Distillation) -> float:
+    leaves = [values.requires_grad_() for values in pairs_of(1.0)]
+    teacher = TeacherVectors(*map(Embeddings, pairs_of(0.5)))
+    inputs = LossInputs(*map(Embeddings, leaves), teachers=(teacher,))
+    loss = build_loss("infonce", temperature=0.05, distillation=distillation)(inputs)
+    return torch.cat(torch.autograd.grad(loss, leaves)).norm().item()
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "times"),
+    [
+        ("kl", 1.0, 1100),
+        ("kl", 0.1, 145),
+        ("kl", 0.05, 400),
+        ("mse", 1.0, 600),
+        ("margin_mse", 1.0, 14),
+        ("rank", 1.0, 1.55),
+        ("regression", 1.0, 24),
+    ],
+)
+def test_how_much_larger_the_gradient_of_the_task_is(
+    name: str, temperature: float, times: float
+) -> None:
+    """The figures of docs/losses.md, from which a user chooses alpha."""
+    alone = followed(name, temperature=temperature)
+    task = gradient_norm(replace(alone, alpha=lambda step: 1.0))
+    assert task / gradient_norm(alone) == pytest.approx(times, rel=0.05)
