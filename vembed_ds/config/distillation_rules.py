@@ -80,12 +80,20 @@ def _alpha(section: DistillationConfig) -> Iterator[str]:
 
 
 def _unread_keys(section: DistillationConfig) -> Iterator[str]:
-    for key, loss_type in ONLY_WITH.items():
-        value = getattr(section, key)
-        if value != _default(key) and section.distillation_loss_type != loss_type:
+    chosen = section.distillation_loss_type
+    values = {key: getattr(section, key) for key in ONLY_WITH}
+    read_by = {
+        key: loss_type for key, loss_type in ONLY_WITH.items() if values[key] != _default(key)
+    }
+    for place, entry in enumerate(section.teachers):
+        if entry.temperature is not None:
+            key = f"teachers[{place}].temperature"
+            values[key], read_by[key] = entry.temperature, "kl"
+    for key, loss_type in read_by.items():
+        if chosen != loss_type:
             yield (
-                f"{key}={value!r}: distillation_loss_type={section.distillation_loss_type} does not "
-                f"use it; remove {key}, or set distillation_loss_type: {loss_type}"
+                f"{key}={values[key]!r}: distillation_loss_type={chosen} does not use it; remove "
+                f"{key}, or set distillation_loss_type: {loss_type}"
             )
 
 

@@ -117,7 +117,7 @@ def train(
     )
     prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
     model, width = prepare_model(config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes)
-    join_student(teachers, model, config, width=width)
+    join_student(teachers, model, config, width=width, mrl_dims=prefixes)
     engine = start_engine(config, model, ds_config, intervals)
     if checkpoint is not None:
         load_checkpoint(engine.engine, checkpoint)

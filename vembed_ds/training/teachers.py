@@ -126,7 +126,14 @@ def prepare_teachers(
     return Teachers(sources, widths=widths)
 
 
-def join_student(teachers: Teachers, model: EmbeddingModel, config: Config, *, width: int) -> None:
+def join_student(
+    teachers: Teachers,
+    model: EmbeddingModel,
+    config: Config,
+    *,
+    width: int,
+    mrl_dims: Sequence[int],
+) -> None:
     """Add what needs the student: its averages, and projections to the spaces of its teachers.
 
     Collective, before the student's engine is made.
@@ -136,6 +143,7 @@ def join_student(teachers: Teachers, model: EmbeddingModel, config: Config, *, w
         model: Whole, with everything frozen that will be.
         config: The run's configuration.
         width: D, dimensions of an embedding (of one layer's).
+        mrl_dims: Prefixes that the loss of any data set compares.
     """
     section = config.distillation
     for number, entry in enumerate(teacher_entries(section)):
@@ -151,7 +159,7 @@ def join_student(teachers: Teachers, model: EmbeddingModel, config: Config, *, w
         return
     for number, teacher_width in sorted(teachers.widths.items()):
         # Of a Matryoshka prefix, too, the whole of the teacher's embedding is asked for.
-        if teacher_width != width or config.loss.use_mrl:
+        if teacher_width != width or mrl_dims:
             model.add_teacher_projection(number, width=width, teacher_width=teacher_width)
 
 

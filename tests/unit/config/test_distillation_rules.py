@@ -110,6 +110,14 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
             "distillation_scale, or set distillation_loss_type: rank",
         ),
         (
+            {
+                "teachers": [{"scores": True}, {"model_name": "a/b", "temperature": 2.0}],
+                "distillation_loss_type": "rank",
+            },
+            "teachers[1].temperature=2.0: distillation_loss_type=rank does not use it; remove "
+            "teachers[1].temperature, or set distillation_loss_type: kl",
+        ),
+        (
             {"teachers": [{"model_name": "a/b", "scores": True}]},
             "teachers[0]: expected one of model_name, ema_decay and scores, found model_name and "
             "scores; give one",
