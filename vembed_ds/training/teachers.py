@@ -71,9 +71,13 @@ def load_teachers(config: Config, data: RunData) -> list[LoadedTeacher]:
     Raises:
         ConfigError: On every rank, when one cannot be loaded, or does not embed what the data holds.
     """
+    entries = teacher_entries(config.distillation)
+    for entry in entries:  # of all, averages of the student too, before one is loaded
+        if not entry.scores:
+            teacher_ds_config(entry, precision=_precision(entry, config))
     return [
         LoadedTeacher(number, entry, load_teacher_of(entry, config, data))
-        for number, entry in enumerate(teacher_entries(config.distillation))
+        for number, entry in enumerate(entries)
         if entry.model_name is not None
     ]
 
@@ -150,7 +154,7 @@ def join_student(
         if entry.ema_decay is not None:
             average = EmaTeacher(
                 model,
-                ds_config=teacher_ds_config(entry, precision=config.model.precision),
+                ds_config=teacher_ds_config(entry, precision=_precision(entry, config)),
                 decay=entry.ema_decay,
             )
             teachers.sources[number] = EmaSource(average, num_layers=model.num_layers)
@@ -224,7 +228,7 @@ def load_teacher_of(entry: TeacherEntry, config: Config, data: RunData) -> Teach
     teacher = load_teacher(
         {"config": reference.config} if isinstance(reference, ScratchModel) else reference,
         name=name,
-        ds_config=teacher_ds_config(entry, precision=entry.precision or "fp32"),
+        ds_config=teacher_ds_config(entry, precision=_precision(entry, config)),
         query_instruction=entry.query_instruction,
         document_instruction=entry.document_instruction,
         processor=_stated_processor(reference) if isinstance(reference, ScratchModel) else None,
@@ -240,6 +244,13 @@ def load_teacher_of(entry: TeacherEntry, config: Config, data: RunData) -> Teach
         teacher.width,
     )
     return teacher
+
+
+def _precision(entry: TeacherEntry, config: Config) -> str:
+    """A teacher's own; of an average, the student's."""
+    if entry.ema_decay is not None:
+        return config.model.precision
+    return str(entry.precision)
 
 
 def _stated_processor(reference: ScratchModel) -> ItemProcessor:
