@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ _STATED_POOLING = {
     "pooling_mode_lasttoken": "last_token",
 }
 _SENTENCE_TRANSFORMERS = ("Transformer", "Pooling", "Normalize")
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # a folder of the hub's cache
 # DINOv3 draws one distortion of its coordinates per forward call, for all images of the chunk.
 _NOISE_PER_CALL = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 
@@ -213,6 +215,13 @@ def repository_file(source: BackboneSource, name: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if file is None else Path(file)
+
+
+def cached_revision(source: BackboneSource) -> str | None:
+    """The commit of a hub model in the local cache; ``None``: it is in a folder of its own."""
+    files = [repository_file(source, name) for name in ("config.json", "adapter_config.json")]
+    found = [_SNAPSHOT.search(file.as_posix()) for file in files if file is not None]
+    return next((match[1] for match in found if match is not None), None)
 
 
 def kind_of(backbone: nn.Module) -> BackboneKind:

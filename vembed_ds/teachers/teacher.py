@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,16 +15,13 @@ from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.distributed import comm
 from vembed_ds.engine.teacher_engine import Partitioner, Residence, TeacherEngine, teacher_dtype
 from vembed_ds.errors import ConfigError, one_line
-from vembed_ds.inference import SavedModel, find_model, load_processor
-from vembed_ds.models.backbones import BackboneSource, repository_file
+from vembed_ds.inference import find_model, load_processor
+from vembed_ds.models.backbones import BackboneSource, cached_revision
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.hollow import HollowModel, build_hollow
-from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.teachers.identity import combined_digest, processor_digest, tensor_digest
 from vembed_ds.teachers.items import read_instruction
-
-_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,8 @@ def _prepare(
             saved = find_model(reference, trust_remote_code=trust_remote_code)
             hollow = build_hollow(saved.spec)
             processor = processor or load_processor(saved, hollow.model)
-            settings, revision = saved.settings, _revision(saved)
+            settings = saved.settings
+            revision = cached_revision(BackboneSource(name=saved.source))
         else:
             hollow, settings, revision = _random(reference["config"], seed), {}, None
         if processor is None:
@@ -193,14 +190,6 @@ def _random(config: Mapping[str, Any], seed: int) -> HollowModel:
         torch.manual_seed(seed)
         encoder = build_encoder(ModelSpec({"": BackboneSource(config=config)}))
     return HollowModel(EmbeddingModel(encoder).eval().requires_grad_(False), frozenset(), ())
-
-
-def _revision(saved: SavedModel) -> str | None:
-    """The commit of a hub model in the local cache; ``None``: it is a folder."""
-    source = BackboneSource(name=saved.source)
-    files = [repository_file(source, name) for name in ("config.json", ADAPTER_CONFIG)]
-    found = [_SNAPSHOT.search(file.as_posix()) for file in files if file is not None]
-    return next((match[1] for match in found if match is not None), None)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, Qwen3MoeConfig,
 
 from tests.parity.families import FAMILIES
 from vembed_ds.errors import ConfigError
-from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.backbones import BackboneSource, cached_revision
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.hollow import HollowModel, build_hollow
+from vembed_ds.models.stored import weight_files
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = BertConfig(vocab_size=40, intermediate_size=24, **SMALL)
@@ -212,6 +214,21 @@ def test_files_cut_short_after_the_start(bert: Path) -> None:
         ConfigError, match=r"embeddings.LayerNorm.bias cannot be read: No such file"
     ):
         list(hollow.tensors())
+
+
+def test_the_revision_of_a_hub_model(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "cache" / "models--someone--bert"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(bert, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    source = BackboneSource(name="someone/bert")
+    assert cached_revision(source) == commit
+    assert weight_files(source) == [repository / "snapshots" / commit / "model.safetensors"]
+    assert cached_revision(BackboneSource(name=str(bert))) is None
 
 
 def test_a_quantised_model(bert: Path) -> None:
