@@ -1,7 +1,8 @@
 """An EMA teacher in shards is the average that one process would keep of the whole weights.
 
 The teacher's parameters stay gathered between forward passes where nothing else is said (all are
-below the threshold), and it embeds between any two updates: a stale weight would show. Model, stage and placement of the student enter where its shard is looked up.
+below the threshold), and it embeds between any two updates: a stale weight would show. Model,
+stage and placement of the student enter where its shard is looked up.
 """
 
 from __future__ import annotations
