@@ -19,6 +19,12 @@ FOLLOWS_ONE = ("teacher_model_name", "teacher_ema_decay", "teacher_scores")
 NOT_FOR_SCORES = ("mode", "ds_config", "precision", "query_instruction", "document_instruction")
 NOT_FOR_EMA = ("mode", "precision", "query_instruction", "document_instruction")
 
+OF_MODELS = (
+    *("teacher_mode", "teacher_precision", "teacher_trust_remote_code"),
+    *("teacher_query_instruction", "teacher_document_instruction"),
+)
+"""Of teachers that are models of their own."""
+
 ONLY_WITH = {"distillation_scale": "rank", "teacher_temperature": "kl"}
 
 
@@ -36,7 +42,7 @@ def distillation_problems(config: Config) -> Iterator[str]:
     for entry in teacher_entries(section):
         yield from _teacher(config, entry)
     yield from _names(section)
-    yield from _cache(section)
+    yield from _unused_by_teachers(section)
 
 
 def _without_teacher(section: DistillationConfig) -> Iterator[str]:
@@ -162,8 +168,16 @@ def _names(section: DistillationConfig) -> Iterator[str]:
             yield f"teachers: the name {name!r} is that of a folder too; use letters, digits, - and _"
 
 
-def _cache(section: DistillationConfig) -> Iterator[str]:
-    modes = {entry.mode for entry in teacher_entries(section) if entry.model_name is not None}
+def _unused_by_teachers(section: DistillationConfig) -> Iterator[str]:
+    """What is set for all teachers, of whom none reads it."""
+    entries = teacher_entries(section)
+    modes = {entry.mode for entry in entries if entry.model_name is not None}
+    unread = () if modes else OF_MODELS
+    if all(entry.scores for entry in entries):
+        unread = (*unread, "teacher_ds_config")
+    for key in unread:
+        if (value := getattr(section, key)) != _default(key):
+            yield f"{key}={value!r}: no teacher is a model that reads it; remove {key}"
     if section.teacher_cache is not None and not modes & {"cached", "first_epoch"}:
         yield (
             f"teacher_cache={section.teacher_cache!r}: no teacher is cached; set teacher_mode: "

@@ -178,6 +178,15 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
             "teachers: the name 'a/b' is that of a folder too; use letters, digits, - and _",
         ),
         (
+            {"teacher_ema_decay": 0.9, "teacher_precision": "bf16"},
+            "teacher_precision='bf16': no teacher is a model that reads it; remove teacher_precision",
+        ),
+        (
+            {"teacher_scores": True, "teacher_ds_config": "train.jsonl"},
+            "teacher_ds_config='train.jsonl': no teacher is a model that reads it; remove "
+            "teacher_ds_config",
+        ),
+        (
             TEACHER | {"teacher_cache": "there"},
             "teacher_cache='there': no teacher is cached; set teacher_mode: cached or first_epoch, "
             "or remove teacher_cache",
