@@ -23,8 +23,9 @@ from benchmarks.distillation_plain import (
     ALPHA,
     TEACHER,
     TEMPERATURE,
-    count_parameters,
+    Size,
     plain_step,
+    size_of,
     write_inputs,
 )
 from benchmarks.distillation_report import ALONE, summarize, table
@@ -74,7 +75,7 @@ def main() -> None:
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         num_pairs = arguments.ranks * BATCH_SIZE * arguments.steps
         texts = write_inputs(folder, num_pairs=num_pairs, hpz=HPZ)
-        sizes = {model: count_parameters(folder, model) for model in ("student", "teacher")}
+        sizes = {model: size_of(folder, model) for model in ("student", "teacher")}
         rounds = [
             {
                 name: run_ranks(measure, name, folder, number, arguments, ranks=arguments.ranks)
@@ -98,23 +99,27 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"rows": rows, "rounds": rounds}, indent=1))
 
 
-def predict_bytes(name: str, *, ranks: int, student: int, teacher: int) -> float:
+def predict_bytes(name: str, *, ranks: int, student: Size, teacher: Size) -> float:
     """What a rank sends in a step for the sake of its teachers.
 
-    A sharded teacher is gathered once for each of its forward passes, and a ring's rank sends
-    ``(N - 1) / N`` of what is gathered. With hpZ, N are the ranks that share its second shards.
+    A sharded teacher is gathered once for each of its forward passes, and the loss gathers what
+    each teacher, cached ones too, says of the positives. Of a tensor that is gathered, a rank of a
+    ring sends ``(N - 1) / N``; with hpZ, N are the ranks that share its second shards.
 
     Args:
         name: The variant.
         ranks: Size of the world.
-        student: Parameters, those that no embedding depends on (a pooler) with it: they travel too.
-        teacher: Likewise.
+        student: The EMA teacher's size.
+        teacher: The others'.
     """
     chunks = ITEMS // CHUNK_SIZE
-    forwards = {ALONE: 0, "cached": 0, "live, one forward": 1, "two live": 2 * chunks}
+    number = {ALONE: 0, "two live": 2}.get(name, 1)
+    forwards = {"cached": 0, "live, one forward": 1}.get(name, chunks)
     group = HPZ if name == "live, hpZ" else ranks
     size = student if name == "EMA" else teacher
-    return forwards.get(name, chunks) * size * 4 * (group - 1) / group
+    weights = forwards * size.parameters * (group - 1) / group
+    vectors = BATCH_SIZE * size.width * (ranks - 1)
+    return number * 4 * (weights + vectors)
 
 
 def measure(

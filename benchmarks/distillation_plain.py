@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,17 @@ def write_inputs(folder: Path, *, num_pairs: int, hpz: int) -> list[Pair]:
     return pairs
 
 
-def count_parameters(folder: Path, model: str) -> int:
-    """Parameters of the ``student`` or ``teacher``."""
-    return sum(p.numel() for p in _load(folder, model).parameters())
+class Size(NamedTuple):
+    """Of a model: all its parameters, and the dimensions of an embedding."""
+
+    parameters: int
+    width: int
+
+
+def size_of(folder: Path, model: str) -> Size:
+    """Of the ``student`` or the ``teacher``."""
+    found = _load(folder, model)
+    return Size(sum(p.numel() for p in found.parameters()), found.config.hidden_size)
 
 
 def plain_step(folder: Path, pairs: Sequence[Pair], teacher: str | None) -> dict[str, float]:

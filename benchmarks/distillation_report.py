@@ -16,9 +16,9 @@ COLUMNS = {
     "ratio": "{ratio:.2f}",
     "wall s": "{seconds:.2f}",
     "forwards": "{forwards:g}",
-    "predicted MB": "{predicted_mb:.1f}",
-    "counted MB": "{counted_mb:.1f}",
-    "wire MB": "{wire_mb:.1f}",
+    "predicted MB": "{predicted_mb:.2f}",
+    "counted MB": "{counted_mb:.2f}",
+    "wire MB": "{wire_mb:.2f}",
     "teacher MB": "{resident_mb:.1f}",
     "peak MB": "{peak_mb:.0f}",
 }
@@ -73,6 +73,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         right = row["error"] <= TOLERANCE
         cells = [form.format(**row) if right else "-" for form in COLUMNS.values()]
+        cells = ["-" if cell == "nan" else cell for cell in cells]
         gate = f"{row['loss']:.6f}, {row['grad_norm']:.6f}{'' if right else ' WRONG'}"
         lines.append(f"| {row['variant']} | {' | '.join(cells)} | {gate} | {row['error']:.0e} |")
     prepared = [row for row in rows if row["preparation_forwards"]]

@@ -9,11 +9,7 @@ the gate: a variant that differs from plain PyTorch gets no figures.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import BertConfig, BertModel
+
+from benchmarks.measuring import memory, reset_peak, run_ranks
 
 PAIRS, LENGTH, CHUNK, STEPS = 256, 16, 32, 4
 MODEL = {
@@ -41,32 +39,20 @@ Step = Callable[[], tuple[float, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant:
-        print(json.dumps(measure(arguments.variant)))
-        return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(arguments.rounds):
         for name in VARIANTS:
-            found[name].append(run_apart(name))
+            found[name] += run_ranks(measure, name, ranks=1)
     print(table(found))
 
 
-def run_apart(variant: str) -> dict[str, float]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "benchmarks.step", "--variant", variant]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def measure(variant: str) -> dict[str, float]:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = BertModel(BertConfig(**MODEL), add_pooling_layer=False)
     ids = torch.randint(2, MODEL["vocab_size"], (2 * PAIRS, LENGTH))
     step = plain_step(model, ids) if variant == "plain" else engine_step(model, ids, variant)
-    before = _reset_peak()
+    before = reset_peak()
     loss, norm = step()
     seconds = []
     for _ in range(STEPS - 1):
@@ -77,7 +63,7 @@ def measure(variant: str) -> dict[str, float]:
         "loss": loss,
         "grad_norm": norm,
         "cpu_seconds": statistics.median(seconds),
-        "peak_mb": (_status("VmHWM") - before) / 1024,
+        "peak_mb": (memory("VmHWM") - before) / 1024,
     }
 
 
@@ -100,7 +86,6 @@ def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     from vembed_ds.data.batches import plan_step
     from vembed_ds.data.collators import Batch
     from vembed_ds.data.processors import EncodedItem
-    from vembed_ds.distributed import comm
     from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
     from vembed_ds.engine.initialize import initialize_engine
     from vembed_ds.losses import build_loss
@@ -109,7 +94,6 @@ def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     from vembed_ds.steps.gradient_cache import compute_gradient
     from vembed_ds.training.loss_inputs import loss_inputs
 
-    comm.init_distributed(device_type="cpu", timeout_minutes=5)
     stage, kind = variant.split("-")
     tower = TowerEncoder(model, pooling="mean", projection=None)
     wrapped = EmbeddingModel(TowersEncoder({"text": tower}))
@@ -169,17 +153,6 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
         ratio = middle["cpu_seconds"] / plain["cpu_seconds"]
         lines.append(f"| {name} | {ratio:.2f}x | {middle['peak_mb']:.0f} MB | {gate} |")
     return "\n".join(lines)
-
-
-def _reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    """Kilobytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 if __name__ == "__main__":
