@@ -1,6 +1,6 @@
 """What teachers cost: step time, bytes sent and memory, against no teacher, in one run.
 
-``python -m benchmarks.distillation [--ranks 2] [--steps 8] [--rounds 3]``: a student of 4.4 million
+``python -m benchmarks.distillation [--ranks 2] [--steps 8] [--rounds 3]``: a student of 4.3 million
 parameters follows all-MiniLM-L6 (22.7 million) through the project's own training loop. In every
 round each variant trains in a world of its own, in turn, from the same weights on the same batches.
 Loss and gradient norm of the first step are the gate: a variant that differs from plain PyTorch in
