@@ -20,6 +20,7 @@ from vembed_ds.losses import build_loss
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import compute_gradient
 from vembed_ds.training.loss_inputs import GUIDE, loss_inputs
 
@@ -172,7 +173,12 @@ def _share(step: int, case: dict[str, Any]) -> Batch:
         negative_counts=COUNTS[pairs],
         labels=LABELS[pairs] if "labels" in case else None,
         scores=SCORES[pairs] if "scores" in case else None,
-        vectors={GUIDE: {r: v[places[r]] for r, v in make_guide(step).items()}}
+        vectors={
+            GUIDE: {
+                role: Embeddings(torch.from_numpy(rows[places[role]]))
+                for role, rows in make_guide(step).items()
+            }
+        }
         if "guide" in case
         else {},
     )
