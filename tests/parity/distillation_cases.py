@@ -41,7 +41,8 @@ def train(
     heads: Mapping[str, Any],
     ds_config: dict[str, Any],
 ) -> dict[str, Any]:
-    """Losses, norms and whole parameters; and of the teachers what they hold and how often they ran."""
+    """Losses, norms and whole parameters; and live teachers' forward passes so far, behind their
+    word and behind the replay of each step."""
     name = scenario.student
     torch.manual_seed(1)
     folder, composed = Path(folders[name]), name in COMPOSED
@@ -69,9 +70,19 @@ def train(
         teachers=Teachers(sources, widths={}),
     )
     model.train()
-    losses, norms = [], []
+    losses, norms, asked, forwards = [], [], [], []
+    live = [s.teacher for s in sources.values() if isinstance(s, LiveTeacher)]
+    judge = loop.teachers.judge
+
+    def count(*arguments: Any) -> Any:
+        said = judge(*arguments)
+        asked.append([teacher.forwards for teacher in live])
+        return said
+
+    loop.teachers.judge = count  # type: ignore[method-assign]
     for batch in loop.batches():
         result = loop.compute_gradient(batch)
+        forwards.append([teacher.forwards for teacher in live])
         norm = engine.step()
         loop.step += 1
         loop.teachers.after_step(loop.step, updated=norm is not None)
@@ -80,13 +91,12 @@ def train(
     found = {
         family_cases._name(n, composed=composed): p for n, p in whole_parameters(engine).items()
     }
-    live = [s.teacher for s in sources.values() if isinstance(s, LiveTeacher)]
     result = {
         "losses": losses,
         "norms": norms,
         "after": found,
-        "forwards": [teacher.forwards for teacher in live],
-        "chunks": len(loop.plan(_batch(scenario, items, 2)).chunks),
+        "asked": asked,
+        "forwards": forwards,
     }
     for teacher in live:
         teacher.close()

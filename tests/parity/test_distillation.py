@@ -87,8 +87,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     return prepare
 
 
-# Teachers come before the student's engine and know nothing of its stage: a few run at every one.
-EVERY_STAGE = ("kl of another family and width", "rank, two teachers and scores", "moving average")
+# Teachers come before the student's engine and know nothing of its stage: a few run at every one;
+# so does what the student learns for them.
+EVERY_STAGE = (
+    "kl of another family and width",
+    "margin_mse, teacher offloaded",
+    "rank, two teachers and scores",
+    "regression, two teachers, one by a projection",
+    "moving average",
+)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +121,7 @@ def test_following_teachers(
         **made,
     )
     check(plain, results)
+    for result in results:
+        # In every step, and not again in its replay.
+        assert result["forwards"] == result["asked"]
+        assert all(len(set(counts)) == 3 for counts in zip(*result["asked"], strict=True))
