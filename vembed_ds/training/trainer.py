@@ -52,14 +52,14 @@ class Trainer(TrainingLoop):
         scheduler: That the engine was made with.
         teacher_model: From :func:`build_teacher_model`; it is held in shards, and embeds the inputs
             that the student gets, so it must take the same. How it is followed, the configuration's
-            ``distillation_*`` say. ``None``: no teacher.
+            ``distillation_*`` say. ``None``: the configuration has no teacher.
         distillation_loss_fn: Only ``None``: ``distillation_loss_type`` names the loss.
         evaluator: Computes the loss on ``val_dataloader``; ``None``: one is made.
         val_dataloader: Validation batches; ``None``: no evaluation.
 
     Raises:
-        ConfigError: A teacher of another make, a distillation loss of one's own, or a schedule that
-            the engine does not have.
+        ConfigError: A teacher of another make, or another than is configured; a distillation loss
+            of one's own; or a schedule that the engine does not have.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class Trainer(TrainingLoop):
         self.evaluator = evaluator
         training = self.config.training
         items = TensorItems()
+        _check_teacher(teacher_model, self.config)
         intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
         task, teachers = criterion, NO_TEACHERS
         if teacher_model is not None:
@@ -169,19 +170,46 @@ class Trainer(TrainingLoop):
         return {"loss": self.evaluator.evaluate(batches, global_step=self.step)}
 
 
-def _teachers(model: Any, config: Config) -> Teachers:
-    """The teacher in shards. Collective."""
+def _check_teacher(model: Any, config: Config) -> None:
+    """Refuse a teacher that would be skipped, or not followed as the configuration says."""
+    entries = teacher_entries(config.distillation)
+    if model is None and entries:
+        raise ConfigError(
+            f"teacher_model=None: the configuration has a teacher, {entries[0].name!r}; pass "
+            "build_teacher_model(config), or remove it from the configuration"
+        )
+    if model is None:
+        return
     if not isinstance(model, EmbeddingModel):
         raise ConfigError(
             f"teacher_model: {type(model).__name__} is no EmbeddingModel; make it by "
             "build_teacher_model"
         )
-    entries = teacher_entries(config.distillation)
-    if len(entries) != 1:
+    if len(entries) != 1 or entries[0].model_name is None:
         raise ConfigError(
             "teacher_model: the configuration must name one teacher; set teacher_model_name"
         )
-    ds_config = teacher_ds_config(entries[0], precision=config.distillation.teacher_precision)
+    unread = {
+        key: value
+        for key in ("query_instruction", "document_instruction")
+        if (value := getattr(entries[0], key)) is not None
+    }
+    if entries[0].mode != "live":
+        unread["mode"] = entries[0].mode
+    if unread:
+        raise ConfigError(
+            [
+                f"teacher_{key}={value!r}: here the teacher is live, and gets the student's own "
+                f"tensors; remove teacher_{key}, or train by vembed_ds.train"
+                for key, value in unread.items()
+            ]
+        )
+
+
+def _teachers(model: EmbeddingModel, config: Config) -> Teachers:
+    """The teacher in shards. Collective."""
+    (entry,) = teacher_entries(config.distillation)
+    ds_config = teacher_ds_config(entry, precision=config.distillation.teacher_precision)
     engine = TeacherEngine(model.requires_grad_(False), ds_config=ds_config)
     return Teachers({0: SameInputs(engine)}, widths={})
 

@@ -275,15 +275,33 @@ def test_adapters_come_before_the_engine(clip_folder: Path) -> None:
         ({"distillation_loss_fn": len}, "distillation_loss_fn: a function of one rank's"),
         ({"teacher_model": nn.Linear(1, 1)}, "teacher_model: Linear is no EmbeddingModel"),
         ({"teacher_model": "TEACHER"}, "the configuration must name one teacher"),
+        ({"teacher_ema_decay": 0.9}, "teacher_model=None: the configuration has a teacher, 'ema'"),
+        (
+            {"teacher_model": "TEACHER", "teacher_ema_decay": 0.9},
+            "the configuration must name one teacher",
+        ),
+        (
+            {"teacher_model": "TEACHER", "teacher_model_name": "a/b", "teacher_mode": "cached"},
+            "teacher_mode='cached': here the teacher is live, and gets the student's own tensors",
+        ),
+        (
+            {"teacher_model": "TEACHER", "teacher_model_name": "a/b"}
+            | {"teacher_query_instruction": "q: "},
+            "teacher_query_instruction='q: ': here the teacher is live",
+        ),
     ],
 )
 def test_a_teacher_that_a_trainer_cannot_follow_is_refused(
     clip_folder: Path, given: dict[str, Any], message: str
 ) -> None:
-    config = {"model_name": str(clip_folder)}
-    if given.get("teacher_model") == "TEACHER":
-        teacher = published.build_teacher_model(config | {"teacher_model_name": str(clip_folder)})
-        given = {"teacher_model": teacher}
+    arguments = {
+        key: given[key] for key in given if key in ("distillation_loss_fn", "teacher_model")
+    }
+    settings = {key: given[key] for key in given if key not in arguments}
+    config = {"model_name": str(clip_folder), **settings}
+    if arguments.get("teacher_model") == "TEACHER":
+        named = {"teacher_model_name": str(clip_folder)}
+        arguments = {"teacher_model": published.build_teacher_model(named)}
     with pytest.raises(ConfigError, match=message):
         published.Trainer(
             nn.Linear(1, 1),
@@ -292,7 +310,7 @@ def test_a_teacher_that_a_trainer_cannot_follow_is_refused(
             criterion=None,
             engine=None,
             config=config,
-            **given,
+            **arguments,
         )
 
 
