@@ -12,7 +12,7 @@ from vembed_ds.losses import Guide, LossInputs, TeacherScores, TeacherVectors
 from vembed_ds.similarity import Embeddings
 from vembed_ds.streams import projection_name
 
-GUIDE = "guide"  # name of the guide's vectors in a batch
+GUIDE = "/guide"  # name of the guide's vectors in a batch; a teacher's name has no slash
 
 
 def loss_inputs(

@@ -43,6 +43,7 @@ def test_every_field_is_passed_on() -> None:
 
 def test_what_the_data_lacks_is_none() -> None:
     rows = {role: Embeddings(torch.randn(2, 3)) for role in ("query", "positive")}
-    found = loss_inputs(Batch(indices=[0, 1]), rows, {})
+    # Not even a cached teacher of that name is taken for a guide.
+    found = loss_inputs(Batch(indices=[0, 1], vectors={"guide": rows}), rows, {})
     for name in ("negative", "negative_counts", "labels", "scores", "guide", "logit_scale"):
         assert getattr(found, name) is None
