@@ -42,8 +42,8 @@ def load_average(folder: Path, *, like: Mapping[str, Tensor]) -> dict[str, Tenso
         CheckpointError: The file is missing or damaged, or another number of ranks or another
             model wrote it.
     """
-    check_average(folder)
     path = _file(folder)
+    _check(path)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -58,16 +58,8 @@ def load_average(folder: Path, *, like: Mapping[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-def check_average(folder: Path) -> None:
-    """See that the average of this rank is there, before a model is loaded.
-
-    Args:
-        folder: A checkpoint.
-
-    Raises:
-        CheckpointError: As in :func:`load_average`, but for what needs the model.
-    """
-    path = _file(folder)
+def _check(path: Path) -> None:
+    """See that the average of this rank is there, and of as many ranks."""
     if not path.is_file():
         raise CheckpointError(
             f"{path}: missing, so the teacher_ema_decay of this run has no average to go on from; "
