@@ -154,4 +154,4 @@ def _name_of(entry: TeacherEntry) -> str:
         return "ema"
     if isinstance(entry.model_name, ScratchModel):
         return str(entry.model_name.config["model_type"])
-    return re.sub(r"[^\w.-]+", "-", Path(entry.model_name or "teacher").name)
+    return re.sub(r"[^\w.-]+", "-", Path(entry.model_name or "").name).lstrip(".") or "teacher"

@@ -39,6 +39,7 @@ def distillation_problems(config: Config) -> Iterator[str]:
     yield from _unread_keys(section)
     for place, entry in enumerate(section.teachers):
         yield from _entry(f"teachers[{place}]", entry)
+    yield from _vectors_only(config)
     for entry in teacher_entries(section):
         yield from _teacher(config, entry)
     yield from _names(section)
@@ -63,6 +64,8 @@ def _lists(section: DistillationConfig) -> Iterator[str]:
             yield f"{key}={value!r}: stands beside teachers; make it one of the list"
     if not any(entry.weight for entry in section.teachers):
         yield "teachers: all weights are 0, so nothing would be followed; give one a weight above 0"
+    if sum(entry.ema_decay is not None for entry in section.teachers) > 1:
+        yield "teachers: a checkpoint holds one average of the student; keep one ema_decay"
 
 
 def _alpha(section: DistillationConfig) -> Iterator[str]:
@@ -121,20 +124,29 @@ def _entry(key: str, entry: TeacherEntry) -> Iterator[str]:
                 yield f"{key}.{name}={value!r}: has no effect with {source}; remove it"
 
 
-def _teacher(config: Config, entry: TeacherEntry) -> Iterator[str]:
-    """What a teacher does not go together with."""
-    name, section = entry.name, config.distillation
-    regression = section.distillation_loss_type == "regression"
-    if entry.scores and regression:
-        yield (
-            f"distillation_loss_type=regression: teacher {name!r} gives scores, and this loss "
-            "compares embeddings; choose another loss"
-        )
-    if regression and config.model.pooling_method == "none":
+def _vectors_only(config: Config) -> Iterator[str]:
+    """What regression, which compares one vector per item, does not go together with."""
+    section = config.distillation
+    if section.distillation_loss_type != "regression":
+        return
+    for entry in teacher_entries(section):
+        if entry.scores:
+            yield (
+                f"distillation_loss_type=regression: teacher {entry.name!r} gives scores, and this "
+                "loss compares embeddings; choose another loss"
+            )
+    if config.model.pooling_method == "none":
         yield (
             "distillation_loss_type=regression: compares one vector per item, and pooling_method="
             "none gives one per token; choose another loss"
         )
+
+
+def _teacher(config: Config, entry: TeacherEntry) -> Iterator[str]:
+    """What a teacher does not go together with."""
+    name = entry.name
+    if entry.ds_config is not None and not Path(entry.ds_config).is_file():
+        yield f"teacher_ds_config={entry.ds_config!r}: no such file; check the path"
     if entry.ema_decay is not None and config.model.load_in_4bit:
         yield (
             f"load_in_4bit=True: teacher {name!r} averages the student's weights, which was not "
@@ -155,8 +167,6 @@ def _teacher(config: Config, entry: TeacherEntry) -> Iterator[str]:
             f"teacher_mode={entry.mode}: embeds every item once, and streaming does not know them "
             "all; set teacher_mode: live, or streaming: false"
         )
-    if entry.ds_config is not None and not Path(entry.ds_config).is_file():
-        yield f"teacher_ds_config={entry.ds_config!r}: no such file; check the path"
 
 
 def _names(section: DistillationConfig) -> Iterator[str]:
@@ -164,7 +174,7 @@ def _names(section: DistillationConfig) -> Iterator[str]:
     if repeated := {name for name in names if names.count(name) > 1}:
         yield f"teachers: {min(repeated)!r} stands there twice; give each a name of its own"
     for name in names:
-        if not re.fullmatch(r"[\w.-]+", name):
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # no path, and not "..", which is one
             yield f"teachers: the name {name!r} is that of a folder too; use letters, digits, - and _"
 
 

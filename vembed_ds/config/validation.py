@@ -377,10 +377,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("topk_tokens", "pooling_method"), _late_interaction),
     (LOSS_KEYS, loss_problems),
     (
-        (
-            *(*DISTILLATION_KEYS, "pooling_method", "streaming", "load_in_4bit", "precision"),
-            "max_steps",
-        ),
+        (*DISTILLATION_KEYS, "pooling_method", "streaming", "load_in_4bit"),
         distillation_problems,
     ),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),

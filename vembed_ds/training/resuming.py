@@ -47,6 +47,7 @@ FREE = frozenset(
         "save_steps",
         "teacher_cache",
         "teacher_ds_config",
+        "teacher_trust_remote_code",
         "timeout_minutes",
         "trust_remote_code",
         "use_gradient_cache",

@@ -141,7 +141,8 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
             "compares embeddings; choose another loss",
         ),
         (
-            TEACHER | {"pooling_method": "none", "distillation_loss_type": "regression"},
+            {"teachers": [{"model_name": "a/b"}, {"model_name": "a/c"}]}
+            | {"pooling_method": "none", "distillation_loss_type": "regression"},
             "distillation_loss_type=regression: compares one vector per item, and "
             "pooling_method=none gives one per token; choose another loss",
         ),
@@ -176,6 +177,18 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
         (
             {"teachers": [{"model_name": "a/b", "name": "a/b"}]},
             "teachers: the name 'a/b' is that of a folder too; use letters, digits, - and _",
+        ),
+        (
+            {"teachers": [{"model_name": "a/b", "name": ".."}]},
+            "teachers: the name '..' is that of a folder too; use letters, digits, - and _",
+        ),
+        (
+            {"teachers": [{"ema_decay": 0.9}, {"ema_decay": 0.99, "name": "slow"}]},
+            "teachers: a checkpoint holds one average of the student; keep one ema_decay",
+        ),
+        (
+            {"teacher_ema_decay": 0.9, "teacher_ds_config": "nope.json"},
+            "teacher_ds_config='nope.json': no such file; check the path",
         ),
         (
             {"teacher_ema_decay": 0.9, "teacher_precision": "bf16"},
