@@ -91,7 +91,7 @@ class Trainer(TrainingLoop):
         self.evaluator = evaluator
         training = self.config.training
         items = TensorItems()
-        _check_teacher(teacher_model, self.config)
+        _check_teacher(teacher_model, model, self.config)
         intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
         task, teachers = criterion, NO_TEACHERS
         if teacher_model is not None:
@@ -170,7 +170,7 @@ class Trainer(TrainingLoop):
         return {"loss": self.evaluator.evaluate(batches, global_step=self.step)}
 
 
-def _check_teacher(model: Any, config: Config) -> None:
+def _check_teacher(model: Any, student: EmbeddingModel, config: Config) -> None:
     """Refuse a teacher that would be skipped, or not followed as the configuration says."""
     entries = teacher_entries(config.distillation)
     if model is None and entries:
@@ -188,6 +188,11 @@ def _check_teacher(model: Any, config: Config) -> None:
     if len(entries) != 1 or entries[0].model_name is None:
         raise ConfigError(
             "teacher_model: the configuration must name one teacher; set teacher_model_name"
+        )
+    if missing := sorted(set(student.parts) - set(model.parts)):
+        raise ConfigError(
+            f"teacher_model: embeds {' and '.join(model.parts)} only, and is given the student's "
+            f"{' and '.join(missing)} too; choose a teacher that embeds both"
         )
     unread = {
         key: value

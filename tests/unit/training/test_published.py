@@ -304,13 +304,29 @@ def test_a_teacher_that_a_trainer_cannot_follow_is_refused(
         arguments = {"teacher_model": published.build_teacher_model(named)}
     with pytest.raises(ConfigError, match=message):
         published.Trainer(
-            nn.Linear(1, 1),
+            published.build_model({"model_name": str(clip_folder)}),
             optimizer=None,
             dataloader=[{}],
             criterion=None,
             engine=None,
             config=config,
             **arguments,
+        )
+
+
+def test_a_teacher_of_other_inputs_than_the_students_is_refused(
+    clip_folder: Path, minilm: str
+) -> None:
+    config = {"model_name": str(clip_folder), "teacher_model_name": minilm}
+    with pytest.raises(ConfigError, match="embeds text only, and is given the student's image too"):
+        published.Trainer(
+            published.build_model(config),
+            optimizer=None,
+            dataloader=[{}],
+            criterion=None,
+            engine=None,
+            config=config,
+            teacher_model=published.build_teacher_model(config),
         )
 
 
