@@ -8,6 +8,7 @@ map one file of a network disk for writing lose each other's pages.)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -277,7 +278,11 @@ def ensure_table(folder: str | Path, *, identity: Mapping[str, Any]) -> None:
         return
     if list_segments(folder):
         raise DataError(f"{folder}: has vectors but no {IDENTITY_FILE}; delete the folder")
-    _write_json(folder / IDENTITY_FILE, identity)
+    written = folder / f"unfinished-{uuid4().hex}.json"
+    _write_json(written, identity)
+    with contextlib.suppress(FileExistsError):  # another run was first
+        os.link(written, folder / IDENTITY_FILE)  # whole, or not at all
+    written.unlink()
 
 
 def remove_table(folder: str | Path) -> None:

@@ -137,6 +137,17 @@ def test_a_header_that_is_no_header(folder: Path) -> None:
         VectorTable(folder)
 
 
+def test_of_two_runs_that_make_a_table_at_once_one_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # both have found that there is none
+        patched.setattr(Path, "exists", lambda path: False)
+        for model in ("a", "b"):
+            ensure_table(tmp_path / "table", identity={"model": model})
+    assert read_identity(tmp_path / "table") == {"model": "a"}
+    assert [path.name for path in (tmp_path / "table").iterdir()] == [IDENTITY_FILE]
+
+
 def test_a_table_knows_what_it_is_of(folder: Path) -> None:
     write(folder, [0])
     ensure_table(folder, identity={"model": "b"})  # it is there already
