@@ -25,7 +25,7 @@ from vembed_ds.errors import VembedError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.hollow import HollowModel
 from vembed_ds.steps.gradient_cache import embed_plan
-from vembed_ds.teachers.identity import weights_digest
+from vembed_ds.teachers.identity import model_digest, weights_digest
 from vembed_ds.teachers.teacher import Teacher, load_teacher, shard_weights
 
 M_MMAP_THRESHOLD = -3
@@ -101,6 +101,7 @@ def compare(
         "width": (teacher.width, expected.shape[-1]),
         "pooling": (teacher.model.pooling(), whole.model.pooling()),
         "whole digest": digest,
+        "model digest": model_digest(whole.model),
         "identity": dict(teacher.identity),
         "instructions": teacher.instructions,
         "untouched": untouched,

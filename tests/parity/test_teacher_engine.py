@@ -93,6 +93,7 @@ def check(name: str, found: dict[str, Any], *, limit: float = 1e-6, ranks: int =
     assert found["untouched"]
     assert found["width"][0] == found["width"][1]
     assert found["pooling"][0] == found["pooling"][1]
+    assert found["identity"]["model"] == found["model digest"]
     if name not in ("vit_mae", "adapted"):  # an untrained pooler; merged in float64 here
         assert found["identity"]["weights"] == found["whole digest"]
     for residence in (found["loaded"], found["after"]):

@@ -11,13 +11,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import Item
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
 
 _LONG = "all work and no play makes Jack a dull boy "
 _TEXTS = ("a", "Grey cats, 42 of them.\n\tÄÖÜ ß 猫 🐈", _LONG * 2000)
 _SIZES = ((64, 48), (31, 200))
+# What a config.json says of itself and not of the model.
+_NAMES = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
@@ -45,6 +57,27 @@ def combined_digest(digests: Mapping[str, str]) -> str:
         digests: :func:`tensor_digest` by name.
     """
     return sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+
+def model_digest(model: EmbeddingModel) -> str:
+    """SHA-256 of what a model does with its weights: configurations, pooling, shapes of its heads.
+
+    The same weights give other vectors with another number of heads, or pooled otherwise. Settings
+    at their defaults do not count, nor names and versions.
+    """
+    modules = list(model.modules())
+    configs = [_settings(m.config) for m in modules if isinstance(m, PreTrainedModel)]
+    towers = [(m.pooling, m.topk_tokens) for m in modules if isinstance(m, TowerEncoder)]
+    encoders = [m for m in modules if isinstance(m, TowerEncoder | TwoTowerEncoder)]
+    heads = [str(encoder.projection) for encoder in encoders]
+    return sha256(json.dumps([configs, towers, heads], sort_keys=True).encode()).hexdigest()
+
+
+def _settings(config: Any) -> Any:
+    def without_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key not in _NAMES}
+
+    return json.loads(config.to_json_string(), object_pairs_hook=without_names)
 
 
 def processor_digest(processor: ItemProcessor, parts: Iterable[str]) -> str:

@@ -20,7 +20,12 @@ from vembed_ds.models.backbones import BackboneSource, cached_revision
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.hollow import HollowModel, build_hollow
-from vembed_ds.teachers.identity import combined_digest, processor_digest, tensor_digest
+from vembed_ds.teachers.identity import (
+    combined_digest,
+    model_digest,
+    processor_digest,
+    tensor_digest,
+)
 from vembed_ds.teachers.items import read_instruction
 
 
@@ -138,6 +143,7 @@ def load_teacher(
         "name": name,
         "revision": prepared.revision,
         "weights": weights,
+        "model": model_digest(prepared.hollow.model),
         "processor": processor_digest(prepared.processor, prepared.hollow.model.parts),
         "query_instruction": instructions.query,
         "document_instruction": instructions.document,

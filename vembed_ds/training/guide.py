@@ -21,7 +21,12 @@ from vembed_ds.inference import Encoder, embed_items
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
 from vembed_ds.teachers.cache import open_cache, open_table
-from vembed_ds.teachers.identity import identity_digest, processor_digest, weights_digest
+from vembed_ds.teachers.identity import (
+    identity_digest,
+    model_digest,
+    processor_digest,
+    weights_digest,
+)
 from vembed_ds.teachers.items import read_instruction
 from vembed_ds.teachers.precompute import precompute
 from vembed_ds.training.data_setup import RunData, loader_timeout
@@ -172,6 +177,7 @@ def _loaded(spec: GuideSpec, members: Sequence[int], data: RunData) -> LoadedGui
     )
     identity = {
         "weights": weights_digest(encoder.model.state_dict().items()),
+        "model": model_digest(encoder.model),
         "processor": processor_digest(encoder.processor, encoder.model.parts),
         "query_instruction": instructions.query,
         "document_instruction": instructions.document,

@@ -18,7 +18,10 @@ from vembed_ds.data.readers import load_table
 from vembed_ds.data.records import Item, RecordReader
 from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.errors import DataError
-from vembed_ds.teachers.identity import processor_digest, weights_digest
+from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.builder import ModelSpec, build_encoder
+from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.teachers.identity import model_digest, processor_digest, weights_digest
 from vembed_ds.teachers.items import ITEMS, ItemDataset, distinct_items
 
 
@@ -113,6 +116,28 @@ def test_the_weights_digest_sees_every_bit_and_no_order() -> None:
         {name: value.bfloat16() for name, value in weights.items()},
     ):
         assert weights_digest(changed.items()) != digest
+
+
+def test_the_model_digest_sees_what_is_done_with_the_weights() -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    bert = {"model_type": "bert", "num_attention_heads": 2, **sizes}
+
+    def digest(pooling: str = "cls", dim: int | None = None, **changes: Any) -> str:
+        spec = ModelSpec(
+            {"": BackboneSource(config={**bert, **changes})},
+            pooling={"": pooling},
+            projection_dim=dim,
+        )
+        return model_digest(EmbeddingModel(build_encoder(spec)))
+
+    changed = [
+        digest(num_attention_heads=4),
+        digest(hidden_act="relu"),
+        digest("mean"),
+        digest(dim=4),
+    ]
+    assert len({digest(), *changed}) == 5
+    assert digest() == digest(architectures=["BertForMaskedLM"], hidden_act="gelu")
 
 
 def test_the_processor_digest_sees_what_has_an_effect(
