@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from tests.distributed.test_train import ds_file, losses_of
+from tests.distributed.test_train import TINY_VIT, ds_file, losses_of
 from tests.worlds import World
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.export import export_model
@@ -147,6 +147,63 @@ def test_a_teacher_is_named_in_checkpoints_and_never_in_them(
     (out / "latest").write_text("checkpoint-step-4")
     for result in world(2).run(COUNTED, config=config, ds_config=ds_file(3), resume="auto"):
         assert "belongs to another run: teacher own was '" in result["error"]
+
+
+def test_many_things_at_once_live_and_cached(
+    world: Worlds, make_config: Make, teacher: Path, clip_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Two data sets, of which one has negatives; adapters, 16 bit, two teachers, augmentation."""
+    pytest.importorskip("kornia")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["negatives"] = [rows[number - 1]["positive"]] * (number % 3)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    found = []
+    for modes in (("live", "live"), ("first_epoch", "cached")):
+        names = (str(teacher), str(clip_folder))
+        config = make_config(
+            val_data_path=None,
+            max_steps=5,
+            data_path=None,
+            datasets=[{"data_path": str(pairs)}, {"data_path": str(tmp_path / "b.jsonl")}],
+            image_augmentation=[{"RandomHorizontalFlip": {"p": 0.5}}],
+            max_negatives=1,
+            use_lora=True,
+            lora_r=2,
+            precision="bf16",
+            distillation_loss_type="regression",
+            teachers=[{"model_name": n, "mode": m} for n, m in zip(names, modes, strict=True)],
+            output_dir=str(tmp_path / "-".join(modes)),
+        )
+        run(world(2), config, 3)
+        found.append(losses_of(tmp_path / "-".join(modes)))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_stored_features_of_a_frozen_tower_are_not_handed_to_a_teacher(
+    world: Worlds, make_config: Make, tmp_path: Path
+) -> None:
+    student = {
+        "val_data_path": None,
+        "max_steps": 2,
+        "model_name": None,
+        "text_model_name": MINILM,
+        "image_model_name": TINY_VIT,
+        "pooling_method": "mean",
+        "freeze_text_encoder": True,
+        "projection_dim": 8,
+    }
+    run(world(2), make_config(**student))
+    export_model(tmp_path / "out", tmp_path / "teacher")  # reads items just as the student does
+    found = []
+    for stored in (False, True):
+        out = tmp_path / f"stored-{stored}"
+        teachers = [{"model_name": str(tmp_path / "teacher")}, {"ema_decay": 0.5}]
+        more = {"teachers": teachers, "distillation_alpha": 0.01, "output_dir": str(out)}
+        run(world(2), make_config(**student, **more, cache_frozen_encoder=stored))
+        found.append(losses_of(out))
+        assert (out / "frozen_text_features").exists() == stored
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_an_average_of_the_student_is_resumed_bit_for_bit(

@@ -65,18 +65,33 @@ def written(pairs: Path, folder: Path, kind: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "csv", "parquet", "tar"])
+@pytest.mark.parametrize(
+    ("kind", "taught"),
+    [("jsonl.gz", False), ("csv", False), ("parquet", False), ("tar", False), ("tar", True)],
+)
 def test_a_stream_trains_as_the_data_read_whole(
-    world: Callable[[int], World], make_config: MakeConfig, pairs: Path, tmp_path: Path, kind: str
+    world: Callable[[int], World],
+    make_config: MakeConfig,
+    clip_folder: Path,
+    pairs: Path,
+    tmp_path: Path,
+    kind: str,
+    taught: bool,
 ) -> None:
     pytest.importorskip("kornia")
-    whole = make_config(
-        **STREAM | AUGMENTED | {"streaming": False, "output_dir": str(tmp_path / "whole")}
-    )
+    settings = STREAM | AUGMENTED
+    if taught:
+        teachers = [{"model_name": str(clip_folder)}, {"ema_decay": 0.5}]
+        settings |= {
+            "teachers": teachers,
+            "distillation_alpha": 0.1,
+            "gradient_checkpointing": True,
+        }
+    whole = make_config(**settings | {"streaming": False, "output_dir": str(tmp_path / "whole")})
     expected = losses(world(2), whole, tmp_path / "whole")
     more = {"column_mapping": TAR_COLUMNS} if kind == "tar" else {}
     config = make_config(
-        **STREAM | AUGMENTED | more,
+        **settings | more,
         data_path=str(written(pairs, tmp_path, kind)),
         num_workers=1 if kind == "tar" else 0,
     )

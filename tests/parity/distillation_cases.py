@@ -47,6 +47,8 @@ def train(
     torch.manual_seed(1)
     folder, composed = Path(folders[name]), name in COMPOSED
     model = family_cases.load_model(folder, composed=composed, heads=heads.get(name, {}))
+    if scenario.lora:
+        family_cases.add_started_adapters(model)
     processor = family_cases.load_processor(folder, composed=composed)
     fillers = {part: processor.filler(part) for part in model.parts}
     mark_unreached(model, {part: processor.pad(part, [item]) for part, item in fillers.items()})

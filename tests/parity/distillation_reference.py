@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.parity.family_reference import NEGATIVES, TEMPERATURE, PlainFamily, plain_loss
+from tests.parity.family_reference import (
+    NEGATIVES,
+    TEMPERATURE,
+    PlainFamily,
+    adapt_blocks,
+    plain_loss,
+)
 
 EMA_DECAY = 0.6
 WIDTHS = {"clip": 12, "colpali": 12, "colqwen2": 12, "composed": 12}
@@ -34,6 +40,7 @@ class Scenario:
         temperature: Of ``kl``.
         scale: Of ``rank``.
         mrl_dims: Matryoshka; none: off.
+        lora: The student trains adapters.
         scored: Scores stand in the data, as the last teacher.
         teacher_config: Of DeepSpeed, for the teachers.
         precision: Of the teachers.
@@ -47,6 +54,7 @@ class Scenario:
     temperature: float = 0.2
     scale: float = 5.0
     mrl_dims: tuple[int, ...] = ()
+    lora: bool = False
     scored: bool = False
     teacher_config: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
@@ -110,6 +118,8 @@ def train_plain(
         heads: The student's, and its teachers', by family.
     """
     model = _family(scenario.student, folders, heads)
+    if scenario.lora:
+        adapt_blocks(model)
     learned = projections(scenario)
     model.projections = nn.ModuleDict({str(n): matrix for n, matrix in learned.items()})
     teachers = [

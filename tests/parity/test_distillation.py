@@ -38,6 +38,9 @@ SCENARIOS = {
         "siglip", "regression", ("clip", "qwen2_vl"), weights=(1.0, 3.0), alpha=(0.1, 0.9)
     ),
     "regression of prefixes": Scenario("clip", "regression", ("siglip",), mrl_dims=(12, 4)),
+    "LoRA, regression by a projection": Scenario(
+        "qwen2_vl", "regression", ("qwen3_vl",), mrl_dims=(16, 6), lora=True
+    ),
     "MaxSim": Scenario("colqwen2", "kl", ("colpali", "clip"), weights=(1.0, 1.0)),
     "kl of scores": Scenario("bert", "kl", scored=True, temperature=1.0),
     "moving average": Scenario("clip", "mse", ("ema",), alpha=(0.5, 0.5)),

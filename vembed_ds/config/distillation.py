@@ -12,7 +12,6 @@ from pydantic import BeforeValidator, Field
 from vembed_ds.config.fields import (
     Decay,
     ModelReference,
-    NonNegativeFloat,
     PositiveFloat,
     ScratchModel,
     Section,
@@ -32,7 +31,7 @@ class TeacherEntry(Section):
     model_name: ModelReference | None = None
     ema_decay: Decay | None = None
     scores: bool = False
-    weight: NonNegativeFloat = 1.0
+    weight: PositiveFloat = 1.0
     temperature: PositiveFloat | None = None
     mode: Mode | None = None
     ds_config: Text | None = None

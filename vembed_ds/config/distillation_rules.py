@@ -40,8 +40,9 @@ def distillation_problems(config: Config) -> Iterator[str]:
     for place, entry in enumerate(section.teachers):
         yield from _entry(f"teachers[{place}]", entry)
     yield from _vectors_only(config)
-    for entry in teacher_entries(section):
-        yield from _teacher(config, entry)
+    yield from _student(config)
+    for place, entry in enumerate(teacher_entries(section)):
+        yield from _teacher(config, place, entry)
     yield from _names(section)
     yield from _unused_by_teachers(section)
 
@@ -62,8 +63,6 @@ def _lists(section: DistillationConfig) -> Iterator[str]:
     for key in FOLLOWS_ONE:
         if (value := getattr(section, key)) != _default(key):
             yield f"{key}={value!r}: stands beside teachers; make it one of the list"
-    if not any(entry.weight for entry in section.teachers):
-        yield "teachers: all weights are 0, so nothing would be followed; give one a weight above 0"
     if sum(entry.ema_decay is not None for entry in section.teachers) > 1:
         yield "teachers: a checkpoint holds one average of the student; keep one ema_decay"
 
@@ -142,30 +141,52 @@ def _vectors_only(config: Config) -> Iterator[str]:
         )
 
 
-def _teacher(config: Config, entry: TeacherEntry) -> Iterator[str]:
-    """What a teacher does not go together with."""
-    name = entry.name
-    if entry.ds_config is not None and not Path(entry.ds_config).is_file():
-        yield f"teacher_ds_config={entry.ds_config!r}: no such file; check the path"
-    if entry.ema_decay is not None and config.model.load_in_4bit:
+def _student(config: Config) -> Iterator[str]:
+    """What a student with a teacher was not compared with."""
+    if config.model.load_in_4bit:
         yield (
-            f"load_in_4bit=True: teacher {name!r} averages the student's weights, which was not "
-            "compared in 4 bit; remove one of them"
+            "load_in_4bit=True: a student in 4 bit was not compared with the reference beside a "
+            "teacher; remove one of them"
         )
+    if all(entry.ema_decay is None for entry in teacher_entries(config.distillation)):
+        return
+    if config.model.precision == "fp16":
+        yield (
+            "precision=fp16: an average of the student was not compared with the reference where "
+            "steps may be skipped; use bf16 or fp32, or another teacher"
+        )
+    if config.loss.mrl_layers:
+        yield (
+            f"mrl_layers={list(config.loss.mrl_layers)}: an average of the student was not compared "
+            "with the reference over several layers; remove mrl_layers, or choose another teacher"
+        )
+
+
+def _teacher(config: Config, place: int, entry: TeacherEntry) -> Iterator[str]:
+    """What is wrong with one teacher as it is configured."""
+
+    def key(name: str) -> str:
+        own = config.distillation.teachers
+        if own and getattr(own[place], name) is not None:
+            return f"teachers[{place}].{name}"
+        return f"teacher_{name}"
+
+    if entry.ds_config is not None and not Path(entry.ds_config).is_file():
+        yield f"{key('ds_config')}={entry.ds_config!r}: no such file; check the path"
     if entry.model_name is None:
         return
     reference = entry.model_name
     if isinstance(reference, str) and (problem := reference_problem(reference)):
-        yield f"teacher_model_name={reference!r}: {problem}"
+        yield f"{key('model_name')}={reference!r}: {problem}"
     if isinstance(reference, ScratchModel) and reference.processor is None:
         yield (
-            f"teacher {name!r}: a model that starts from random weights brings no processor; name "
+            f"{key('model_name')}: a model that starts from random weights brings no processor; name "
             "a folder with one under processor"
         )
     if config.data.streaming and entry.mode != "live":
         yield (
-            f"teacher_mode={entry.mode}: embeds every item once, and streaming does not know them "
-            "all; set teacher_mode: live, or streaming: false"
+            f"{key('mode')}={entry.mode}: embeds every item once, and streaming does not know them "
+            "all; set it to live, or streaming: false"
         )
 
 

@@ -87,10 +87,6 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
             "teacher_model_name='a/b': stands beside teachers; make it one of the list",
         ),
         (
-            {"teachers": [{"scores": True, "weight": 0}]},
-            "teachers: all weights are 0, so nothing would be followed; give one a weight above 0",
-        ),
-        (
             TEACHER | {"distillation_alpha_end": 1.0},
             "distillation_alpha_end=1: distillation_alpha_schedule=constant never gets there; set "
             "it to linear or cosine, or remove distillation_alpha_end",
@@ -148,8 +144,23 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
         ),
         (
             {"teacher_ema_decay": 0.9, "use_lora": True, "load_in_4bit": True},
-            "load_in_4bit=True: teacher 'ema' averages the student's weights, which was not "
-            "compared in 4 bit; remove one of them",
+            "load_in_4bit=True: a student in 4 bit was not compared with the reference beside a "
+            "teacher; remove one of them",
+        ),
+        (
+            {"teacher_ema_decay": 0.9, "precision": "fp16"},
+            "precision=fp16: an average of the student was not compared with the reference where "
+            "steps may be skipped; use bf16 or fp32, or another teacher",
+        ),
+        (
+            {"teacher_ema_decay": 0.9, "use_mrl": True, "mrl_layers": [1, 2]},
+            "mrl_layers=[1, 2]: an average of the student was not compared with the reference over "
+            "several layers; remove mrl_layers, or choose another teacher",
+        ),
+        (
+            {"teachers": [{"scores": True}, {"model_name": "./nope"}]},
+            "teachers[1].model_name='./nope': no such folder; check the path, or give a hub name or "
+            "package:NAME/folder",
         ),
         (
             {"teacher_model_name": "./nope"},
@@ -158,13 +169,13 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
         ),
         (
             {"teacher_model_name": SCRATCH},
-            "teacher 'bert': a model that starts from random weights brings no processor; name a "
+            "teacher_model_name: a model that starts from random weights brings no processor; name a "
             "folder with one under processor",
         ),
         (
             TEACHER | {"streaming": True, "max_steps": 5, "teacher_mode": "cached"},
             "teacher_mode=cached: embeds every item once, and streaming does not know them all; "
-            "set teacher_mode: live, or streaming: false",
+            "set it to live, or streaming: false",
         ),
         (
             TEACHER | {"teacher_ds_config": "nope.json"},
