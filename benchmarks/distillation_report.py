@@ -86,11 +86,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cpu_seconds(ranks: Sequence[Mapping[str, Any]]) -> float:
-    return mean(median(step["cpu_seconds"] for step in rank["steps"]) for rank in ranks)
+    return float(mean(median(step["cpu_seconds"] for step in rank["steps"]) for rank in ranks))
 
 
 def _counted_bytes(ranks: Sequence[Mapping[str, Any]]) -> float:
-    return mean(sum(rank["counted_bytes"].values()) for rank in ranks)
+    return float(mean(sum(rank["counted_bytes"].values()) for rank in ranks))
 
 
 def _wire_bytes(ranks: Sequence[Mapping[str, Any]]) -> float:
