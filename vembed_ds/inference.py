@@ -356,9 +356,12 @@ def _config(model: EmbeddingModel) -> Any:
 
 def _text_limit(model: EmbeddingModel) -> int | None:
     """Longest text, in tokens, that the model has positions for."""
-    if "text" not in model.parts:
-        return None
+    return position_limit(text_backbone(model)) if "text" in model.parts else None
+
+
+def text_backbone(model: EmbeddingModel) -> Any:
+    """The Hugging Face model that reads texts, of a model that embeds them."""
     encoder = model.encoder
-    if isinstance(encoder, TwoTowerEncoder):
-        return position_limit(encoder.backbone)
-    return position_limit(encoder.tower("text").backbone)
+    return (
+        encoder.backbone if isinstance(encoder, TwoTowerEncoder) else encoder.tower("text").backbone
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from tests.distributed.test_train import TINY_VIT, ds_file, losses_of
 from tests.worlds import World
@@ -242,6 +242,11 @@ def test_a_stale_cache_names_both_teachers(
     [
         ({"teacher_model_name": MINILM}, "embeds text only, and the data holds image too"),
         ({"teacher_model_name": "no/model"}, "teacher model: model no/model: cannot be loaded"),
+        (
+            {"teacher_model_name": "WORDS"},
+            "its vocab_size is 30522, but its tokenizer has tokens up",
+        ),
+        ({"teacher_query_instruction": "find " * 30}, "instruction take 32, which leaves none for"),
         ({"teacher_model_name": "TOKENS"}, "gives one vector per token, and this loss compares"),
         ({"teacher_ds_config": "TRAINS"}, "a teacher is frozen and has no optimizer; remove it"),
         ({"teacher_scores": True, "teacher_model_name": None}, "pos_scores"),
@@ -256,6 +261,12 @@ def test_what_cannot_teach_is_refused_on_every_rank(
     message: str,
 ) -> None:
     more: dict[str, Any] = {}
+    if changes.get("teacher_model_name") == "WORDS":
+        shutil.copytree(teacher, tmp_path / "words")
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        tokenizer.add_tokens(["qwertz"])
+        tokenizer.save_pretrained(tmp_path / "words")
+        changes = {"teacher_model_name": str(tmp_path / "words")}
     if changes.get("teacher_model_name") == "TOKENS":
         folder = tmp_path / "tokens"
         shutil.copytree(resolve_model_reference(MINILM), folder)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.teacher_items import Instructions
+from vembed_ds.data.vision_language import VisionLanguageProcessor
 from vembed_ds.distributed import comm
 from vembed_ds.engine.teacher_engine import Partitioner, Residence, TeacherEngine, teacher_dtype
 from vembed_ds.errors import ConfigError, one_line
-from vembed_ds.inference import find_model, load_processor
-from vembed_ds.models.backbones import BackboneSource, cached_revision
+from vembed_ds.inference import find_model, load_processor, text_backbone
+from vembed_ds.models.backbones import BackboneSource, cached_revision, vocabulary_size
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.hollow import HollowModel, build_hollow
@@ -138,6 +139,7 @@ def load_teacher(
             document_instruction, settings, "document", key="teacher_document_instruction"
         ),
     )
+    _check_instructions(prepared, name, instructions)
     weights = shard_weights(prepared.hollow, ds_config, doing=place)
     identity = {
         "name": name,
@@ -184,10 +186,42 @@ def _prepare(
             hollow, settings, revision = _random(reference["config"], seed), {}, None
         if processor is None:
             raise ConfigError("has a config and no files, so no processor; give it one")
+        _check_vocabulary(hollow.model, processor)
         width = _width(hollow.model, processor)
     except ConfigError as error:
         raise ConfigError([f"teacher {name}: {problem}" for problem in error.problems]) from error
     return _Prepared(hollow, processor, settings, revision, width)
+
+
+def _check_vocabulary(model: EmbeddingModel, processor: ItemProcessor) -> None:
+    """A token without an embedding would fail at the item that has it, on one rank."""
+    if "text" not in model.parts:
+        return
+    size, highest = (
+        vocabulary_size(text_backbone(model)),
+        max(processor.tokenizer.get_vocab().values()),
+    )
+    if size is not None and highest >= size:
+        raise ConfigError(
+            f"its vocab_size is {size}, but its tokenizer has tokens up to number {highest}; give the "
+            "tokenizer that belongs to it"
+        )
+
+
+def _check_instructions(prepared: _Prepared, name: str, instructions: Instructions) -> None:
+    """What stands before every text must leave room for it, or all texts are the same."""
+    processor = prepared.processor
+    if "text" not in prepared.hollow.model.parts or processor.max_length is None:
+        return
+    if isinstance(processor, VisionLanguageProcessor):
+        return  # an item without room is an error of its own there
+    for key, instruction in vars(instructions).items():
+        taken = len(processor.tokenizer(instruction, verbose=False)["input_ids"])
+        if taken >= processor.max_length:
+            raise ConfigError(
+                f"teacher {name}: reads {processor.max_length} tokens, and special tokens and "
+                f"teacher_{key}_instruction take {taken}, which leaves none for the text; shorten it"
+            )
 
 
 def _random(config: Mapping[str, Any], seed: int) -> HollowModel:
