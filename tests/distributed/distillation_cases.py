@@ -8,7 +8,7 @@ from unittest import mock
 from tests.distributed.train_cases import run_train
 from vembed_ds.data.collators import Batch
 from vembed_ds.steps.gradient_cache import StepResult
-from vembed_ds.training import loop, teachers
+from vembed_ds.training import loop, teacher_loading
 
 
 def run_and_count(**arguments: Any) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def run_and_count(**arguments: Any) -> dict[str, Any]:
     loaded: list[Any] = []
     forwards: list[list[int]] = []
     encoded: list[list[str]] = []
-    load, compute = teachers.load_teacher, loop.TrainingLoop.compute_gradient
+    load, compute = teacher_loading.load_teacher, loop.TrainingLoop.compute_gradient
 
     def remember(*positional: Any, **keywords: Any) -> Any:
         loaded.append(load(*positional, **keywords))
@@ -29,7 +29,7 @@ def run_and_count(**arguments: Any) -> dict[str, Any]:
         return result
 
     with (
-        mock.patch.object(teachers, "load_teacher", remember),
+        mock.patch.object(teacher_loading, "load_teacher", remember),
         mock.patch.object(loop.TrainingLoop, "compute_gradient", count),
     ):
         answer = run_train(**arguments)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vembed_ds.config.distillation import DistillationConfig, teacher_entries
-from vembed_ds.config.schema import DatasetEntry, LossConfig
+from vembed_ds.config.schema import Config, DatasetEntry, LossConfig
 from vembed_ds.config.validation import merged_loss
 from vembed_ds.data.dataset import PairEncoder
 from vembed_ds.data.records import RecordReader
@@ -25,6 +25,8 @@ from vembed_ds.losses import (
 )
 
 logger = logging.getLogger(__name__)
+
+WEAK_ALPHA = 0.1  # above it `kl` and `mse` are a tenth of the gradient at most
 
 
 def loss_configs(loss: LossConfig, entries: Mapping[str, DatasetEntry]) -> list[LossConfig]:
@@ -87,6 +89,20 @@ def build_distillation(
         scale=config.distillation_scale,
         reduction=loss.maxsim_reduction,
         prefixes=_prefixes(loss),
+    )
+
+
+def weak_distillation(config: Config) -> str | None:
+    """One line for settings under which teachers hardly matter beside the task; ``None``: fine."""
+    section = config.distillation
+    alpha = section.distillation_alpha
+    weak = section.distillation_loss_type in ("kl", "mse") and alpha > WEAK_ALPHA
+    if not (weak and teacher_entries(section)):
+        return None
+    return (
+        f"distillation_alpha={alpha:g}: beside a contrastive task the gradient of "
+        f"{section.distillation_loss_type} of cosines is some hundred times smaller, so that the teachers "
+        "hardly matter; docs/losses.md has the alphas at which both are of one size (0.001 to 0.007)"
     )
 
 

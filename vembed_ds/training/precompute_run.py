@@ -12,7 +12,8 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.training.data_setup import dataset_entries, setup_data
 from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
-from vembed_ds.training.teachers import cache_folder, load_teacher_of, precompute_teacher
+from vembed_ds.training.teacher_loading import load_teacher_of
+from vembed_ds.training.teachers import cache_folder, precompute_teacher
 
 logger = logging.getLogger(__name__)
 

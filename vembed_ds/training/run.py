@@ -41,6 +41,7 @@ from vembed_ds.training.loss_setup import (
     evaluated_dims,
     export_loss,
     loss_configs,
+    weak_distillation,
 )
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
@@ -93,6 +94,8 @@ def train(
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
     data = setup_stream(config, spec) if config.data.streaming else setup_data(config, spec)
     check_data(losses, data.members, config.distillation)
+    if notice := weak_distillation(config):
+        logger.warning("%s", notice)
     if config.data.num_workers:
         prepare_server(data.train)  # imports beside what follows here
     intervals = plan_run(config, per_epoch=data.steps_per_epoch)

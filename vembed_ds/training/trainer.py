@@ -28,8 +28,8 @@ from vembed_ds.training.data_utils import TensorBatch
 from vembed_ds.training.evaluator import Evaluator
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_distillation
+from vembed_ds.training.teacher_loading import teacher_ds_config
 from vembed_ds.training.teacher_sources import NO_TEACHERS, SameInputs, Teachers
-from vembed_ds.training.teachers import teacher_ds_config
 from vembed_ds.training.tensor_batches import ItemizedBatch, TensorItems, itemize
 
 __all__ = ["Trainer"]
