@@ -209,12 +209,12 @@ FAMILIES = {
     ),
     # SigLIP2 of fixed size: SigLIP's classes, Gemma's tokenizer.
     "siglip2_fixed": TestFamily(
-        siglip(200), two_towers, PAIR, "SiglipImageProcessorPil", SQUARE, short_gemma_tokenizer
+        siglip(201), two_towers, PAIR, "SiglipImageProcessorPil", SQUARE, short_gemma_tokenizer
     ),
     "siglip2": TestFamily(
         {
             "model_type": "siglip2",
-            "text_config": {**SHORT, "vocab_size": 200, "projection_size": 16},
+            "text_config": {**SHORT, "vocab_size": 201, "projection_size": 16},
             "vision_config": {**SIZES, "patch_size": 8, "num_patches": 16},
         },
         two_towers,

@@ -195,12 +195,10 @@ def _prepare(
 
 def _check_vocabulary(model: EmbeddingModel, processor: ItemProcessor) -> None:
     """A token without an embedding would fail at the item that has it, on one rank."""
-    if "text" not in model.parts:
+    if "text" not in model.parts or processor.tokenizer is None:
         return
-    size, highest = (
-        vocabulary_size(text_backbone(model)),
-        max(processor.tokenizer.get_vocab().values()),
-    )
+    size = vocabulary_size(text_backbone(model))
+    highest = max(processor.tokenizer.get_vocab().values())
     if size is not None and highest >= size:
         raise ConfigError(
             f"its vocab_size is {size}, but its tokenizer has tokens up to number {highest}; give the "
