@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-from tests.distributed.test_train import TINY_VIT, ds_file, losses_of
+from tests.distributed.test_train import TINY_VIT, ds_file, losses_of, metrics_of
 from tests.worlds import World
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.export import export_model
@@ -84,6 +84,9 @@ def test_a_cached_teacher_teaches_as_the_live_one_and_is_asked_once(
         assert result["total"] == [0]
     found = losses_of(tmp_path / "out")
     assert found == pytest.approx({s: expected[s] for s in found}, rel=1e-5)
+    for line in metrics_of(tmp_path / "out"):
+        parts = line["train/loss_task"], line["train/loss_distillation"]
+        assert line["train/loss"] == pytest.approx(0.2 * parts[0] + 0.8 * parts[1], rel=1e-5)
     run(world(2), make_config(val_data_path=None, max_steps=1, epochs=2))
     alone = losses_of(tmp_path / "out")
     assert abs(alone[1] - expected[1]) > 0.1
@@ -241,7 +244,7 @@ def test_a_stale_cache_names_both_teachers(
     ("changes", "message"),
     [
         ({"teacher_model_name": MINILM}, "embeds text only, and the data holds image too"),
-        ({"teacher_model_name": "no/model"}, "teacher model: model no/model: cannot be loaded"),
+        ({"teacher_model_name": "no/model"}, "teacher no: model no/model: cannot be loaded"),
         (
             {"teacher_model_name": "WORDS"},
             "its vocab_size is 30522, but its tokenizer has tokens up",

@@ -28,6 +28,14 @@ def describe_field(field: FieldInfo) -> str:
     return _describe(field.annotation, field.metadata)
 
 
+def entry_type(field: FieldInfo) -> type[BaseModel] | None:
+    """The mapping that a list of mappings holds; ``None``: the field is no such list."""
+    arguments = get_args(field.annotation)
+    if get_origin(field.annotation) is not tuple or not isinstance(arguments[0], type):
+        return None
+    return arguments[0] if issubclass(arguments[0], BaseModel) else None
+
+
 def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     limits = list(_limits(metadata))

@@ -153,4 +153,7 @@ def _name_of(entry: TeacherEntry) -> str:
         return "ema"
     if isinstance(entry.model_name, ScratchModel):
         return str(entry.model_name.config["model_type"])
-    return re.sub(r"[^\w.-]+", "-", Path(entry.model_name or "").name).lstrip(".") or "teacher"
+    path = Path((entry.model_name or "").removeprefix("package:"))
+    # A converted model is often called so, and says nothing by it.
+    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    return re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "teacher"

@@ -16,7 +16,7 @@ from vembed_ds.config.compat import (
     needless_model_name,
     translate,
 )
-from vembed_ds.config.describe import describe_field
+from vembed_ds.config.describe import describe_field, entry_type
 from vembed_ds.config.fields import Section
 from vembed_ds.config.schema import ALIASES, SECTION_OF, SECTIONS, Config, default_of
 from vembed_ds.config.validation import cross_field_problems
@@ -290,6 +290,17 @@ def _broken_rules(schema: type[Section], values: Mapping[str, Any]) -> dict[str,
     return {}
 
 
+def _entry_rule(schema: type[Section], name: str, errors: Sequence[Any]) -> str | None:
+    """The broken rule of a value inside a list of mappings; ``None``: it is not one."""
+    entry = entry_type(schema.model_fields[name])
+    for error in errors if entry is not None else ():
+        _, *inner = error["loc"]
+        if len(inner) > 1 and inner[1] in entry.model_fields:  # type: ignore[union-attr]
+            expected = describe_field(entry.model_fields[inner[1]])  # type: ignore[union-attr]
+            return f"[{inner[0]}].{inner[1]}={error['input']!r}: expected {expected}"
+    return None
+
+
 def _rule(
     schema: type[Section], name: str, values: Mapping[str, Any], errors: Sequence[Any]
 ) -> str:
@@ -298,7 +309,9 @@ def _rule(
         return expected
     if own := [str(e["ctx"]["error"]) for e in errors if e["type"] == "value_error"]:
         return own[0]
-    if isinstance(values[name], Mapping):
+    if problem := _entry_rule(schema, name, errors):
+        return problem
+    if isinstance(values[name], Mapping | list):
         inner = [(e["type"], e["loc"][-1]) for e in errors]
         for kind, word in (("extra_forbidden", "unknown"), ("missing", "missing")):
             if keys := [str(key) for found, key in inner if found == kind]:

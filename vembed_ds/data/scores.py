@@ -109,11 +109,17 @@ def _scores(value: Any, role: str, *, number: int, place: str) -> list[float]:
         cells = []
     else:
         cells = list(value) if isinstance(value, (list, tuple)) else [value]
+    if number and not cells:
+        raise DataError(
+            f"{place}: {shortened(value)} is no score; give one for each, or remove the record"
+        )
     if len(cells) != number:
-        what = "positive" if role == POSITIVE_SCORES else "negatives"
+        what, remedy = "negatives", "give one score for each, in their order, or remove the record"
+        if role == POSITIVE_SCORES:
+            what, remedy = "positive", "write one record for each positive, with its score"
         raise DataError(
             f"{place}: {shortened(value)} is {len(cells)} scores, and the record has {number} {what}; "
-            "give one score for each, in their order, or remove the record"
+            f"{remedy}"
         )
     return [
         checked_score(cell, role, place=f"{place}, value {at}") for at, cell in enumerate(cells)

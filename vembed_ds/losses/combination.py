@@ -82,8 +82,9 @@ class Distillation:
             self._of_teacher(number, teacher, batch, inputs)
             for number, teacher in enumerate(inputs.teachers)
         ]
-        alpha = self.alpha(inputs.step)
-        return alpha * task + (1 - alpha) * weighted(terms, self.weights)
+        alpha, followed = self.alpha(inputs.step), weighted(terms, self.weights)
+        inputs.parts.update(task=task.detach(), distillation=followed.detach())
+        return alpha * task + (1 - alpha) * followed
 
     def _of_teacher(
         self,

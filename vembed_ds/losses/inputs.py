@@ -75,6 +75,7 @@ class LossInputs:
         teachers: Of every teacher, in the order of the configuration.
         step: Optimizer steps already done, for schedules.
         projections: ``[G, D]`` learned, by the teacher's number, where its width is another.
+        parts: Filled by the loss: what it is the sum of, by name, scalars, detached, for logs.
         logit_scale: ``[1]`` float32, the log of the inverse temperature, when it is learned.
         logit_bias: ``[1]`` float32, added to scaled similarities by the sigmoid loss.
     """
@@ -92,6 +93,7 @@ class LossInputs:
     teachers: tuple[TeacherVectors | TeacherScores, ...] = ()
     step: int = 0
     projections: Mapping[int, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
 

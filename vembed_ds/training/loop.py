@@ -54,6 +54,7 @@ class _Window:
     """What was seen since the last log line; tensors stay on the device until it is written."""
 
     loss: Tensor | float = 0.0
+    parts: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     skipped: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -107,6 +108,7 @@ class TrainingLoop:
         self.step = step
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
+        self._parts: dict[str, Tensor] = {}  # of the last loss
         self._window = _Window()
         self._progress: tqdm[Any] | None = None
 
@@ -208,6 +210,7 @@ class TrainingLoop:
 
         def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
             inputs = loss_inputs(batch, rows, learned, teachers=said, step=self.step)
+            self._parts = inputs.parts
             return self.loss_functions[batch.member](inputs)
 
         return loss
@@ -264,6 +267,8 @@ class TrainingLoop:
         """Add a step to the window; write the window when it is due (first and last step too)."""
         window = self._window
         window.loss = window.loss + result.loss
+        for name, part in self._parts.items():
+            window.parts[name] = window.parts.get(name, torch.zeros_like(part)) + part
         window.steps += 1
         window.skipped += norm is None
         if self._progress is not None:
@@ -282,6 +287,8 @@ class TrainingLoop:
             "train/data_wait_seconds": window.waited / window.steps,
             "train/skipped_steps": float(window.skipped),
         }
+        for name, part in window.parts.items():
+            metrics[f"train/loss_{name}"] = float(comm.mean_over_ranks(part / window.steps))
         if self.intervals.steps_per_epoch:
             metrics["train/epoch"] = self.step / self.intervals.steps_per_epoch
         if "logit_scale" in result.learned:

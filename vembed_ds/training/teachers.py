@@ -204,7 +204,10 @@ def _source(
     folder = cache_folder(config, found.entry)
 
     def from_table() -> CachedTeacher:
-        table, _ = precompute_teacher(teacher, config, data, folder=folder)
+        table, number = precompute_teacher(teacher, config, data, folder=folder)
+        logger.info(
+            "teacher %s: embedded %d items; %s has %d", teacher.name, number, folder, len(table)
+        )
         teacher.close()
         return CachedTeacher(teacher.name, table, teacher.instructions, device)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vembed_ds.config.distillation import teacher_entries
+from vembed_ds.config.distillation import DistillationConfig, teacher_entries
 from vembed_ds.config.loading import parse_config
 from vembed_ds.errors import ConfigError
 
@@ -61,6 +61,10 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
         }
     )
     found = teacher_entries(config.distillation)
+    package = {"teacher_model_name": "package:vembed_ds/model"}
+    assert [e.name for e in teacher_entries(DistillationConfig.model_validate(package))] == [
+        "vembed_ds"
+    ]
     assert [(e.name, e.mode, e.precision, e.weight) for e in found[:2]] == [
         ("big_model", "cached", "bf16", 2.0),
         ("bert", "live", "bf16", 1.0),

@@ -269,6 +269,19 @@ def test_a_broken_list_in_an_override(base):
             {"processor": "a"},
             "missing key config; expected non-empty text or a mapping with config, processor or null",
         ),
+        ("teachers", [{"scores": True, "weight": 0}], "[0].weight=0: expected a number > 0"),
+        (
+            "teachers",
+            [{"scores": True}, {"model_name": "a/b", "mode": "off"}],
+            "[1].mode='off': expected live or cached or first_epoch or null",
+        ),
+        (
+            "teachers",
+            [{"model_nam": "a/b"}],
+            "unknown key model_nam; expected a list of a mapping with name, model_name, ema_decay, "
+            "scores, weight, temperature, mode, ds_config, precision, query_instruction, "
+            "document_instruction",
+        ),
     ],
 )
 def test_wrong_values_name_key_value_origin_and_rule(base, key, value, rule):

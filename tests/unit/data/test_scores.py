@@ -84,13 +84,16 @@ def test_scores_without_negatives_and_in_other_columns() -> None:
         ({"pos_scores": [1, 2]}, "'pos_scores': .1, 2. is 2 scores, and the record has 1 positive"),
         (
             {"pos_scores": None},
-            "'pos_scores': None is 0 scores, and the record has 1 positive; give",
+            "'pos_scores': None is no score; give one for each, or remove the record",
         ),
         (
             {"neg_scores": [1]},
             "'neg_scores': .1. is 1 scores, and the record has 2 negatives; give",
         ),
-        ({"neg_scores": None}, "'neg_scores': None is 0 scores, and the record has 2 negatives"),
+        (
+            {"neg_scores": None},
+            "'neg_scores': None is no score; give one for each, or remove the record",
+        ),
         (
             {"neg_scores": "[0.1, 0.2]", "negatives": "n"},
             r"'neg_scores', value 0: '\[0.1, 0.2\]' is no score",
