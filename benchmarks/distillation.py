@@ -195,7 +195,7 @@ def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]
         "cache_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
     }
     model, width = prepare_model(config, spec, data, folder, zero_stage=stage)
-    join_student(teachers, model, config, width=width)
+    join_student(teachers, model, config, width=width, mrl_dims=())
     engine = start_engine(config, model, ds_config, intervals)
     loop = build_loop(
         config,
