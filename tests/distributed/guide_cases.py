@@ -21,9 +21,9 @@ def run_and_watch(**arguments: Any) -> dict[str, Any]:
     seen: list[dict[str, Any]] = []
 
     def watched(
-        batch: Batch, rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]
+        batch: Batch, rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor], **more: Any
     ) -> LossInputs:
-        inputs = loss_inputs(batch, rows, learned)
+        inputs = loss_inputs(batch, rows, learned, **more)
         guide = inputs.guide
         seen.append(
             {
