@@ -80,7 +80,8 @@ def reference(
         if name in batch
     }
     projections = {
-        number: value.double().requires_grad_() for number, value in batch["projections"].items()
+        number: value.double().requires_grad_()
+        for number, value in batch.get("projections", {}).items()
     }
     given = {**batch, **leaves, **learned, "projections": projections}
     loss = value_of(loss_type, given, options)
