@@ -2,6 +2,7 @@
 # Sets everything up and runs all checks and tests. Arguments go to pytest.
 #   bash launch/test.sh
 #   bash launch/test.sh tests/parity -k clip
+#   bash launch/test.sh --all     # also what is marked slow
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # Built once here, before any test world starts: two builds at a time wait for each other.
