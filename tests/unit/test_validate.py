@@ -230,11 +230,15 @@ def test_a_teachers_scores(
     assert text.startswith(
         "error: column_mapping pos_scores='pos_scores': teacher_scores is not set"
     )
-    rows[1]["pos_scores"] = []
     code, text = validate(rows, teacher_scores=True)
+    assert code == 2
+    assert "distillation_loss_type=kl: compares a query's documents with each other" in text
+    rows[1]["pos_scores"] = []
+    follow = {"teacher_scores": True, "distillation_loss_type": "mse"}
+    code, text = validate(rows, **follow)
     assert code == 1
-    assert "record 1, column 'pos_scores': [] is 0 scores, and the record has 1 positive" in text
-    code, text = validate([{"query": "a", "positive": "0.png"}], teacher_scores=True)
+    assert "record 1, column 'pos_scores': [] is no score; give one for each" in text
+    code, text = validate([{"query": "a", "positive": "0.png"}], **follow)
     assert code == 1
     assert "no column holds the scores of the positives: looked for 'pos_scores'" in text
 
