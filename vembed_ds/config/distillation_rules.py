@@ -155,9 +155,10 @@ def _student(config: Config) -> Iterator[str]:
             "precision=fp16: an average of the student was not compared with the reference where "
             "steps may be skipped; use bf16 or fp32, or another teacher"
         )
-    if config.loss.mrl_layers:
+    losses = [config.loss.mrl_layers, *(e.loss.get("mrl_layers") for e in config.data.datasets)]
+    if layers := next(filter(None, losses), None):
         yield (
-            f"mrl_layers={list(config.loss.mrl_layers)}: an average of the student was not compared "
+            f"mrl_layers={list(layers)}: an average of the student was not compared "
             "with the reference over several layers; remove mrl_layers, or choose another teacher"
         )
 

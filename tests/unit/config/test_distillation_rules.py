@@ -18,6 +18,7 @@ def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 BASE: dict[str, Any] = {"model_name": "some/model", "data_path": "train.jsonl"}
 TEACHER = {"teacher_model_name": "a/b"}
+LAYERS = {"use_mrl": True, "mrl_layers": [1, 2]}
 SCRATCH = {"config": {"model_type": "bert"}}
 
 
@@ -158,6 +159,17 @@ def test_every_teacher_has_a_name_and_what_is_set_for_all() -> None:
         ),
         (
             {"teacher_ema_decay": 0.9, "use_mrl": True, "mrl_layers": [1, 2]},
+            "mrl_layers=[1, 2]: an average of the student was not compared with the reference over "
+            "several layers; remove mrl_layers, or choose another teacher",
+        ),
+        (
+            {"teacher_ema_decay": 0.9, "data_path": None, "batching": "homogeneous"}
+            | {
+                "datasets": [
+                    {"name": name, "data_path": "train.jsonl", "loss": LAYERS}
+                    for name in ("a", "b")
+                ]
+            },
             "mrl_layers=[1, 2]: an average of the student was not compared with the reference over "
             "several layers; remove mrl_layers, or choose another teacher",
         ),
