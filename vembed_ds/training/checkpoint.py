@@ -8,7 +8,7 @@ from typing import Any
 
 from vembed_ds.checkpointing.export import describe_model, export_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
-from vembed_ds.checkpointing.store import load_checkpoint as _load
+from vembed_ds.checkpointing.restore import load_checkpoint as _load
 from vembed_ds.checkpointing.store import save_checkpoint as _save
 from vembed_ds.config.schema import Config
 from vembed_ds.data.processors import ItemProcessor

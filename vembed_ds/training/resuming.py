@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vembed_ds.checkpointing.store import check_resumable, find_checkpoint
+from vembed_ds.checkpointing.resumable import check_resumable
+from vembed_ds.checkpointing.store import find_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
 from vembed_ds.training.data_setup import RunData
