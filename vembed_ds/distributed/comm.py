@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.errors import DistributedError, VembedError
 
 T = TypeVar("T")
@@ -93,7 +94,8 @@ def barrier() -> None:
     """Wait for every rank. Collective."""
     if world_size() > 1:
         # A host-side reduction: `dist.barrier` would allocate on the accelerator.
-        dist.all_reduce(torch.zeros(1))
+        with phase(Kind.WAITING):
+            dist.all_reduce(torch.zeros(1))
 
 
 def all_gather_objects(value: Any) -> list[Any]:
@@ -101,7 +103,8 @@ def all_gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    with phase(Kind.WAITING):
+        dist.all_gather_object(gathered, value)
     return gathered
 
 
@@ -110,7 +113,8 @@ def all_max(values: Sequence[int]) -> list[int]:
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    with phase(Kind.WAITING):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [int(value) for value in tensor]
 
 
@@ -119,7 +123,8 @@ def all_sum(values: Sequence[int]) -> list[int]:
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor)
+    with phase(Kind.WAITING):
+        dist.all_reduce(tensor)
     return [int(value) for value in tensor]
 
 
@@ -128,7 +133,8 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return value
     total = value.detach().clone()
-    dist.all_reduce(total)
+    with phase(Kind.WAITING):
+        dist.all_reduce(total)
     return total / world_size()
 
 

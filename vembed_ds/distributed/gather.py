@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vembed_ds.distributed.comm import world_size
+from vembed_ds.distributed.phases import Kind, phase
 
 # torch 2.13 renamed both and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,14 +22,16 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        _all_gather(gathered, rows.contiguous())
+        with phase(Kind.WAITING, "gathering embeddings of all ranks"):
+            _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
         local = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-        _reduce_scatter(local, grad.contiguous())
+        with phase(Kind.WAITING, "scattering gradients of embeddings"):
+            _reduce_scatter(local, grad.contiguous())
         return local
 
 

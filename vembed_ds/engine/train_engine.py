@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.gradients import LocalGradients
 from vembed_ds.engine.loss_scale import LossScaleUpdates
 
@@ -65,15 +66,18 @@ class TrainEngine:
         Collective: every rank enters and leaves it. When the body raises, nothing is reduced,
         so that the other ranks are not left in half a reduction.
         """
-        with self._without_reduction():
+        with ExitStack() as held_back:
+            held_back.enter_context(self._without_reduction())
             try:
                 yield
                 self._local.finish()
             except BaseException:
                 self._local.discard()
                 raise
-        if self.zero_stage == 0:
-            self.engine.allreduce_gradients()
+            with phase(Kind.REDUCTION):
+                held_back.close()
+                if self.zero_stage == 0:
+                    self.engine.allreduce_gradients()
 
     def step(self) -> Tensor | None:
         """Clip, update the parameters and advance the schedule. Collective.
@@ -83,7 +87,8 @@ class TrainEngine:
             because a 16-bit gradient overflowed.
         """
         norm = self._plain_gradient_norm() if self._plain_optimizer else None
-        self.engine.step()
+        with phase(Kind.OPTIMIZER):
+            self.engine.step()
         if self._loss_scale_updates is not None:
             self._loss_scale_updates.after_step()
         if not self.engine.was_step_applied():

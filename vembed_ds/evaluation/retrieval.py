@@ -20,6 +20,7 @@ from vembed_ds.data.processors import EncodedItem, content_key
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.errors import DataError, VembedError
 from vembed_ds.evaluation.metrics import (
     check_finite,
@@ -292,7 +293,8 @@ def _gathered_embeddings(rows: Embeddings, *, num_rows: int) -> Embeddings:
 
 def _embed_batch(batch: Batch, role: str, *, embed: Embed) -> Embeddings:
     comm.raise_together(batch.error)
-    return embed(batch.roles[role])
+    with phase(Kind.EMBEDDING, f"embedding {len(batch.roles[role])} items ({role})"):
+        return embed(batch.roles[role])
 
 
 def _judgments(queries: Sequence[bytes], documents: Sequence[bytes]) -> Judgments:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vembed_ds.data.batches import StepPlan, collect_roles
 from vembed_ds.data.processors import EncodedItem
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.distributed.seeding import RngState, capture_rng, restore_rng
 from vembed_ds.similarity import Embeddings
 from vembed_ds.streams import is_learned
@@ -79,7 +80,8 @@ def compute_gradient(
     inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
     outputs, states = _embed(engine, inputs)
     after_embed = capture_rng(engine.device)
-    loss, gradients = _differentiate_loss(plan, outputs, loss_function)
+    with phase(Kind.LOSS):
+        loss, gradients = _differentiate_loss(plan, outputs, loss_function)
     with engine.reduce_once():
         _replay(engine, inputs, outputs[-1], gradients, states, trainable)
     restore_rng(after_embed, engine.device)
@@ -129,7 +131,8 @@ def _embed(engine: Engine, inputs: _ChunkInputs) -> tuple[list[Outputs], list[Rn
     last = len(inputs) - 1
     for index in range(len(inputs)):
         states.append(capture_rng(engine.device))
-        with torch.set_grad_enabled(index == last):
+        words = f"embedding chunk {index + 1} of {len(inputs)}"
+        with phase(Kind.EMBEDDING, words), torch.set_grad_enabled(index == last):
             outputs.append(engine.embed(inputs.get(index)))
     return outputs, states
 
@@ -170,14 +173,16 @@ def _replay(
 ) -> None:
     """Differentiate the kept chunk, then recompute and differentiate the others."""
     if any(output.requires_grad for output in kept.values()):
-        engine.backward(_surrogate(kept, gradients[-1]))
+        with phase(Kind.REPLAY, "differentiating the last chunk"):
+            engine.backward(_surrogate(kept, gradients[-1]))
     for index in range(len(inputs) - 1):
         # What is not trained is not computed again; frozen towers draw no random numbers, so
         # the others still see the state they saw in the embed phase.
         chunk = inputs.get(index, only=trainable)
         if chunk:
             restore_rng(states[index], engine.device)
-            engine.backward(_surrogate(engine.embed(chunk), gradients[index]))
+            with phase(Kind.REPLAY, f"replaying chunk {index + 1} of {len(inputs)}"):
+                engine.backward(_surrogate(engine.embed(chunk), gradients[index]))
 
 
 def _surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:

@@ -19,7 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vembed_ds.data.batches import StepPlan, count_streams, plan_step
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
-from vembed_ds.distributed import comm
+from vembed_ds.distributed import comm, phases
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import DivergedError
 from vembed_ds.losses import LossFunction
@@ -153,7 +154,13 @@ class TrainingLoop:
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, and the time they were waited for."""
         self._window.started = waited = time.perf_counter()
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while True:
+            phases.set_place(f"step {self.step + 1}")
+            with phase(Kind.DATA):
+                batch = next(batches, None)
+            if batch is None:
+                return
             self._window.waited += time.perf_counter() - waited
             yield self.attach(batch)
             waited = time.perf_counter()
@@ -166,7 +173,8 @@ class TrainingLoop:
         """Gradient of the global batch, reduced, left in the engine. Collective."""
         plan = self.plan(batch)
         # Once, before anything is embedded with gradient; the replay does not ask again.
-        said = self.teachers.judge(batch, plan, self.pad)
+        with phase(Kind.TEACHER):
+            said = self.teachers.judge(batch, plan, self.pad)
         return compute_gradient(
             self.engine,
             plan,
@@ -239,7 +247,7 @@ class TrainingLoop:
         """Evaluate, log and return the metrics; the model is in training mode afterwards."""
         if self._evaluate is None:
             return {}
-        with self._clock_stopped():
+        with self._clock_stopped(), phase(Kind.EVALUATION):
             self.model.eval()
             metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
             self.model.train()
@@ -248,7 +256,7 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
-        with self._clock_stopped():
+        with self._clock_stopped(), phase(Kind.SAVING, f"saving checkpoint-step-{self.step}"):
             self.teachers.before_save()
             folder = self._save(self.step)
         if comm.is_main():

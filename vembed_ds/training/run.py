@@ -20,7 +20,8 @@ from vembed_ds.data.dataset import Sample
 from vembed_ds.data.loader import BatchLoader
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.workers import prepare_server
-from vembed_ds.distributed import comm
+from vembed_ds.distributed import comm, phases
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError, VembedError
@@ -90,11 +91,13 @@ def train(
     Raises:
         VembedError: On every rank.
     """
+    phases.set_place("preparing the run")
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
     entries = dataset_entries(config.data)
     losses = loss_configs(config.loss, entries)
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
-    data = setup_stream(config, spec) if config.data.streaming else setup_data(config, spec)
+    with phase(Kind.OTHER, "reading the data"):
+        data = setup_stream(config, spec) if config.data.streaming else setup_data(config, spec)
     check_data(losses, data.members, config.distillation)
     if notice := weak_distillation(config):
         logger.warning("%s", notice)
@@ -109,24 +112,32 @@ def train(
         doing=f"output_dir={config.run.output_dir!r}",
     )
     check_shared(folder)
-    prepare_extensions(ds_config)
+    with phase(Kind.OTHER, "building extensions"):
+        prepare_extensions(ds_config)
     stage = ds_config["zero_optimization"]["stage"]
-    guides, loaded = load_guides(losses, data), load_teachers(config, data)
+    with phase(Kind.TEACHER, "loading guides and teachers"):
+        guides, loaded = load_guides(losses, data), load_teachers(config, data)
     identity |= guides_identity(guides) | teachers_identity(loaded)
     if checkpoint is not None:  # again: no other guide or teacher may go on judging
         check_resumable(checkpoint, zero_stage=stage, state=identity)
-    vectors = embed_guides(guides, config, data, folder=folder)
-    del guides  # they need no memory any more
-    teachers = prepare_teachers(
-        loaded, config, data, step=step, steps_per_epoch=intervals.steps_per_epoch
-    )
+    with phase(Kind.TEACHER, "embedding the data with guides and teachers"):
+        vectors = embed_guides(guides, config, data, folder=folder)
+        del guides  # they need no memory any more
+        teachers = prepare_teachers(
+            loaded, config, data, step=step, steps_per_epoch=intervals.steps_per_epoch
+        )
     prefixes = sorted({dim for loss in losses for dim in evaluated_dims(loss)})
-    model, width = prepare_model(config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes)
-    join_student(teachers, model, config, width=width, mrl_dims=prefixes)
-    engine = start_engine(config, model, ds_config, intervals)
+    with phase(Kind.LOADING, "loading the model"):
+        model, width = prepare_model(
+            config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes
+        )
+        join_student(teachers, model, config, width=width, mrl_dims=prefixes)
+    with phase(Kind.BUILDING):
+        engine = start_engine(config, model, ds_config, intervals)
     if checkpoint is not None:
-        load_checkpoint(engine.engine, checkpoint)
-        teachers.load(checkpoint)
+        with phase(Kind.LOADING, f"loading {checkpoint.name}"):
+            load_checkpoint(engine.engine, checkpoint)
+            teachers.load(checkpoint)
     loop = build_loop(
         config,
         model,
@@ -141,6 +152,7 @@ def train(
         teachers=teachers,
     )
     if config.training.gradient_self_test:
+        phases.set_place("gradient self-test")
         self_test(loop, data, precision=config.model.precision)
     return loop.train()
 
