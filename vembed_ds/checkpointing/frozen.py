@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vembed_ds.distributed import comm
@@ -50,8 +53,11 @@ def link_frozen_weights(output_dir: Path, folder: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def read_frozen_weights(folder: Path) -> dict[str, Tensor]:
-    """Frozen parameters by name in the trained module, float32; empty for a float32 run.
+class FrozenWeights:
+    """Frozen parameters by name in the trained module, float32, each read when it is asked for.
+
+    Attributes:
+        names: What there is; empty for a float32 run.
 
     Args:
         folder: ``<checkpoint>/model``.
@@ -59,10 +65,25 @@ def read_frozen_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is damaged.
     """
-    path = folder / FROZEN_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FROZEN_FILE
+        self.names: frozenset[str] = frozenset()
+        if self._path.is_file():
+            with self._opened() as file:
+                self.names = frozenset(file.keys())
+
+    def read(self, name: str) -> Tensor:
+        """One of :attr:`names`, whole."""
+        # Opened each time: what was read of an open file stays in memory.
+        with self._opened() as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._path}: damaged: {error}") from error

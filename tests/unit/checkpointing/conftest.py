@@ -28,7 +28,14 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / "run" / "checkpoint-step-1"
         folder.mkdir(parents=True)
         optimizer: dict[str, object] = {"state": {}, "param_groups": []}
-        saved = {"module": model.state_dict(), "optimizer": optimizer}
+        buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+        saved = {
+            "module": model.state_dict(),
+            "buffer_names": buffers,
+            "optimizer": optimizer,
+            "shared_params": None,
+            "dp_world_size": 1,
+        }
         torch.save(saved, folder / "mp_rank_00_model_states.pt")
         processor = cases.make_processor(model, kind)
         describe_model(folder / "model", model=model, processor=processor, settings={})

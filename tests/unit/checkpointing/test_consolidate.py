@@ -16,6 +16,7 @@ from vembed_ds.errors import CheckpointError
 
 WHOLE = "mp_rank_00_model_states.pt"
 SIZE = torch.Size([3])
+INNER: dict[str, Any] = {"optimizer_state_dict": {"state": {}, "param_groups": []}}
 
 
 class Bomb:
@@ -37,13 +38,21 @@ def folder(tmp_path: Path) -> Path:
 
 def save_whole(folder: Path, **changes: Any) -> None:
     weights = {"w": torch.ones(3), "n": torch.tensor(5)}
-    torch.save({"module": weights, "optimizer": {"state": {}}} | changes, folder / WHOLE)
+    saved = {
+        "module": weights,
+        "buffer_names": [],
+        "optimizer": {"state": {}, "param_groups": []},
+        "shared_params": None,
+        "dp_world_size": 1,
+    }
+    torch.save(saved | changes, folder / WHOLE)
 
 
 def save_stage_3(folder: Path, *, ranks: tuple[int, ...] = (0, 1)) -> None:
     """``w`` = 0, 1, 2 on two ranks, the last value being padding."""
     state = {
         "module": {"w": torch.zeros(0)},
+        "optimizer": None,
         "buffer_names": [],
         "dp_world_size": 2,
         "param_shapes": [OrderedDict(w=SIZE)],
@@ -128,14 +137,16 @@ def test_shard_with_too_few_values(folder: Path) -> None:
     save_stage_3(folder)
     short = {"optimizer_state_dict": {"fp32_flat_groups": [torch.zeros(0)]}}
     torch.save(short, folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    with pytest.raises(CheckpointError, match=r"w has 2 of its 3 values in the optimizer shards"):
+    with pytest.raises(
+        CheckpointError, match=r"groups have \[0\] values, where .* say \[2\]; the files"
+    ):
         load_consolidated(folder)
 
 
 def test_foreign_code_does_not_run(folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     save_whole(folder, bomb=Bomb(trace))
-    with pytest.raises(CheckpointError, match=rf"{WHOLE}: holds objects that are not loaded"):
+    with pytest.raises(CheckpointError, match=rf"{WHOLE}: holds pathlib.Path, which is not"):
         load_consolidated(folder)
     assert not trace.exists()
 
@@ -174,7 +185,7 @@ def describe(folder: Path, **groups: int | None) -> None:
 
 def save_16_bit(folder: Path, masters: dict[str, list[Any]]) -> None:
     weights = {name: torch.tensor([1.0]).bfloat16() for name in ("a", "b")}
-    save_whole(folder, module=weights | {"c": torch.ones(1)}, optimizer=masters)
+    save_whole(folder, module=weights | {"c": torch.ones(1)}, optimizer=masters | INNER)
 
 
 @pytest.mark.parametrize("flat", [False, True])
