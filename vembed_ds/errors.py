@@ -39,6 +39,10 @@ class CheckpointError(VembedError):
     """A checkpoint that is missing, incomplete or does not fit."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; the same on every rank, and training is untouched."""
+
+
 class GradientError(VembedError):
     """The gradient self-test found that chunking changes the gradient."""
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tests.parity import cases, data, lora_cases
 from vembed_ds.checkpointing.restore import load_checkpoint
-from vembed_ds.checkpointing.store import save_checkpoint
+from vembed_ds.checkpointing.saving import save_checkpoint
 from vembed_ds.data.batches import StepPlan, count_streams, plan_step
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm

@@ -1,104 +1,166 @@
-"""Engine checkpoints: ``<output_dir>/checkpoint-step-<N>`` and the file ``latest``."""
+"""Which checkpoint to go on from: the latest that is whole, read before anything is loaded."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
-
-from vembed_ds.checkpointing.random_state import save_random_state
+from vembed_ds.checkpointing.manifest import (
+    MANIFEST,
+    Manifest,
+    describe_damage,
+    extra_files,
+    find_damage,
+    read_manifest,
+    share,
+)
+from vembed_ds.checkpointing.names import LATEST, checkpoints, leftovers, read_pointer, step_of
+from vembed_ds.checkpointing.rotation import by_age, put_back
 from vembed_ds.distributed import comm
 from vembed_ds.errors import CheckpointError
 
-LATEST = "latest"
+logger = logging.getLogger(__name__)
+
 STATE = "trainer_state.json"
-# Universal checkpoints of ZeRO-1/2 cannot be made later without it.
-_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+_SHOWN = 3
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    *,
-    output_dir: Path,
-    step: int,
-    state: Mapping[str, Any],
-    describe: Callable[[Path], None],
-    write: Callable[[Path], None] = lambda folder: None,
-) -> Path:
-    """Write weights, optimizer, schedule, random states and ``state``; then move ``latest``.
+@dataclass(frozen=True)
+class _Choice:
+    """Checkpoints to try, in turn.
 
-    Collective: every rank calls it. ``latest`` moves only after every rank has written.
-
-    Args:
-        engine: The engine to save.
-        output_dir: Folder of the run.
-        step: Optimizer steps done.
-        state: Plain values, kept as JSON.
-        describe: Called on rank 0 with the folder ``model/``, to write what rebuilds the model.
-        write: Called on every rank with the checkpoint's folder, to write more of the rank's state;
-            not collective.
-
-    Returns:
-        The checkpoint's folder.
+    Attributes:
+        candidates: The first that is whole is taken.
+        explicit: The user named this very checkpoint, so no other takes its place.
+        problem: What is wrong with ``latest``, if anything.
+        unfinished: Names of folders that crashed runs left.
+        error: Why there is nothing to try.
     """
-    folder = output_dir / f"checkpoint-step-{step}"
-    engine.save_checkpoint(
-        str(output_dir), tag=folder.name, client_state=dict(_UNIVERSAL), save_latest=False
-    )
-    facts = {
-        "step": step,
-        "world_size": comm.world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        **state,
-    }
 
-    def write_own_files() -> None:
-        save_random_state(folder)
-        write(folder)
-        if comm.is_main():
-            describe(folder / "model")
-            (folder / STATE).write_text(json.dumps(facts, indent=2))
-
-    comm.run_together(write_own_files, doing=f"writing {folder}")
-    comm.run_together(lambda: _point_at(folder), doing=f"writing {output_dir / LATEST}")
-    return folder
+    candidates: list[Path]
+    explicit: bool = False
+    problem: str = ""
+    unfinished: Sequence[str] = ()
+    error: str = ""
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from.
+    """The checkpoint to resume from, every file of it compared with its manifest. Collective.
+
+    Of a run's folder that is the one ``latest`` names or, with a warning, the newest that is
+    whole. The ranks share the reading.
 
     Args:
-        resume: A checkpoint's folder, a run's folder, or ``"auto"`` (the run's own latest).
+        resume: A checkpoint's folder, a run's folder, or ``"auto"`` (this run's folder).
         output_dir: Folder of this run.
 
     Returns:
-        The folder; ``None`` only for ``"auto"`` when the run has no checkpoint yet.
+        The folder; ``None`` only for ``"auto"`` when the run has no checkpoint at all.
 
     Raises:
-        CheckpointError: Nothing to resume from.
+        CheckpointError: On every rank: there is nothing to resume from, the checkpoint that was
+            named is damaged, or every checkpoint is.
     """
-    place = output_dir if resume == "auto" else Path(resume)
-    if (place / STATE).is_file():
-        return place
-    pointer = place / LATEST
-    if pointer.is_file():
-        folder = place / pointer.read_text().strip()
-        if (folder / STATE).is_file():
-            return folder
-        raise CheckpointError(f"{pointer} names {folder.name}, which is not a complete checkpoint")
-    if resume == "auto":
+    doing = f"--resume {resume}"
+    choice = comm.run_on_main(lambda: _choose(resume, output_dir), doing=doing)
+    if choice.error:
+        raise CheckpointError(choice.error)
+    if not choice.candidates:
+        if choice.unfinished:
+            logger.warning(
+                "%s: %s: no checkpoint was finished; %s is left of a run that ended before",
+                doing,
+                output_dir,
+                ", ".join(choice.unfinished),
+            )
         return None
+    damaged: list[str] = []
+    for folder in choice.candidates:
+        damage = find_damage_together(folder)
+        if not damage:
+            _report(doing, choice, damaged, taken=folder)
+            return folder
+        damaged.append(describe_damage(damage))
+    if choice.explicit:
+        raise CheckpointError(
+            f"{doing}: {damaged[0]}; this checkpoint is damaged: name another checkpoint-step-N, "
+            "or the run's folder, which takes the newest that is whole"
+        )
     raise CheckpointError(
-        f"--resume {resume}: no checkpoint there (no {STATE} and no file {LATEST}); "
-        "name a folder checkpoint-step-N or a run's output folder"
+        f"{doing}: no checkpoint is whole: {'; '.join(damaged[:_SHOWN])}; put the damaged files "
+        "back from a copy, or start afresh (without --resume)"
     )
 
 
-def _point_at(folder: Path) -> None:
-    if comm.is_main():
-        pointer = folder.parent / f"{LATEST}.tmp"
-        pointer.write_text(folder.name)
-        pointer.replace(folder.parent / LATEST)
+def find_damage_together(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint; every rank reads a share of it. Collective.
+
+    Returns:
+        One sentence per finding, the same on every rank; empty: it is whole.
+    """
+    manifest: Manifest | None = None
+    damage: list[str] = []
+    try:
+        manifest = read_manifest(folder)
+        part = share(manifest.files, index=comm.rank(), of=comm.world_size())
+        damage = find_damage(folder, part)
+    except CheckpointError as error:
+        damage = [str(error)]
+    found = comm.all_gather_objects((manifest, damage))
+    if any(other != found[0][0] for other, _ in found) and all(other for other, _ in found):
+        return [f"{folder / MANIFEST}: the ranks read different files; give a shared folder"]
+    if comm.is_main() and manifest is not None and (extra := extra_files(folder, manifest)):
+        logger.warning(
+            "%s: holds files that are no part of it and are not read: %s", folder, ", ".join(extra)
+        )
+    return list(dict.fromkeys(problem for _, problems in found for problem in problems))
+
+
+def _choose(resume: str, output_dir: Path) -> _Choice:
+    place = output_dir if resume == "auto" else Path(resume)
+    if (place / MANIFEST).is_file() or (place / STATE).is_file() or step_of(place.name) is not None:
+        return _Choice([place], explicit=True)
+    put_back(place)
+    latest, problem = read_pointer(place, LATEST)
+    found = checkpoints(place)
+    if not found:
+        unfinished = [path.name for path, *_ in leftovers(place)]
+        if resume == "auto" and not (place / LATEST).exists():
+            return _Choice([], unfinished=unfinished)
+        what = problem if (place / LATEST).exists() else "no checkpoint there"
+        return _Choice(
+            [],
+            error=f"--resume {resume}: {what} (no folder checkpoint-step-N in {place}); name a "
+            "folder checkpoint-step-N or a run's output folder",
+        )
+    return _Choice(_ordered(found, latest), problem=problem)
+
+
+def _ordered(found: Sequence[Path], latest: Path | None) -> list[Path]:
+    """``latest``, then the newest, and at the end those that nobody can date.
+
+    Later steps than ``latest`` come behind the earlier ones: they are of a run that was given up
+    when another went on from an earlier checkpoint.
+    """
+    dated = by_age(found)
+    undated = sorted(set(found) - set(dated), key=lambda folder: -(step_of(folder.name) or 0))
+    ordered = [*dated, *undated]
+    if latest is None:
+        return ordered
+    limit = step_of(latest.name)
+    before = [f for f in ordered if limit is None or (step_of(f.name) or 0) <= limit]
+    rest = [f for f in ordered if f not in before]
+    return [latest, *(folder for folder in [*before, *rest] if folder != latest)]
+
+
+def _report(doing: str, choice: _Choice, damaged: Sequence[str], *, taken: Path) -> None:
+    problems = [problem for problem in (choice.problem, *damaged) if problem]
+    if problems:
+        logger.warning(
+            "%s: %s; going on from %s, the newest checkpoint that is whole",
+            doing,
+            "; ".join(problems),
+            taken,
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 # How srun and mpirun tell a process that it is one of several.
 _OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+_this_thread = threading.local()  # .group: where its collectives travel; None: the usual way
 
 
 def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
@@ -42,6 +45,31 @@ def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
         _describe_world_of_one()
     backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def new_group(*, timeout_minutes: float) -> Any:
+    """A second way to all ranks on the host, for :func:`on_group`. Collective.
+
+    Args:
+        timeout_minutes: A collective on it that waits longer than this fails.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+@contextmanager
+def on_group(group: Any) -> Iterator[None]:
+    """Let this thread's host collectives inside travel on a group of their own.
+
+    Two threads that share a group would answer each other's questions.
+
+    Args:
+        group: From :func:`new_group`; the same on every rank.
+    """
+    _this_thread.group = group
+    try:
+        yield
+    finally:
+        _this_thread.group = None
 
 
 def shutdown(timeout_seconds: float | None = None) -> bool:
@@ -95,7 +123,7 @@ def barrier() -> None:
     if world_size() > 1:
         # A host-side reduction: `dist.barrier` would allocate on the accelerator.
         with phase(Kind.WAITING):
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=_group())
 
 
 def all_gather_objects(value: Any) -> list[Any]:
@@ -104,7 +132,7 @@ def all_gather_objects(value: Any) -> list[Any]:
         return [value]
     gathered: list[Any] = [None] * world_size()
     with phase(Kind.WAITING):
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=_group())
     return gathered
 
 
@@ -114,7 +142,7 @@ def all_max(values: Sequence[int]) -> list[int]:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
     with phase(Kind.WAITING):
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group())
     return [int(value) for value in tensor]
 
 
@@ -124,7 +152,7 @@ def all_sum(values: Sequence[int]) -> list[int]:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
     with phase(Kind.WAITING):
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_group())
     return [int(value) for value in tensor]
 
 
@@ -209,6 +237,10 @@ def require_equal(value: Any, *, what: str) -> None:
                 f"{what}: rank 0 has {values[0]!r}, rank {other} has {found!r}; "
                 "every rank must see the same files"
             )
+
+
+def _group() -> Any:
+    return getattr(_this_thread, "group", None)
 
 
 def _refuse_unnamed_ranks() -> None:

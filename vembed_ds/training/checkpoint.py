@@ -8,8 +8,10 @@ from typing import Any
 
 from vembed_ds.checkpointing.export import describe_model, export_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
+from vembed_ds.checkpointing.names import LATEST
 from vembed_ds.checkpointing.restore import load_checkpoint as _load
-from vembed_ds.checkpointing.store import save_checkpoint as _save
+from vembed_ds.checkpointing.saving import save_checkpoint as _save
+from vembed_ds.checkpointing.store import find_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.distributed import comm
@@ -83,12 +85,13 @@ def load_checkpoint(path: str | Path, engine: TrainEngine) -> int:
         CheckpointError: There is no such state, or it is damaged.
     """
     folder = Path(path) / STATE_FOLDER
-    pointer = folder / "latest"
-    if not pointer.is_file():
+    if not (folder / LATEST).is_file():
         raise CheckpointError(
-            f"{pointer}: missing; give a folder that save_checkpoint wrote, whole"
+            f"{folder / LATEST}: missing; give a folder that save_checkpoint wrote, whole"
         )
-    _load(engine.engine, folder / pointer.read_text().strip())
+    checkpoint = find_checkpoint(str(folder), folder)
+    assert checkpoint is not None  # only for "auto"
+    _load(engine.engine, checkpoint)
     return int(engine.engine.global_steps)
 
 

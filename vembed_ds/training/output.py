@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vembed_ds.checkpointing.frozen import FROZEN_FILE
+from vembed_ds.checkpointing.names import BEST, LATEST
 from vembed_ds.config.loading import dump_config
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
@@ -34,7 +35,9 @@ _WRITTEN = (
     "tensorboard",
     "wandb",
     "checkpoint-step-*",
-    "latest",
+    ".checkpoint-step-*",
+    LATEST,
+    BEST,
     "frozen_text_features",
     "guide-*",
     FROZEN_FILE,

@@ -10,7 +10,6 @@ from typing import Any
 from vembed_ds.checkpointing.resumable import check_resumable
 from vembed_ds.checkpointing.store import find_checkpoint
 from vembed_ds.config.schema import Config
-from vembed_ds.distributed import comm
 from vembed_ds.training.data_setup import RunData
 from vembed_ds.training.loop import Intervals
 
@@ -67,10 +66,7 @@ def choose_checkpoint(
     """The checkpoint to go on from, and its step; ``(None, 0)`` for a fresh start. Collective."""
     if resume is None:
         return None, 0
-    checkpoint = comm.run_together(
-        lambda: find_checkpoint(resume, Path(config.run.output_dir)), doing=f"--resume {resume}"
-    )
-    comm.require_equal(checkpoint and checkpoint.name, what=f"--resume {resume}")
+    checkpoint = find_checkpoint(resume, Path(config.run.output_dir))
     if checkpoint is None:
         logger.warning("--resume auto: %s has no checkpoint; starting fresh", config.run.output_dir)
         return None, 0

@@ -13,7 +13,7 @@ from vembed_ds.checkpointing.export import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.restore import load_checkpoint
 from vembed_ds.checkpointing.resumable import check_resumable
-from vembed_ds.checkpointing.store import save_checkpoint
+from vembed_ds.checkpointing.saving import save_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample

@@ -1,0 +1,128 @@
+"""What is removed from a run's folder: superseded checkpoints, and what crashes left."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from vembed_ds.checkpointing.manifest import deleting, read_manifest
+from vembed_ds.checkpointing.names import (
+    BEST,
+    LATEST,
+    checkpoints,
+    deleted_name,
+    leftovers,
+    read_pointer,
+    replaced_name,
+)
+from vembed_ds.durable import sync_folder
+from vembed_ds.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def by_age(folders: Collection[Path]) -> list[Path]:
+    """Checkpoints with a readable manifest, the last written first.
+
+    Not by step: a run that went on from an earlier checkpoint has later steps behind it.
+    """
+    dated = []
+    for folder in folders:
+        try:
+            dated.append((read_manifest(folder).written_at, folder.name, folder))
+        except CheckpointError:
+            continue
+    return [folder for *_, folder in sorted(dated, reverse=True)]
+
+
+def rotate(output_dir: Path, *, total_limit: int) -> list[Path]:
+    """Delete all but the newest checkpoints. Rank 0, after ``latest`` has moved.
+
+    What ``latest`` and ``best`` name stays, whatever its age; so does what somebody reads now,
+    and what has no readable manifest, because nobody knows what it is.
+
+    Args:
+        output_dir: The run's folder.
+        total_limit: How many of the newest are kept; > 0.
+
+    Returns:
+        What was deleted.
+
+    Raises:
+        OSError: Something cannot be deleted; nothing is left half under a checkpoint's name.
+    """
+    pointed = {read_pointer(output_dir, pointer)[0] for pointer in (LATEST, BEST)}
+    deleted = []
+    for folder in by_age(checkpoints(output_dir))[total_limit:]:
+        if folder in pointed:
+            continue
+        with deleting(folder) as free:
+            if free:
+                delete_checkpoint(folder)
+                deleted.append(folder)
+            else:
+                logger.info("%s: is being read, so it is not deleted yet", folder)
+    return deleted
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; a crash leaves it whole, or under another name. Rank 0.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    doomed = folder.with_name(deleted_name(folder.name))
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    sync_folder(folder.parent)
+    shutil.rmtree(doomed)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a finished checkpoint its name, which an older one may have. Rank 0.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    older = folder.with_name(replaced_name(folder.name))
+    if folder.exists():
+        if older.exists():
+            shutil.rmtree(older)
+        folder.rename(older)
+    # A crash here leaves the older one under its other name, and put_back gives it back.
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    if older.exists():
+        shutil.rmtree(older)
+
+
+def put_back(output_dir: Path) -> None:
+    """Give checkpoints their name back that a crash left without a successor. Rank 0.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    for path, name, state in leftovers(output_dir):
+        if state == "replaced" and not (output_dir / name).exists():
+            path.rename(output_dir / name)
+            logger.warning("%s: was being replaced when a run crashed; it has its name back", name)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Report and remove what crashed runs left unfinished. Rank 0 of the run that has the folder.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    put_back(output_dir)
+    for path, name, state in leftovers(output_dir):
+        shutil.rmtree(path)
+        what = {
+            "partial": "a checkpoint that a run had not finished when it ended",
+            "replaced": "an older checkpoint of the same step",
+            "deleted": "a checkpoint that was being deleted when a run ended",
+        }[state]
+        logger.warning("%s: removed %s (%s)", output_dir, path.name, what.format(name=name))

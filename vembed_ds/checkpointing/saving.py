@@ -1,0 +1,278 @@
+"""Writing a checkpoint so that a crash at any moment leaves the earlier ones, and this one or none.
+
+Every rank writes, hashes and flushes its files in ``.checkpoint-step-N.partial``; the ranks agree;
+rank 0 writes the manifest, gives the folder its name, and moves ``latest``. Collectives lie between
+these steps, so an error of one rank's files is kept until all ranks can raise it together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import SafetensorError
+
+from vembed_ds.checkpointing.manifest import (
+    list_files,
+    new_manifest,
+    write_manifest,
+)
+from vembed_ds.checkpointing.names import (
+    BEST,
+    LATEST,
+    checkpoint_name,
+    move_pointer,
+    partial_name,
+)
+from vembed_ds.checkpointing.random_state import save_random_state
+from vembed_ds.checkpointing.rotation import put_in_place, remove_leftovers
+from vembed_ds.checkpointing.store import STATE
+from vembed_ds.distributed import comm
+from vembed_ds.durable import (
+    FileRecord,
+    describe_write_error,
+    hash_file,
+    sync_file,
+    sync_folder,
+)
+from vembed_ds.engine.checkpoint_files import CheckpointFiles, save_engine
+from vembed_ds.errors import SaveError, VembedError, one_line
+
+# Universal checkpoints of ZeRO-1/2 cannot be made later without it.
+_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint whose content is settled, and not yet committed.
+
+    Attributes:
+        folder: What it will be called.
+        partial: Where it lies until then.
+        step: Optimizer steps done.
+        zero_stage: Of the engine.
+        config_digest: Of the run's configuration.
+        files: DeepSpeed's, of this rank.
+        error: What went wrong with this rank's other files.
+    """
+
+    folder: Path
+    partial: Path
+    step: int
+    zero_stage: int
+    config_digest: str | None
+    files: CheckpointFiles
+    error: str | None
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    *,
+    output_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    describe: Callable[[Path], None],
+    write: Callable[[Path], None] = lambda folder: None,
+    config_digest: str | None = None,
+) -> Path:
+    """Write weights, optimizer, schedule, random states and ``state``; then move ``latest``.
+
+    Collective: every rank calls it.
+
+    Args:
+        engine: The engine to save.
+        output_dir: Folder of the run.
+        step: Optimizer steps done.
+        state: Plain values, kept as JSON.
+        describe: Called on rank 0 with the folder ``model/``, to write what rebuilds the model.
+        write: Called on every rank with the checkpoint's folder, to write more of the rank's state,
+            in files named ``*_rank_<R>.*``; not collective.
+        config_digest: Of the run's configuration, for the manifest.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SaveError: On every rank: a file of any rank could not be written. Earlier checkpoints
+            are as they were.
+    """
+    snapshot = take_snapshot(
+        engine,
+        output_dir=output_dir,
+        step=step,
+        state=state,
+        describe=describe,
+        write=write,
+        config_digest=config_digest,
+        deferred=False,
+    )
+    return commit(snapshot)
+
+
+def take_snapshot(
+    engine: DeepSpeedEngine,
+    *,
+    output_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    describe: Callable[[Path], None],
+    write: Callable[[Path], None],
+    config_digest: str | None,
+    deferred: bool,
+) -> Snapshot:
+    """Settle the content of a checkpoint; :func:`commit` must follow. Collective.
+
+    Args:
+        engine: As the others, of :func:`save_checkpoint`.
+        output_dir: See there.
+        step: See there.
+        state: See there.
+        describe: See there.
+        write: See there.
+        config_digest: See there.
+        deferred: Copy the engine's tensors and leave the writing to :func:`commit`, which may then
+            run in another thread; the small files are written at once.
+
+    Returns:
+        What this rank has of it. File errors are in it and not raised.
+    """
+    folder = output_dir / checkpoint_name(step)
+    partial = output_dir / partial_name(folder.name)
+    error = _attempt(lambda: _make_folder(partial), partial) if comm.is_main() else None
+    comm.barrier()  # or another rank's first file would be removed with what a crash left
+    files = save_engine(engine, partial, client_state=dict(_UNIVERSAL), deferred=deferred)
+    facts = {
+        "step": step,
+        "world_size": comm.world_size(),
+        "zero_stage": int(engine.zero_optimization_stage()),
+        **state,
+    }
+
+    def write_own_files() -> None:
+        save_random_state(partial)
+        write(partial)
+        if comm.is_main():
+            describe(partial / "model")
+            (partial / STATE).write_text(json.dumps(facts, indent=2))
+
+    error = error or _attempt(write_own_files, partial)
+    return Snapshot(
+        folder, partial, step, facts["zero_stage"], config_digest, files=files, error=error
+    )
+
+
+def commit(snapshot: Snapshot, *, best: bool = False) -> Path:
+    """Bring a checkpoint to the disk and give it its name. Collective.
+
+    May run in another thread than the training, inside :func:`comm.on_group`.
+
+    Args:
+        snapshot: From :func:`take_snapshot` on every rank.
+        best: Whether ``best`` moves too.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SaveError: On every rank; the partial folder is gone then.
+    """
+    folder, partial = snapshot.folder, snapshot.partial
+    snapshot.files.write_deferred()
+    error = None if snapshot.files.error is None else str(snapshot.files.error)
+    error = error or snapshot.error
+    own: dict[str, FileRecord] = {}
+
+    def flush_own_files() -> None:
+        for path, record in snapshot.files.records.items():
+            own[path.relative_to(partial).as_posix()] = record
+        own.update(_flush(partial, [name for name in list_files(partial) if _is_own(name)]))
+
+    error = error or _attempt(flush_own_files, partial)
+    gathered = _agree(own, error, snapshot)
+
+    def finish() -> None:
+        if not comm.is_main():
+            return
+        files = {name: record for records in gathered for name, record in records.items()}
+        files |= _flush(partial, [name for name in list_files(partial) if name not in files])
+        for place in [path for path in partial.rglob("*") if path.is_dir()]:
+            sync_folder(place)
+        manifest = new_manifest(
+            files,
+            step=snapshot.step,
+            world_size=comm.world_size(),
+            zero_stage=snapshot.zero_stage,
+            config_digest=snapshot.config_digest,
+        )
+        write_manifest(partial, manifest)
+        put_in_place(partial, folder)
+        move_pointer(folder.parent, LATEST, folder)
+        if best:
+            move_pointer(folder.parent, BEST, folder)
+
+    _agree({}, _attempt(finish, partial), snapshot)
+    return folder
+
+
+def _agree(
+    own: dict[str, FileRecord], error: str | None, snapshot: Snapshot
+) -> list[dict[str, FileRecord]]:
+    """Every rank's files; or the same error on every rank when any has one. Collective."""
+    answers = comm.all_gather_objects((own, error))
+    failed = [(rank, found) for rank, (_, found) in enumerate(answers) if found is not None]
+    if failed:
+        if comm.is_main():
+            shutil.rmtree(snapshot.partial, ignore_errors=True)
+        rank, found = failed[0]
+        raise SaveError(
+            f"{snapshot.folder.name} was not saved: rank {rank}: {found}; earlier checkpoints are "
+            "untouched. Make room or mend the folder, or let on_save_error: warn train on"
+        )
+    return [records for records, _ in answers]
+
+
+def _attempt(action: Callable[[], None], folder: Path) -> str | None:
+    """Run what touches files; what went wrong, for the other ranks to hear of it."""
+    try:
+        action()
+    except OSError as error:
+        return describe_write_error(error, folder)
+    except (VembedError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {one_line(error)}"
+    return None
+
+
+def _make_folder(partial: Path) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(partial.parent)
+    partial.mkdir()
+
+
+def _is_own(name: str) -> bool:
+    return f"_rank_{comm.rank()}." in name
+
+
+def _flush(partial: Path, names: list[str]) -> dict[str, FileRecord]:
+    """Bring files that somebody else wrote to the disk; what they must be."""
+    for name in names:
+        sync_file(partial / name)
+    return {name: _hash_once(partial / name) for name in names}
+
+
+def _hash_once(path: Path) -> FileRecord:
+    """A frozen weights' file is linked into every checkpoint, and may be large."""
+    status = path.stat()
+    if status.st_nlink == 1:
+        return hash_file(path)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity not in _hashed:
+        _hashed[identity] = hash_file(path)
+    return _hashed[identity]
+
+
+_hashed: dict[tuple[int, ...], FileRecord] = {}
