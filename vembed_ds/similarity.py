@@ -16,6 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 # Token similarities that MaxSim holds at a time (64 MB); blocks are recomputed in backward.
 BLOCK_ELEMENTS = 2**24
+SHORTEST = 1e-12  # of a vector that has a direction
+
+
+def unit_length(values: Tensor) -> Tensor:
+    """Vectors along the last axis scaled to length 1; one without a direction becomes about 0.
+
+    Its gradient is that of a vector of length 1. ``functional.normalize`` divides it by 1e-12, so
+    that its gradient is 1e12 times as large and, clipped, the whole of the step.
+    """
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    return values / torch.where(length > SHORTEST, length, 1.0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Embeddings:
         values = self.values
         if self.mask is not None:
             values = values.masked_fill(~self.mask.unsqueeze(-1), 0.0)
-        return replace(self, values=functional.normalize(values, dim=-1))
+        return replace(self, values=unit_length(values))
 
     def dims(self, start: int, stop: int) -> Self:
         """Some neighbouring dimensions of every vector, also of every token's."""

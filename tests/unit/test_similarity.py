@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from vembed_ds import similarity as module
-from vembed_ds.similarity import Embeddings, concatenate, paired_similarity, similarity
+from vembed_ds.similarity import (
+    Embeddings,
+    concatenate,
+    paired_similarity,
+    similarity,
+    unit_length,
+)
 
 
 def token_items(lengths: list[int], *, seed: int, width: int = 4) -> Embeddings:
@@ -106,6 +112,30 @@ def test_pairs_are_the_diagonal(reduction: str) -> None:
 
 def vectors(items: Embeddings) -> Embeddings:
     return Embeddings(items.values.detach().nan_to_num().sum(dim=1) + 0.1)
+
+
+def test_a_vector_of_zeros_has_a_gradient_like_any_other() -> None:
+    """PyTorch's is 1e12 times as large: clipped, it would be the whole of the step."""
+    rows = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], requires_grad=True)
+    columns = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    found = similarity(Embeddings(rows), Embeddings(columns))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [11 / 15, 0.0]]))
+    (first, second) = torch.autograd.grad(found.sum(), [rows, columns])
+    torch.testing.assert_close(first[0], torch.tensor([1.0, 2.0, 2.0]) / 3)
+    torch.testing.assert_close(second[1], torch.tensor([3.0, 0.0, 4.0]) / 5)
+    assert first.norm(dim=1).max() <= 1.0
+
+
+def test_any_other_vector_is_normalised_as_by_pytorch() -> None:
+    values = torch.randn(64, 9, generator=torch.Generator().manual_seed(0)) * 1e-3
+    ours, plain = values.clone().requires_grad_(), values.clone().requires_grad_()
+    weights = torch.arange(9.0)
+    (unit_length(ours) * weights).sum().backward()
+    (torch.nn.functional.normalize(plain, dim=-1) * weights).sum().backward()
+    assert torch.equal(unit_length(ours), torch.nn.functional.normalize(plain, dim=-1))
+    assert ours.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(ours.grad, plain.grad)
 
 
 def test_nothing_against_nothing_is_an_empty_table() -> None:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vembed_ds.distributed import comm
 from vembed_ds.losses.batch import GlobalBatch, gather_batch
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
-from vembed_ds.similarity import Embeddings, similarity
+from vembed_ds.similarity import Embeddings, similarity, unit_length
 
 # Cosines of a teacher as close as this are equal: rounding depends on how many rows a rank has.
 TEACHER_TIE = 1e-6
@@ -134,7 +133,7 @@ def regression(inputs: LossInputs, teacher: TeacherVectors, projection: Tensor |
     distances = []
     for student, target in pairs:
         values = student.values if projection is None else student.values @ projection.T
-        unit = functional.normalize(values, dim=-1)
+        unit = unit_length(values)
         distances.append((unit - target.normalized().values).square().sum())
     return torch.stack(distances).sum() * comm.world_size() / total
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vembed_ds.models.pooling import best_patches, pool, token_states
+from vembed_ds.similarity import unit_length
 from vembed_ds.streams import FEATURES, IMAGE_INPUTS, JOINT
 
 # What the modules give: embeddings, and the mask of token embeddings. A plain tuple, because under
@@ -228,9 +228,7 @@ def fuse(text: Rows, image: Rows) -> Rows:
     """
     if len(text) == 2:
         return tuple(torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-    unit_text, unit_image = (
-        functional.normalize(part[0].float(), dim=-1) for part in (text, image)
-    )
+    unit_text, unit_image = (unit_length(part[0].float()) for part in (text, image))
     return (unit_text + unit_image,)
 
 
