@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 
 from tests.worlds import set_fp16_support
-from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import Item

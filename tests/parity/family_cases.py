@@ -13,7 +13,7 @@ from tests.parity.cases import make_engine, reference_name, whole_parameters
 from tests.parity.family_reference import NEGATIVES, RANK_SHARE, TEMPERATURE
 from tests.parity.lora_cases import ALPHA, RANK, start_value
 from vembed_ds import Encoder
-from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.data.batches import StepPlan, count_streams, plan_step
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processor_loading import build_item_processor

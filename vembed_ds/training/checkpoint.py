@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vembed_ds.checkpointing.export import describe_model, export_model
+from vembed_ds.checkpointing.describe import describe_model
+from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.names import LATEST
 from vembed_ds.checkpointing.restore import load_checkpoint as _load

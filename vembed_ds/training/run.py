@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.restore import load_checkpoint
 from vembed_ds.checkpointing.resumable import check_resumable

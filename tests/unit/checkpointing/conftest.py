@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import export_cases as cases
-from vembed_ds.checkpointing.export import describe_model
+from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 
 

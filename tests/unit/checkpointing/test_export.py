@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from tests.distributed import export_cases as cases
 from vembed_ds import Encoder, convert
 from vembed_ds.checkpointing import export
+from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.export import export_model
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.backbones import BackboneSource
@@ -122,7 +123,7 @@ def test_settings_of_the_caller_are_kept_but_for_what_the_model_decides(
 ) -> None:
     model = cases.make_model(backbones, "shared")
     settings = {"loss_type": "infonce", "pooling_method": "cls", "projection_dim": 99}
-    export.describe_model(
+    describe_model(
         tmp_path / "model",
         model=model,
         processor=cases.make_processor(model, "shared"),
