@@ -158,6 +158,7 @@ def test_settings_of_a_composed_encoder(train: Callable[..., Any], tmp_path: Pat
         "retrieval_mode": "t2i",
         "temperature": 0.1,
         "image_root": None,
+        "dtype": "float32",
         "format_version": 1,
         "encoder_mode": "composed",
         "streams": ["text", "image"],

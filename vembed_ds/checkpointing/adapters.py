@@ -8,18 +8,16 @@ In the trained module an adapted layer ``X`` has the parameters ``X.base_layer.w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.lora import (
     ADAPTER,
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     adapter_config,
     inside,
     merged_weight,
@@ -27,6 +25,7 @@ from vembed_ds.models.lora import (
 )
 
 _BASE = ".base_layer."
+_WEIGHT = f"{_BASE}weight"
 # peft's names leave out the adapter's; a DoRA vector has no `.weight` there.
 _PEFT_NAMES = {
     f"lora_A.{ADAPTER}.weight": "lora_A.weight",
@@ -61,53 +60,78 @@ def read_adapter_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def merge_adapters(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The backbone's own names, with every adapter merged into the weight it belongs to.
+def plain_names(names: Collection[str]) -> dict[str, str]:
+    """Name of every weight of the backbone without its adapters, with its name beside them.
 
     Args:
-        tensors: Of one backbone, by name in the trained module, float32.
-        config: Its adapter configuration.
+        names: Of one backbone's values in the trained module.
+    """
+    return {name.replace(_BASE, "."): name for name in names if not _of_adapter(name)}
+
+
+def check_adapters(names: Collection[str], config: Mapping[str, Any]) -> None:
+    """See that every adapted layer has its adapter.
+
+    Args:
+        names: As in :func:`plain_names`.
+        config: The backbone's adapter configuration.
 
     Raises:
         CheckpointError: A layer's adapter is not whole.
     """
-    plain = {n.replace(_BASE, "."): t for n, t in tensors.items() if not _of_adapter(n)}
-    layers = [n.removesuffix(f"{_BASE}weight") for n in tensors if n.endswith(f"{_BASE}weight")]
-    for layer in layers:
-        a, b, magnitude = (tensors.get(f"{layer}.{name}") for name in _PEFT_NAMES)
-        if a is None or b is None or (magnitude is None) == config["use_dora"]:
+    for layer in (n.removesuffix(_WEIGHT) for n in names if n.endswith(_WEIGHT)):
+        a, b, magnitude = (f"{layer}.{ending}" in names for ending in _PEFT_NAMES)
+        if not (a and b) or magnitude != config["use_dora"]:
             raise CheckpointError(f"{layer}: its adapter is not whole in the checkpoint")
-        plain[f"{layer}.weight"] = merged_weight(
-            plain[f"{layer}.weight"],
-            a,
-            b,
-            magnitude,
-            scaling=scaling_of(config),
-            transposed=config["fan_in_fan_out"],
-        )
-    return plain
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write ``adapter_model.safetensors`` beside the ``adapter_config.json`` that is there.
+def is_adapted(name: str) -> bool:
+    """Whether a weight, by its name beside adapters, is one that an adapter is added to."""
+    return name.endswith(_WEIGHT)
+
+
+def merge_adapter(name: str, read: Callable[[str], Tensor], config: Mapping[str, Any]) -> Tensor:
+    """The weight ``name`` with its adapter merged into it; of one layer at a time.
 
     Args:
-        folder: Exists.
-        tensors: Of one backbone, by name in the trained module, float32.
-        config: Its adapter configuration.
+        name: For which :func:`is_adapted` holds.
+        read: Gives a value of the backbone, float32, by its name beside adapters.
+        config: The backbone's adapter configuration.
+    """
+    layer = name.removesuffix(_WEIGHT)
+    endings = list(_PEFT_NAMES) if config["use_dora"] else list(_PEFT_NAMES)[:2]
+    a, b, *rest = (read(f"{layer}.{ending}") for ending in endings)
+    return merged_weight(
+        read(name),
+        a,
+        b,
+        rest[0] if rest else None,
+        scaling=scaling_of(config),
+        transposed=config["fan_in_fan_out"],
+    )
+
+
+def adapter_names(
+    names: Collection[str], config: Mapping[str, Any], *, place: str
+) -> dict[str, str]:
+    """Name of every value in ``adapter_model.safetensors``, with its name in the trained module.
+
+    Args:
+        names: As in :func:`plain_names`.
+        config: The backbone's adapter configuration.
+        place: Where it is to be written, for messages.
 
     Raises:
         CheckpointError: The base model cannot be named.
     """
     if not config["base_model_name_or_path"]:
         raise CheckpointError(
-            f"{folder.name}: the adapter's base model began from random weights, so nobody has "
+            f"{place}: the adapter's base model began from random weights, so nobody has "
             "it; leave out --adapter to write the merged model"
         )
     whole = config["modules_to_save"] or ()
-    kept = {n: t for n, t in tensors.items() if _of_adapter(n) or inside(n, whole)}
-    named = {f"base_model.model.{_peft_name(n)}": t.clone() for n, t in kept.items()}
-    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    kept = [name for name in names if _of_adapter(name) or inside(name, whole)]
+    return {f"base_model.model.{_peft_name(name)}": name for name in kept}
 
 
 def _of_adapter(name: str) -> bool:

@@ -6,8 +6,8 @@ What the weights belong to lies beside them, see ``describe.py``.
                        one backbone                           composed encoder
 =====================  =====================================  ==============================
 root                   config.json, model.safetensors,        tokenizer and image processor,
-                       tokenizer, image processor,            vembed_config.json
-                       vembed_config.json
+                       tokenizer, image processor,            vembed_config.json, README.md
+                       vembed_config.json, README.md
 text_encoder/,         -                                      config.json, model.safetensors,
 image_encoder/                                                own tokenizer, image processor
 projection, if any     projection_head.safetensors            text_projection.safetensors,
@@ -16,27 +16,29 @@ projection, if any     projection_head.safetensors            text_projection.sa
 
 Adapters are merged into the weights, or written instead of them: then ``adapter_config.json`` and
 ``adapter_model.safetensors`` take the place of ``config.json`` and ``model.safetensors``.
+
+One tensor is in memory at a time, or those that one conversion of transformers takes together (the
+experts of a layer); a merged layer costs its weight twice and some rows in float64.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
-from vembed_ds.checkpointing.adapters import (
-    merge_adapters,
-    read_adapter_config,
-    write_adapter,
-)
+from vembed_ds.checkpointing.adapters import read_adapter_config
 from vembed_ds.checkpointing.consolidate import (
     MODEL_FOLDER,
     PARAMETERS_FILE,
@@ -46,80 +48,157 @@ from vembed_ds.checkpointing.consolidate import (
 )
 from vembed_ds.checkpointing.describe import PROJECTIONS, SETTINGS, TRAINING_ONLY, write_json
 from vembed_ds.checkpointing.frozen import FROZEN_FILE
-from vembed_ds.checkpointing.companions import write_companions
+from vembed_ds.checkpointing.other_readers import write_other_readers
+from vembed_ds.checkpointing.parts import (
+    Part,
+    TrainedValues,
+    adapter_part,
+    backbone_part,
+    plain_part,
+)
+from vembed_ds.checkpointing.publish import new_folder, refuse_filled, refuse_without_space
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.families import build_from_config, loading_problem
 from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.models.saved_folder import SETTINGS_FILE
 from vembed_ds.streams import LOGIT_BIAS, LOGIT_SCALE
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SHARD_SIZE = "5GB"
+_CONFIG = "config.json"
+_INDEX = "safetensors.index.json"
+_PROGRESS_AFTER_SECONDS = 5
 
-def export_model(
-    checkpoint: Path, out: Path, *, adapter: bool = False, trust_remote_code: bool = False
-) -> None:
-    """Convert a checkpoint to a Hugging Face folder with float32 weights.
+
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint is written.
+
+    Attributes:
+        adapter: Write adapters as peft's files, not merged into the weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of all weights.
+        max_shard_size: Of one safetensors file of a backbone, as ``5GB``.
+        trust_remote_code: Whether the model's own Python code, which lies in the checkpoint, may run.
+        show_progress: Show a bar when it takes longer than some seconds.
+    """
+
+    adapter: bool = False
+    dtype: str = "float32"
+    max_shard_size: str = MAX_SHARD_SIZE
+    trust_remote_code: bool = False
+    show_progress: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion writes.
+
+    Attributes:
+        checkpoint: The folder ``checkpoint-step-<N>``.
+        parts: The weights.
+        models: On the meta device, by component.
+        values: Of the checkpoint.
+        learned: Values that stand in ``vembed_config.json``, by their names there and in the
+            trained module.
+        options: How it is written.
+    """
+
+    checkpoint: Path
+    parts: list[Part]
+    models: dict[str, Any]
+    values: TrainedValues
+    learned: dict[str, str]
+    options: Options
+
+    @property
+    def description(self) -> Path:
+        """The folder ``model/`` of the checkpoint."""
+        return self.checkpoint / MODEL_FOLDER
+
+    def sizes(self) -> dict[str, int]:
+        """Every file of weights, by its path in the new folder, with its bytes."""
+        here = Path()
+        files = [file for part in self.parts for file in part.files(here).values()]
+        return {file.path.as_posix(): file.size for file in files}
+
+    def copied(self) -> list[str]:
+        """Every file that is taken over from the description, but for what the model rewrites."""
+        left = _left_out(self.description, self.options)
+        paths = [path for path in self.description.rglob("*") if path.is_file()]
+        return sorted(p.relative_to(self.description).as_posix() for p in paths if p not in left)
+
+
+def export_model(checkpoint: Path, out: Path, **options: Any) -> None:
+    """Convert a checkpoint to a Hugging Face folder.
 
     The folder appears whole or not at all: it is written under another name beside ``out``.
 
     Args:
         checkpoint: ``<output_dir>/checkpoint-step-<N>``, or ``<output_dir>`` for its ``latest``.
         out: New or empty folder.
-        adapter: Write adapters as peft's files, not merged into the weights.
-        trust_remote_code: Whether the model's own Python code, which lies in the checkpoint, may run.
+        options: Those of :class:`Options`.
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or does not fit its description,
-            ``out`` holds something, or there is no adapter to write.
+            ``out`` holds something, there is no adapter to write, a value is beyond ``dtype``, or
+            the disk is full.
     """
-    checkpoint, out = resolve_checkpoint(checkpoint), out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder; give a new one")
+    refuse_filled(out.resolve())
+    write_plan(plan_export(checkpoint, Options(**options)), out)
+
+
+def plan_export(checkpoint: Path, options: Options) -> Plan:
+    """Find out what a conversion writes; no weight is read.
+
+    Raises:
+        CheckpointError: As :func:`export_model`.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
     parameters = read_parameters(checkpoint)
-    description = checkpoint / MODEL_FOLDER
-    settings = _read_settings(description)
-    if adapter and not any(description.rglob(ADAPTER_CONFIG)):
-        raise CheckpointError(
-            f"{checkpoint}: was trained without use_lora, so it has no adapter; leave out --adapter"
+    read_settings(checkpoint / MODEL_FOLDER)
+    if options.adapter:
+        _check_adapter(checkpoint, parameters)
+    state = load_consolidated(checkpoint)
+    values = TrainedValues(
+        state.__getitem__,
+        state.keys(),
+        parameters,
+        origin=str(checkpoint),
+        described_in=f"{MODEL_FOLDER}/{PARAMETERS_FILE}",
+    )
+    return _plan(checkpoint, values, options)
+
+
+def write_plan(plan: Plan, out: Path) -> None:
+    """Write what was planned.
+
+    Raises:
+        CheckpointError: As :func:`export_model`.
+    """
+    out, sizes = out.resolve(), plan.sizes()
+    refuse_without_space(out, size=sum(sizes.values()))
+    with new_folder(out) as folder:
+        left_out = _left_out(plan.description, plan.options)
+        shutil.copytree(
+            plan.description,
+            folder,
+            ignore=lambda place, names: [name for name in names if Path(place, name) in left_out],
+            dirs_exist_ok=True,
         )
-    if adapter and any(entry.get("rounded_to_4_bit") for entry in parameters.values()):
-        raise CheckpointError(
-            f"{checkpoint}: was trained with load_in_4bit, and beside the base model's own weights "
-            "its adapter is not the model that was trained; leave out --adapter"
-        )
-    components = _split(load_consolidated(checkpoint), parameters, origin=checkpoint)
-    components.pop(TRAINING_ONLY, None)
-    if adapter:
-        _scalars_to_settings(components, parameters)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        ignore = shutil.ignore_patterns(PARAMETERS_FILE, FROZEN_FILE)
-        shutil.copytree(description, partial, ignore=ignore)
-        _write_components(
-            partial,
-            components,
-            settings,
-            adapter=adapter,
-            trust_remote_code=trust_remote_code,
-            origin=checkpoint,
-        )
-        write_companions(partial, settings=_read_settings(partial), adapter=adapter)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        for component, model in plan.models.items():
+            with _without_bars():  # config and code; of the weights there are none
+                model.save_pretrained(folder / component, state_dict={})
+        _write_parts(folder, plan, total=sum(sizes.values()))
+        _write_settings(folder, plan)
+        write_other_readers(folder)
 
 
-def _scalars_to_settings(
-    components: dict[str, dict[str, Tensor]], parameters: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """What the loss learned has no place among an adapter's weights, even if the backbone has one."""
-    for name in {LOGIT_SCALE, LOGIT_BIAS} & parameters.keys():
-        value = components[parameters[name]["component"]].pop(name)
-        components.setdefault(SETTINGS, {})[name] = value
+def read_settings(description: Path) -> dict[str, Any]:
+    """What ``vembed_config.json`` says of a checkpoint's model.
 
-
-def _read_settings(description: Path) -> dict[str, Any]:
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
     path = description / SETTINGS_FILE
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -130,104 +209,147 @@ def _read_settings(description: Path) -> dict[str, Any]:
     return settings
 
 
-def _split(
-    state: Mapping[str, Tensor], parameters: Mapping[str, Mapping[str, Any]], *, origin: Path
-) -> dict[str, dict[str, Tensor]]:
-    """Consolidated values by component, under their names and in their shapes there."""
-    _check_names(set(state), set(parameters), origin=f"{origin}: {MODEL_FOLDER}/{PARAMETERS_FILE}")
-    components: dict[str, dict[str, Tensor]] = {}
-    for name, entry in parameters.items():
-        value, shape = state[name], tuple(entry["shape"])
-        if tuple(value.shape) != shape and not (shape == () and value.numel() == 1):
-            raise CheckpointError(
-                f"{origin}: {name} has shape {tuple(value.shape)}, described as {shape}"
+def size_in_bytes(text: str) -> int:
+    """What ``5GB`` says.
+
+    Raises:
+        CheckpointError: It says nothing, or no size that a file can have.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", text.strip().upper())
+    size = 0 if found is None else int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2])))
+    if not size:
+        raise CheckpointError(
+            f"max_shard_size={text!r}: expected a number and KB, MB, GB or TB, as 5GB"
+        )
+    return size
+
+
+def _check_adapter(checkpoint: Path, parameters: Mapping[str, Mapping[str, Any]]) -> None:
+    if not any((checkpoint / MODEL_FOLDER).rglob(ADAPTER_CONFIG)):
+        raise CheckpointError(
+            f"{checkpoint}: was trained without use_lora, so it has no adapter; leave out --adapter"
+        )
+    if any(entry.get("rounded_to_4_bit") for entry in parameters.values()):
+        raise CheckpointError(
+            f"{checkpoint}: was trained with load_in_4bit, and beside the base model's own weights "
+            "its adapter is not the model that was trained; leave out --adapter"
+        )
+
+
+def _plan(checkpoint: Path, values: TrainedValues, options: Options) -> Plan:
+    dtype, components = DTYPES[options.dtype], dict(values.components)
+    components.pop(TRAINING_ONLY, None)
+    learned = components.pop(SETTINGS, {})
+    parts: list[Part] = []
+    models: dict[str, Any] = {}
+    for component, names in components.items():
+        if component in PROJECTIONS:
+            parts.append(plain_part(component, names, values, dtype=dtype))
+            continue
+        place = checkpoint / MODEL_FOLDER / component
+        config = read_adapter_config(place)
+        if config is not None and options.adapter:
+            # What the loss learned has no place among an adapter's weights.
+            scalars = {n: own for n, own in names.items() if n in (LOGIT_SCALE, LOGIT_BIAS)}
+            learned |= {n: own for n, own in scalars.items() if n == own}
+            rest = {n: own for n, own in names.items() if n not in scalars}
+            parts.append(adapter_part(component, rest, values, config, dtype=dtype))
+            continue
+        model = models[component] = _skeleton(place, options)
+        parts.append(
+            backbone_part(
+                component,
+                names,
+                values,
+                model,
+                config,
+                dtype=dtype,
+                max_shard_size=size_in_bytes(options.max_shard_size),
+                origin=str(place),
             )
-        # Only where it differs, because a view would hide that two names share one tensor.
-        value = value if tuple(value.shape) == shape else value.reshape(shape)
-        components.setdefault(entry["component"], {})[entry["name"]] = value
-    return components
+        )
+    return Plan(checkpoint, parts, models, values, learned, options)
 
 
-def _check_names(found: set[str], expected: set[str], *, origin: str) -> None:
-    problems = {"missing": expected - found, "unexpected": found - expected}
-    text = "; ".join(
-        f"{len(names)} {problem}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
-        for problem, names in problems.items()
-        if names
-    )
-    if text:
-        raise CheckpointError(f"{origin}: the weights do not fit the model: {text}")
-
-
-def _write_components(
-    folder: Path,
-    components: dict[str, dict[str, Tensor]],
-    settings: dict[str, Any],
-    *,
-    adapter: bool,
-    trust_remote_code: bool,
-    origin: Path,
-) -> None:
-    for component, tensors in components.items():
-        if component == SETTINGS:
-            values = {name: float(tensor) for name, tensor in tensors.items()}
-            write_json(folder / SETTINGS_FILE, settings | values)
-        elif component in PROJECTIONS:
-            copies = {name: tensor.clone() for name, tensor in tensors.items()}  # unshared memory
-            save_file(copies, folder / f"{component}.safetensors", metadata={"format": "pt"})
-        else:
-            place, described = folder / component, origin / MODEL_FOLDER / component
-            _write_encoder(
-                place,
-                tensors,
-                adapter=adapter,
-                trust_remote_code=trust_remote_code,
-                origin=described,
-            )
-
-
-def _write_encoder(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    *,
-    adapter: bool,
-    trust_remote_code: bool,
-    origin: Path,
-) -> None:
-    config = read_adapter_config(folder)
-    if config is not None and adapter:
-        write_adapter(folder, tensors, config)
-        (folder / "config.json").unlink()  # a reader takes it for a model without its weights
-        return
-    if config is not None:  # none of a frozen tower beside one that has adapters
-        (folder / ADAPTER_CONFIG).unlink()  # transformers would apply it a second time
-        tensors = merge_adapters(tensors, config)
-    _write_backbone(folder, tensors, trust_remote_code=trust_remote_code, origin=origin)
-
-
-def _write_backbone(
-    folder: Path, tensors: dict[str, Tensor], *, trust_remote_code: bool, origin: Path
-) -> None:
-    """Let transformers write the weights: its names on disk and shared tensors are its own."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{origin / 'config.json'}: missing; the checkpoint is incomplete")
-    model = _skeleton(folder, trust_remote_code=trust_remote_code, origin=origin)
-    _check_names(set(tensors), set(model.state_dict()), origin=f"{origin}: {type(model).__name__}")
+def _skeleton(place: Path, options: Options) -> Any:
+    """The model on the meta device, in the format that is written, which its config then says."""
+    if not (place / _CONFIG).is_file():
+        raise CheckpointError(f"{place / _CONFIG}: missing; the checkpoint is incomplete")
+    trusted = options.trust_remote_code
     try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{origin}: the weights do not fit the model: {error}") from error
-    assert not any(tensor.is_meta for tensor in model.state_dict().values())
-    model.save_pretrained(folder)
-
-
-def _skeleton(folder: Path, *, trust_remote_code: bool, origin: Path) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trusted)
         with torch.device("meta"):
-            return build_from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            return build_from_config(config, dtype=DTYPES[options.dtype], trust_remote_code=trusted)
     except Exception as error:  # a model's own code may raise anything, and so may transformers
         problem = loading_problem(error)
-        raise CheckpointError(f"{origin}: the model cannot be built: {problem}") from error
+        raise CheckpointError(f"{place}: the model cannot be built: {problem}") from error
+
+
+def _left_out(description: Path, options: Options) -> set[Path]:
+    """Files of the description that the new folder does not get."""
+    left = {description / PARAMETERS_FILE, description / FROZEN_FILE}
+    for config in description.rglob(ADAPTER_CONFIG):
+        # Beside merged weights, transformers would apply an adapter a second time; without them,
+        # a reader takes config.json for a model that lacks its weights.
+        left.add(config.with_name(_CONFIG) if options.adapter else config)
+    return left
+
+
+def _write_parts(folder: Path, plan: Plan, *, total: int) -> None:
+    dtype = DTYPES[plan.options.dtype]
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        delay=_PROGRESS_AFTER_SECONDS,
+        disable=not plan.options.show_progress,
+    ) as progress:
+        for part in plan.parts:
+            files = part.files(folder)
+            for file in dict.fromkeys(files.values()):
+                file.create()
+            for piece in part.pieces:
+                for name, tensor in piece.make().items():
+                    written = _cast(name, tensor, dtype)
+                    files[name].write(name, written)
+                    progress.update(written.nbytes)
+            for file in dict.fromkeys(files.values()):
+                file.finish()
+            if (index := part.index()) is not None:
+                text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+                (folder / f"{part.stem}.{_INDEX}").write_text(text, encoding="utf-8")
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the format to write; numbers that count keep theirs.
+
+    Raises:
+        CheckpointError: A value is beyond what the format holds.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype or not tensor.numel():
+        return tensor if not tensor.is_floating_point() else tensor.to(dtype)
+    low, high = torch.aminmax(tensor)
+    largest, limit = max(-float(low), float(high)), torch.finfo(dtype).max
+    if largest > limit:
+        raise CheckpointError(
+            f"{name}: holds {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{limit:.6g}; write float32, or bfloat16"
+        )
+    return tensor.to(dtype)
+
+
+def _write_settings(folder: Path, plan: Plan) -> None:
+    learned = {name: float(plan.values.read(own)) for name, own in plan.learned.items()}
+    settings = read_settings(folder) | {"dtype": plan.options.dtype} | learned
+    write_json(folder / SETTINGS_FILE, settings)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
