@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   python -m vembed_ds.train --ds_config ds_configs/zero0.json --config my.yaml \\
       --config_override lr=1e-4 batch_size=64
   ... --resume auto      go on from the newest checkpoint of output_dir
+  ... --resume auto --allow_change lr     the same, with another learning rate from there on
 """
 
 
@@ -40,6 +41,7 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
             ds_origin=str(arguments.ds_config),
             resume=arguments.resume,
             origins=origins,
+            allow_change=arguments.allow_change,
         )
 
     return Prepared(config.run.timeout_minutes, work)
@@ -56,6 +58,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON file")
     parser.add_argument(
         "--resume", metavar="PATH|auto", help="checkpoint or run folder to go on from"
+    )
+    parser.add_argument(
+        "--allow_change",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="settings that may differ from those of the checkpoint that --resume goes on from",
     )
     arguments = parser.parse_args(argv)
     announce_rank(arguments)

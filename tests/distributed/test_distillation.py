@@ -149,7 +149,7 @@ def test_a_teacher_is_named_in_checkpoints_and_never_in_them(
     save_teacher(clip_folder, own, seed=6)
     (out / "latest").write_text("checkpoint-step-4")
     for result in world(2).run(COUNTED, config=config, ds_config=ds_file(3), resume="auto"):
-        assert "belongs to another run: teacher own was '" in result["error"]
+        assert 'teacher.own: "' in result["error"]
 
 
 def test_many_things_at_once_live_and_cached(

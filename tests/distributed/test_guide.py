@@ -176,7 +176,7 @@ def test_another_guide_does_not_go_on_judging(
     tables = sorted((tmp_path / "out").glob("guide-*"))
     results = world(2).run(WATCHED, config=config, ds_config=ds_file(2), resume="auto")
     for result in results:
-        assert f"belongs to another run: guide {own} was '" in result["error"]
+        assert f'guide.{own}: "' in result["error"]
     assert sorted((tmp_path / "out").glob("guide-*")) == tables  # nothing was computed for it
 
 

@@ -21,6 +21,7 @@ def run_train(
     overrides: Sequence[str] = (),
     resume: str | None = None,
     fp16_supported: bool | None = None,
+    allow_change: Sequence[str] = (),
 ) -> dict[str, Any]:
     """As the command does: the last metrics, or the error that this rank would print.
 
@@ -36,7 +37,14 @@ def run_train(
         loaded = load_config(path, overrides)
         origins = setting_origins(path, overrides)
         raw = load_ds_config(Path(ds_config))
-        metrics = train(loaded, raw, ds_origin=ds_config, resume=resume, origins=origins)
+        metrics = train(
+            loaded,
+            raw,
+            ds_origin=ds_config,
+            resume=resume,
+            origins=origins,
+            allow_change=allow_change,
+        )
     except VembedError as error:
         seconds = time.monotonic() - started
         return {"error": f"{type(error).__name__}: {error}", "seconds": seconds}

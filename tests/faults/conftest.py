@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.conftest import make_config, pairs
+
+__all__ = ["make_config", "pairs"]
+
 _LIMIT_SECONDS = 90
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that is about to go on from it."""
+"""What a checkpoint says of the run that wrote it."""
 
 from __future__ import annotations
 
@@ -13,48 +13,17 @@ from vembed_ds.checkpointing.store import STATE
 from vembed_ds.distributed import comm
 from vembed_ds.errors import CheckpointError
 
-LENGTH = " (num_steps follows from epochs or max_steps, batch_size and the data)"
 
-
-def check_resumable(folder: Path, *, zero_stage: int, state: Mapping[str, Any]) -> int:
-    """Refuse a checkpoint of another run before a model is loaded. Collective.
+def read_state(folder: Path) -> dict[str, Any]:
+    """The plain values that :func:`save_checkpoint` wrote; ``step`` is among them.
 
     Args:
         folder: From :func:`find_checkpoint`.
-        zero_stage: Of this run.
-        state: What this run would pass to :func:`save_checkpoint`.
-
-    Returns:
-        Optimizer steps that the checkpoint has done.
 
     Raises:
-        CheckpointError: On every rank: another number of ranks, ZeRO stage, or anything else
-            that decides which samples come next; or a file is missing.
+        CheckpointError: They cannot be read.
     """
-
-    def check() -> int:
-        saved = _read_state(folder / STATE)
-        now = {"world_size": comm.world_size(), "zero_stage": zero_stage, **state}
-        changed = [
-            f"{key} was {saved.get(key)!r}, is {value!r}"
-            for key, value in now.items()
-            if saved.get(key) != value
-        ]
-        if changed:
-            length = saved.get("num_steps") != now.get("num_steps")
-            raise CheckpointError(
-                f"{folder}: belongs to another run: {'; '.join(changed)}; resume with what it was "
-                f"written with{LENGTH if length else ''}, or start afresh from its converted model"
-            )
-        if not random_file(folder).is_file():
-            raise CheckpointError(f"{random_file(folder)}: missing; the checkpoint is incomplete")
-        check_files(folder, zero_stage=zero_stage, world_size=comm.world_size())
-        return int(saved["step"])
-
-    return comm.run_together(check, doing=f"reading {folder}")
-
-
-def _read_state(path: Path) -> dict[str, Any]:
+    path = folder / STATE
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         int(state["step"])
@@ -63,3 +32,27 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path}: damaged ({error}); resume from an earlier checkpoint-step-N folder"
         ) from error
     return state
+
+
+def check_loadable(folder: Path, *, state: Mapping[str, Any], zero_stage: int) -> None:
+    """See that this rank's files are there, and of the same ranks and stage.
+
+    Args:
+        folder: From :func:`find_checkpoint`.
+        state: From :func:`read_state`.
+        zero_stage: Of this run.
+
+    Raises:
+        CheckpointError: Another topology, or a file is missing.
+    """
+    now = {"world_size": comm.world_size(), "zero_stage": zero_stage}
+    changed = [
+        f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder}: {'; '.join(changed)}; resume with what it was written with"
+        )
+    if not random_file(folder).is_file():
+        raise CheckpointError(f"{random_file(folder)}: missing; the checkpoint is incomplete")
+    check_files(folder, zero_stage=zero_stage, world_size=comm.world_size())

@@ -120,7 +120,7 @@ def load_guides(losses: Sequence[LossConfig], data: RunData) -> list[LoadedGuide
 
 def guides_identity(guides: Sequence[LoadedGuide]) -> dict[str, str]:
     """What a resumed run must have the same, by the words of a message; empty without guides."""
-    return {f"guide {guide.model_name}": identity_digest(guide.identity) for guide in guides}
+    return {f"guide.{guide.model_name}": identity_digest(guide.identity) for guide in guides}
 
 
 def embed_guides(

@@ -1,20 +1,35 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and whether it may."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vembed_ds.checkpointing.resumable import check_resumable
+from vembed_ds.checkpointing.resumable import read_state
 from vembed_ds.checkpointing.store import find_checkpoint
-from vembed_ds.config.schema import Config
-from vembed_ds.training.data_setup import RunData
+from vembed_ds.config.schema import ALIASES, Config
+from vembed_ds.distributed import comm
+from vembed_ds.errors import CheckpointError, ConfigError
+from vembed_ds.training.changes import (
+    ALLOW,
+    check_allowed,
+    check_changes,
+    describe_changes,
+    find_changes,
+    flat_ds_config,
+    flat_settings,
+)
+from vembed_ds.training.data_setup import RunData, dataset_entries
 from vembed_ds.training.loop import Intervals
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = "settings"
+CONFIGURED = "configured_batch_size"
+BATCH = "global_batch_size"
 
 # May differ when a run is resumed: they change neither the samples nor the update.
 FREE = frozenset(
@@ -56,42 +71,198 @@ FREE = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        folder: Where it lies.
+        state: Its ``trainer_state.json``.
+        allowed: Settings that may differ, by name.
+    """
+
+    folder: Path
+    state: Mapping[str, Any]
+    allowed: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it has done."""
+        return int(self.state["step"])
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """From :func:`run_settings`, of the run that wrote it."""
+        found: Mapping[str, Any] = self.state[SETTINGS]
+        return found
+
+    def belongs_to(self, output_dir: str) -> bool:
+        """Whether it lies in this run's own folder, whose metrics then go on too."""
+        return self.folder.resolve().parent == Path(output_dir).resolve()
+
+
 def choose_checkpoint(
-    config: Config,
-    ds_config: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    intervals: Intervals,
-    resume: str | None,
-) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, and its step; ``(None, 0)`` for a fresh start. Collective."""
+    resume: str | None, *, output_dir: str, allowed: Sequence[str] = ()
+) -> Resumption | None:
+    """The checkpoint to go on from; ``None`` for a fresh start. Collective.
+
+    Args:
+        resume: A checkpoint, a run's folder, ``"auto"``, or ``None``.
+        output_dir: Of this run.
+        allowed: Settings that may differ, by name.
+
+    Raises:
+        CheckpointError: On every rank: there is none, or it cannot be read.
+        ConfigError: Changes are allowed, and nothing is resumed.
+    """
     if resume is None:
-        return None, 0
-    checkpoint = find_checkpoint(resume, Path(config.run.output_dir))
-    if checkpoint is None:
-        logger.warning("--resume auto: %s has no checkpoint; starting fresh", config.run.output_dir)
-        return None, 0
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    step = check_resumable(checkpoint, zero_stage=stage, state=identity)
-    logger.info("resuming from %s, step %d of %d", checkpoint, step, intervals.num_steps)
-    if step >= intervals.num_steps:
-        logger.warning("the run is complete: nothing is left to train")
-    return checkpoint, step
+        if allowed:
+            raise ConfigError(f"{ALLOW} {' '.join(allowed)}: only with --resume; remove it")
+        return None
+    folder = find_checkpoint(resume, Path(output_dir))
+    if folder is None:
+        logger.warning("--resume auto: %s has no checkpoint; starting fresh", output_dir)
+        return None
+    state = comm.run_together(lambda: _read(folder), doing=f"reading {folder}")
+    return Resumption(folder, state, tuple(ALIASES.get(name, name) for name in allowed))
 
 
-def run_identity(
+def keep_global_batch(config: Config, resumption: Resumption) -> Config:
+    """The configuration with the batch of a rank that keeps the batch of all ranks.
+
+    Raises:
+        CheckpointError: This number of ranks does not divide it.
+    """
+    given, world_size = config.training.batch_size, comm.world_size()
+    number = batch_per_rank(
+        given,
+        world_size=world_size,
+        total=resumption.settings[BATCH],
+        configured=resumption.state[CONFIGURED],
+        may_change=BATCH in resumption.allowed,
+    )
+    if number == given:
+        return config
+    logger.warning(
+        "batch_size: %d -> %d per rank, so that with %d ranks the global batch stays %d",
+        given,
+        number,
+        world_size,
+        resumption.settings[BATCH],
+    )
+    training = config.training.model_copy(update={"batch_size": number})
+    return config.model_copy(update={"training": training})
+
+
+def batch_per_rank(
+    given: int, *, world_size: int, total: int, configured: int, may_change: bool
+) -> int:
+    """Pairs per rank of a resumed run.
+
+    A ``batch_size`` that is still what it was when the run began means: the global batch of then.
+
+    Args:
+        given: ``batch_size`` now.
+        world_size: Ranks now.
+        total: Global batch of the checkpoint.
+        configured: ``batch_size`` as it was written in the checkpoint's configuration.
+        may_change: Whether another global batch is allowed by name.
+
+    Raises:
+        CheckpointError: The ranks do not divide the global batch.
+    """
+    if may_change or given != configured:
+        return given
+    if total % world_size:
+        possible = [str(n) for n in range(1, 2 * world_size + 1) if total % n == 0]
+        raise CheckpointError(
+            f"batch_size={given}: the checkpoint's global batch of {total} does not divide by "
+            f"{world_size} ranks; start {_one_of(possible)} ranks, or set batch_size and add "
+            f"{ALLOW} {BATCH}"
+        )
+    return total // world_size
+
+
+def run_settings(
     config: Config, ds_config: Mapping[str, Any], data: RunData, intervals: Intervals
 ) -> dict[str, Any]:
-    """What decides the samples, the rates and the update; a resumed run must have the same.
-
-    Most of it would come from the checkpoint, whatever the configuration says then (the decay
-    rates, the base of the learning rate), so that a change would be ignored without a word.
-    """
-    sections = config.model_dump(mode="json").values()
-    settings = {key: value for section in sections for key, value in section.items()}
+    """Everything that was set, and what follows from it, by names that ``--allow_change`` takes."""
+    names = list(dataset_entries(config.data))
+    digests = data.fingerprint.split("+")
     return {
-        **{key: value for key, value in settings.items() if key not in FREE},
-        "optimizer (DeepSpeed)": ds_config["optimizer"],
+        **flat_settings(config.model_dump(mode="json")),
+        **flat_ds_config(ds_config),
+        "world_size": comm.world_size(),
+        BATCH: ds_config["train_batch_size"],
         "num_steps": intervals.num_steps,
         "num_records": data.num_records,
-        "data_fingerprint": data.fingerprint,
+        "data_fingerprint": dict(zip(names, digests, strict=True)) if digests[1:] else digests[0],
     }
+
+
+def check_resumption(
+    resumption: Resumption, settings: Mapping[str, Any], *, num_steps: int
+) -> bool:
+    """Show what has changed, or refuse it; before a model is loaded.
+
+    Args:
+        resumption: The checkpoint.
+        settings: From :func:`run_settings`.
+        num_steps: Of the run.
+
+    Returns:
+        Whether anything is left to train.
+
+    Raises:
+        CheckpointError: A change that was not allowed.
+        ConfigError: A name was allowed that no setting has.
+    """
+    saved, allowed = resumption.settings, resumption.allowed
+    judges = {key: value for key, value in saved.items() if key.startswith(("teacher.", "guide."))}
+    check_allowed(allowed, known={*saved, *settings})
+    changes = find_changes(saved, {**judges, **settings}, free=FREE)
+    check_changes(changes, allowed=allowed, checkpoint=resumption.folder)
+    for name in sorted({*allowed} - {change.key for change in changes} - set(judges)):
+        logger.warning("%s %s: it has not changed", ALLOW, name)
+    logger.info(
+        "resuming from %s, step %d of %d; changed since then: %s",
+        resumption.folder,
+        resumption.step,
+        num_steps,
+        describe_changes(changes, allowed=allowed) or "nothing",
+    )
+    if resumption.step < num_steps:
+        return True
+    logger.warning("%s: the run is complete, nothing is left to train", resumption.folder)
+    return False
+
+
+def check_judges(resumption: Resumption, judges: Mapping[str, str]) -> None:
+    """Refuse that another guide or teacher goes on judging.
+
+    Args:
+        resumption: The checkpoint.
+        judges: Digests of what was loaded.
+
+    Raises:
+        CheckpointError: One has another digest, and was not allowed.
+    """
+    saved = {name: resumption.settings.get(name, digest) for name, digest in judges.items()}
+    changes = find_changes(saved, judges, free=())
+    check_changes(changes, allowed=resumption.allowed, checkpoint=resumption.folder)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    state = read_state(folder)
+    if SETTINGS not in state:
+        raise CheckpointError(
+            f"{folder}: an earlier version wrote it, whose settings cannot be compared; resume with "
+            "that version, or begin a new run from the converted model"
+        )
+    return state
+
+
+def _one_of(numbers: Sequence[str]) -> str:
+    return (
+        " or ".join(numbers) if len(numbers) < 3 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.restore import load_checkpoint
-from vembed_ds.checkpointing.resumable import check_resumable
+from vembed_ds.checkpointing.resumable import check_loadable
 from vembed_ds.checkpointing.saving import save_checkpoint
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch, collate
@@ -48,7 +48,16 @@ from vembed_ds.training.loss_setup import (
 )
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
-from vembed_ds.training.resuming import choose_checkpoint, run_identity
+from vembed_ds.training.resuming import (
+    CONFIGURED,
+    SETTINGS,
+    Resumption,
+    check_judges,
+    check_resumption,
+    choose_checkpoint,
+    keep_global_batch,
+    run_settings,
+)
 from vembed_ds.training.stream_setup import setup_stream, some_samples, training_batches
 from vembed_ds.training.teacher_sources import Teachers
 from vembed_ds.training.teachers import (
@@ -71,6 +80,7 @@ def train(
     ds_origin: str,
     resume: str | None,
     origins: Mapping[str, str] | None = None,
+    allow_change: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train as configured, from the data to the last checkpoint.
 
@@ -84,15 +94,26 @@ def train(
         resume: A checkpoint, a run's folder, ``"auto"``, or ``None`` for a fresh start.
         origins: Where the values of ``config`` came from, for messages; from
             :func:`setting_origins`.
+        allow_change: Settings that may differ from the checkpoint's, by name.
 
     Returns:
-        The last evaluation's metrics.
+        The last evaluation's metrics; empty where nothing was left to train.
 
     Raises:
         VembedError: On every rank.
     """
     phases.set_place("preparing the run")
+    configured = config.training.batch_size
+    resumption = choose_checkpoint(resume, output_dir=config.run.output_dir, allowed=allow_change)
+    if resumption is not None:
+        config = keep_global_batch(config, resumption)
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
+    stage = ds_config["zero_optimization"]["stage"]
+    if resumption is not None:
+        comm.run_together(
+            lambda: check_loadable(resumption.folder, state=resumption.state, zero_stage=stage),
+            doing=f"reading {resumption.folder}",
+        )
     entries = dataset_entries(config.data)
     losses = loss_configs(config.loss, entries)
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
@@ -104,22 +125,25 @@ def train(
     if config.data.num_workers:
         prepare_server(data.train)  # imports beside what follows here
     intervals = plan_run(config, per_epoch=data.steps_per_epoch)
-    identity = run_identity(config, ds_config, data, intervals)
-    checkpoint, step = choose_checkpoint(config, ds_config, identity, intervals, resume)
+    settings = run_settings(config, ds_config, data, intervals)
+    if resumption is not None and not check_resumption(
+        resumption, settings, num_steps=intervals.num_steps
+    ):
+        return {}
+    step = 0 if resumption is None else resumption.step
     folder = Path(config.run.output_dir)
     tracker = comm.run_together(
-        lambda: _open_output(config, ds_config, data.skipped, checkpoint=checkpoint, step=step),
+        lambda: _open_output(config, ds_config, data.skipped, resumption=resumption),
         doing=f"output_dir={config.run.output_dir!r}",
     )
     check_shared(folder)
     with phase(Kind.OTHER, "building extensions"):
         prepare_extensions(ds_config)
-    stage = ds_config["zero_optimization"]["stage"]
     with phase(Kind.TEACHER, "loading guides and teachers"):
         guides, loaded = load_guides(losses, data), load_teachers(config, data)
-    identity |= guides_identity(guides) | teachers_identity(loaded)
-    if checkpoint is not None:  # again: no other guide or teacher may go on judging
-        check_resumable(checkpoint, zero_stage=stage, state=identity)
+    judges = guides_identity(guides) | teachers_identity(loaded)
+    if resumption is not None:
+        check_judges(resumption, judges)
     with phase(Kind.TEACHER, "embedding the data with guides and teachers"):
         vectors = embed_guides(guides, config, data, folder=folder)
         del guides  # they need no memory any more
@@ -134,10 +158,10 @@ def train(
         join_student(teachers, model, config, width=width, mrl_dims=prefixes)
     with phase(Kind.BUILDING):
         engine = start_engine(config, model, ds_config, intervals)
-    if checkpoint is not None:
-        with phase(Kind.LOADING, f"loading {checkpoint.name}"):
-            load_checkpoint(engine.engine, checkpoint)
-            teachers.load(checkpoint)
+    if resumption is not None:
+        with phase(Kind.LOADING, f"loading {resumption.folder.name}"):
+            load_checkpoint(engine.engine, resumption.folder)
+            teachers.load(resumption.folder)
     loop = build_loop(
         config,
         model,
@@ -145,7 +169,11 @@ def train(
         data,
         intervals,
         folder,
-        identity | describe_teachers(loaded),
+        {
+            SETTINGS: settings | judges,
+            CONFIGURED: configured,
+            **describe_teachers(loaded),
+        },
         tracker=tracker,
         step=step,
         attach=vectors.attach,
@@ -191,7 +219,7 @@ def build_loop(
     data: RunData,
     intervals: Intervals,
     folder: Path,
-    identity: Mapping[str, Any],
+    state: Mapping[str, Any],
     *,
     tracker: Tracker | None,
     step: int,
@@ -232,7 +260,7 @@ def build_loop(
             engine,
             data.processor,
             folder,
-            identity,
+            state,
             teachers,
         ),
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
@@ -330,14 +358,13 @@ def _open_output(
     ds_config: Mapping[str, Any],
     skipped: Sequence[str],
     *,
-    checkpoint: Path | None,
-    step: int,
+    resumption: Resumption | None,
 ) -> Tracker | None:
     """Folder and trackers of the run, on rank 0; before the model, so that mistakes show early."""
     if not comm.is_main():
         return None
     run = config.run
-    own = checkpoint is not None and checkpoint.resolve().parent == Path(run.output_dir).resolve()
+    own = resumption is not None and resumption.belongs_to(run.output_dir)
     folder = prepare_output(config, ds_config, resuming=own)
     list_skipped(folder, skipped)
     return build_tracker(
@@ -345,7 +372,7 @@ def _open_output(
         folder=folder,
         run_name=run.run_name,
         config=config.model_dump(mode="json"),
-        resume_step=step,
+        resume_step=resumption.step if resumption is not None else 0,
     )
 
 

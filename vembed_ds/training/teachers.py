@@ -78,7 +78,7 @@ def load_teachers(config: Config, data: RunData) -> list[LoadedTeacher]:
 def teachers_identity(loaded: Sequence[LoadedTeacher]) -> dict[str, str]:
     """What a resumed run must have the same, by the words of a message; empty without teachers."""
     return {
-        f"teacher {found.entry.name}": identity_digest(found.teacher.identity) for found in loaded
+        f"teacher.{found.entry.name}": identity_digest(found.teacher.identity) for found in loaded
     }
 
 
