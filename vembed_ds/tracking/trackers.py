@@ -17,6 +17,7 @@ from vembed_ds.errors import ConfigError, VembedError
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_run_id.txt"
 CHOICES = ("none", "tensorboard", "wandb", "all")
 
 
@@ -106,7 +107,9 @@ def build_tracker(
     file = MetricsFile(folder / METRICS_FILE, resume_step=resume_step)
     sinks: dict[str, Sink] = {}
     if report_to in ("wandb", "all"):
-        sinks["wandb"] = WandbSink(folder, run_name=name, config=config, report_to=report_to)
+        sinks["wandb"] = WandbSink(
+            folder, run_name=name, config=config, report_to=report_to, resuming=resume_step > 0
+        )
     if report_to in ("tensorboard", "all"):
         sinks["tensorboard"] = TensorBoardSink(
             folder / "tensorboard", config=config, resume_step=resume_step
@@ -189,13 +192,20 @@ class WandbSink:
         run_name: Name of the run.
         config: Settings of the run.
         report_to: What the user wrote, for messages.
+        resuming: Go on with the run that this folder has a note of.
 
     Raises:
         ConfigError: When wandb is not installed, or cannot start a run.
     """
 
     def __init__(
-        self, folder: Path, *, run_name: str, config: Mapping[str, Any], report_to: str
+        self,
+        folder: Path,
+        *,
+        run_name: str,
+        config: Mapping[str, Any],
+        report_to: str,
+        resuming: bool,
     ) -> None:
         try:
             import wandb
@@ -205,15 +215,21 @@ class WandbSink:
                 "'vembed-ds[wandb]' or set report_to to tensorboard or none"
             ) from error
         project = os.environ.get("WANDB_PROJECT", "vembed-ds")
+        note = folder / WANDB_FILE
+        earlier: dict[str, Any] = {}
+        if resuming and note.is_file():
+            # "must" would fail where the server has not heard of the run, which was offline.
+            earlier = {"id": note.read_text(encoding="utf-8").strip(), "resume": "allow"}
         try:
             self._run: Any = wandb.init(
-                project=project, name=run_name, dir=str(folder), config=dict(config)
+                project=project, name=run_name, dir=str(folder), config=dict(config), **earlier
             )
         except wandb.Error as error:
             raise ConfigError(
                 f"report_to={report_to}: wandb cannot start ({' '.join(str(error).split())}); "
                 "run wandb login, set WANDB_MODE=offline, or set report_to to tensorboard or none"
             ) from error
+        _replace(note, f"{self._run.id}\n")
 
     def write(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Send the metrics of one step."""

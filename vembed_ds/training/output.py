@@ -34,6 +34,7 @@ _WRITTEN = (
     "metrics.jsonl",
     "tensorboard",
     "wandb",
+    "wandb_run_id.txt",
     "checkpoint-step-*",
     ".checkpoint-step-*",
     LATEST,

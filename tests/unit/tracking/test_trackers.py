@@ -120,7 +120,7 @@ class FakeWandb(SimpleNamespace):
         pass
 
     def __init__(self, *broken: str) -> None:
-        super().__init__(calls=[], broken=broken)
+        super().__init__(calls=[], broken=broken, id="run-7")
 
     def init(self, **options: Any) -> FakeWandb:
         return self._call("init", options)
@@ -150,6 +150,22 @@ def test_wandb_gets_name_settings_and_metrics(tmp_path: Path, wandb: FakeWandb) 
     run_steps(tmp_path, [1], report_to="wandb")
     options = {"project": "vembed-ds", "name": "r", "dir": str(tmp_path), "config": {"lr": 1.0}}
     assert wandb.calls == [("init", options), ("log", (1, {"train/loss": 0.1})), ("finish", None)]
+
+
+def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    run_steps(tmp_path, [1, 2, 3], report_to="wandb")
+    run_steps(tmp_path, [3, 4], report_to="wandb", resume_step=2)
+    first, second = (options for name, options in wandb.calls if name == "init")
+    assert not {"id", "resume"} & first.keys()
+    assert second == first | {"id": "run-7", "resume": "allow"}
+    run_steps(tmp_path, [1], report_to="wandb")  # a fresh one has a run of its own
+    assert wandb.calls[-3] == ("init", first)
+
+
+def test_a_resumed_run_that_wandb_has_not_seen(tmp_path: Path, wandb: FakeWandb) -> None:
+    run_steps(tmp_path, [1, 2])
+    run_steps(tmp_path, [3], report_to="wandb", resume_step=2)
+    assert "id" not in wandb.calls[0][1]
 
 
 def test_all_means_all(tmp_path: Path, wandb: FakeWandb) -> None:
