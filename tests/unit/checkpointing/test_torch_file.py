@@ -146,4 +146,4 @@ def test_reading_takes_what_is_read(tmp_path: Path) -> None:
         str(tmp_path / "file.pt"),
     )
     assert float(outcome) == 50_000_000
-    assert megabytes < 20  # of 200; memory-mapped it takes 200
+    assert megabytes < 60  # of 200; memory-mapped it takes 210
