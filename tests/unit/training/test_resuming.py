@@ -12,6 +12,7 @@ from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF
 from vembed_ds.errors import CheckpointError, ConfigError
 from vembed_ds.training import changes as changes_module
+from vembed_ds.training import resuming
 from vembed_ds.training.changes import (
     FIXED,
     Change,
@@ -191,11 +192,16 @@ def test_an_allowed_name_must_exist() -> None:
     ]
 
 
-def test_other_spellings_of_a_key_are_known(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-step-2"
-    folder.mkdir()
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint that is found whole."""
+    monkeypatch.setattr(resuming, "find_checkpoint", lambda resume, output_dir: tmp_path)
+    return tmp_path
+
+
+def test_other_spellings_of_a_key_are_known(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"step": 2, "settings": {}}')
-    found = choose_checkpoint(str(folder), output_dir="out", allowed=["learning_rate", "seed"])
+    found = choose_checkpoint("auto", output_dir="out", allowed=["learning_rate", "seed"])
     assert found is not None
     assert found.allowed == ("lr", "seed")
 
@@ -266,9 +272,7 @@ def test_changes_are_allowed_only_when_something_is_resumed() -> None:
     assert choose_checkpoint(None, output_dir="out") is None
 
 
-def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-step-2"
-    folder.mkdir()
+def test_a_checkpoint_of_an_earlier_version(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"step": 2}')
     with pytest.raises(CheckpointError, match="an earlier version wrote it"):
-        choose_checkpoint(str(folder), output_dir=str(tmp_path))
+        choose_checkpoint("auto", output_dir="out")
