@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,18 +21,22 @@ def save_average(folder: Path, state: Mapping[str, Tensor]) -> None:
 
     Args:
         folder: A checkpoint, which exists.
-        state: ``[n]`` float32 by name of the parameter.
+        state: ``[n]`` float32 by name of the parameter: the rank's piece of the flattened
+            parameter, which ZeRO-3 cuts into equal ones.
 
     Raises:
         OSError: It cannot be written.
     """
     metadata = {"world_size": str(comm.world_size())}
     tensors = {name: shard.cpu().contiguous() for name, shard in state.items()}
-    save_file(tensors, _file(folder), metadata=metadata)
+    save_file(tensors, _file(folder, comm.rank()), metadata=metadata)
 
 
 def load_average(folder: Path, *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read what :func:`save_average` wrote on this rank; for ``comm.run_together``.
+    """Read this rank's shards, whatever number of ranks wrote them; for ``comm.run_together``.
+
+    On the same number of ranks, what :func:`save_average` wrote on this rank; else the shards lie
+    in several ranks' files, of which only those ranges are read.
 
     Args:
         folder: A checkpoint.
@@ -39,48 +46,66 @@ def load_average(folder: Path, *, like: Mapping[str, Tensor]) -> dict[str, Tenso
         ``[n]`` float32 on the host, by the names of ``like``.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or another number of ranks or another
-            model wrote it.
+        CheckpointError: A file is missing or damaged, or another model's.
     """
-    path = _file(folder)
-    _check(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if _shapes(found) != _shapes(like):
-        differing = sorted(name for name, _ in _shapes(found) ^ _shapes(like))
-        raise CheckpointError(
-            f"{path}: holds the average of another model ({differing[0]} differs); resume with "
-            "the model it was written with"
-        )
+    saved = _number_of_ranks(folder)
+    same = saved == comm.world_size()
+    paths = [_file(folder, rank) for rank in ([comm.rank()] if same else range(saved))]
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in paths]
+        if differing := sorted(files[0].keys() ^ like.keys()):
+            raise _of_another_model(paths[0], differing[0])
+        found = {}
+        for name, shard in like.items():
+            pieces = [file.get_slice(name) for file in files]
+            found[name] = pieces[0][:] if same else _own_piece(pieces)
+            if found[name].shape != shard.shape:
+                raise _of_another_model(paths[0], name)
     return found
 
 
-def _check(path: Path) -> None:
-    """See that the average of this rank is there, and of as many ranks."""
-    if not path.is_file():
+def _own_piece(pieces: Sequence[Any]) -> Tensor:
+    """This rank's equal part of a flattened parameter, from the parts of other ranks."""
+    lengths = [piece.get_shape()[0] for piece in pieces]
+    length = -(-sum(lengths) // comm.world_size())
+    start, parts = length * comm.rank(), []
+    for piece, own in zip(pieces, lengths, strict=True):
+        parts.append(piece[min(max(start, 0), own) : min(max(start + length, 0), own)])
+        start -= own
+    return torch.cat(parts)
+
+
+def _number_of_ranks(folder: Path) -> int:
+    """How many wrote it."""
+    own, first = _file(folder, comm.rank()), _file(folder, 0)
+    known = next((path for path in (own, first) if path.is_file()), None)
+    if known is None:
         raise CheckpointError(
-            f"{path}: missing, so the teacher_ema_decay of this run has no average to go on from; "
+            f"{own}: missing, so the teacher_ema_decay of this run has no average to go on from; "
             "resume from a whole checkpoint that was written with teacher_ema_decay, or start "
             "afresh from the converted model"
         )
+    with _opened(known) as file:
+        return int((file.metadata() or {}).get("world_size", 1))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; resume from a whole checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            saved = (file.metadata() or {}).get("world_size")
+            yield file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
-    if saved != str(comm.world_size()):
-        raise CheckpointError(
-            f"{path}: written by {saved} ranks, read by {comm.world_size()}; resume with {saved} "
-            "ranks, or start afresh from the converted model"
-        )
 
 
-def _file(folder: Path) -> Path:
-    return folder / f"ema_teacher_rank_{comm.rank()}.safetensors"
+def _of_another_model(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: holds the average of another model ({name} differs); resume with the model it "
+        "was written with"
+    )
 
 
-def _shapes(state: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(shard.shape)) for name, shard in state.items()}
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"ema_teacher_rank_{rank}.safetensors"
