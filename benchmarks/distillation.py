@@ -31,6 +31,7 @@ from benchmarks.distillation_plain import (
 from benchmarks.distillation_report import ALONE, summarize, table
 from benchmarks.measuring import memory, reset_peak, run_ranks
 from benchmarks.traffic import CountedTraffic, loopback_bytes
+from vembed_ds.checkpointing.saver import SavePolicy, Saver
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch
@@ -203,7 +204,7 @@ def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]
         engine,
         data,
         intervals,
-        folder,
+        Saver(engine.engine, output_dir=folder, policy=SavePolicy()),
         {},
         tracker=None,
         step=0,

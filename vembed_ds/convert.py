@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vembed_ds.checkpointing.consolidate import resolve_checkpoint
 from vembed_ds.checkpointing.export import export_model
+from vembed_ds.checkpointing.names import best_checkpoint
 from vembed_ds.errors import VembedError
 
 
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        checkpoint = resolve_checkpoint(options.checkpoint)
+        place = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
+        checkpoint = resolve_checkpoint(place)
         export_model(
             checkpoint,
             options.out,
@@ -50,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint", type=Path, help="checkpoint-step-N folder, or the output_dir with `latest`"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="of an output_dir: what `best` names, not `latest`"
     )
     parser.add_argument("out", type=Path, help="new or empty folder")
     parser.add_argument(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed_ds.checkpointing import rotation, saving
+from vembed_ds.checkpointing.saver import SavePolicy, Saver
 from vembed_ds.checkpointing.saving import save_checkpoint
 from vembed_ds.distributed import comm
 from vembed_ds.durable import HashedFile
@@ -206,3 +210,93 @@ def weights(engine: TrainEngine) -> dict[str, Tensor]:
         for name in ("exp_avg", "exp_avg_sq"):
             found[f"{number}.{name}"] = state[name].detach().clone()
     return found
+
+
+def make_saver(engine: TrainEngine, out: str, **policy: Any) -> Saver:
+    """The saver of a run."""
+    return Saver(engine.engine, output_dir=Path(out), policy=SavePolicy(**policy))
+
+
+def save_by(saver: Saver, step: int) -> None:
+    """As a run does."""
+    saver.save(step, state={"seed": 1}, describe=describe, write=lambda folder: None)
+
+
+def evaluated(*, out: str, values: list[float], **policy: Any) -> list[bool]:
+    """Train and save after every step, or when an evaluation is the best; what was the best."""
+    engine = make_engine(1)
+    saver = make_saver(engine, out, **policy)
+    judged = []
+    for step, value in enumerate(values, 1):
+        train_step(engine, step)
+        judged.append(saver.judge(step, {"eval/recall@10": value, "eval/mrr": 1 - value}))
+        save_by(saver, step)
+    saver.finish()
+    saver.close()
+    engine.engine.destroy()
+    return judged
+
+
+def save_both_ways(*, out: str, stage: int) -> list[str]:
+    """Save step 2 at once and in the background, while training goes on; names of the threads.
+
+    The background's files are held back until training has changed every tensor.
+    """
+    engine = make_engine(stage)
+    train_step(engine, 1)
+    train_step(engine, 2)
+    save(engine, Path(out) / "now", 2)
+    saver = make_saver(engine, str(Path(out) / "later"), background=True)
+    go_on, threads = threading.Event(), []
+    write = checkpoint_files.write_hashed
+
+    def held_back(path: Path, action: Callable[[HashedFile], None]) -> Any:
+        assert go_on.wait(60)
+        threads.append(threading.current_thread().name)
+        return write(path, action)
+
+    checkpoint_files.write_hashed = held_back  # type: ignore[assignment]
+    try:
+        save_by(saver, 2)
+        for step in range(3, 6):  # collectives of both threads at once
+            train_step(engine, step)
+        go_on.set()
+        train_step(engine, 6)
+        saver.finish()
+    finally:
+        checkpoint_files.write_hashed = write
+        saver.close()
+    engine.engine.destroy()
+    return threads
+
+
+def fail_in_background(*, out: str, on_error: str) -> dict[str, Any]:
+    """Rank 1 cannot write the second of three checkpoints; what each call said."""
+    engine = make_engine(2)
+    saver = make_saver(
+        engine, out, background=True, on_error=on_error, best_metric="mrr", timeout_minutes=1.0
+    )
+    write = checkpoint_files.write_hashed
+
+    def full(path: Path, action: Callable[[HashedFile], None]) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    errors = []
+    for step in range(1, 4):
+        train_step(engine, step)
+        try:
+            saver.judge(step, {"eval/mrr": step / 10})
+            save_by(saver, step)
+            if step == 1:
+                saver.finish()
+        except VembedError as error:
+            errors.append(f"at {step}: {error}")
+        if step == 2:
+            wait([saver._unfinished[0]])  # type: ignore[index]
+            checkpoint_files.write_hashed = write
+        elif step == 1 and comm.rank() == 1:
+            checkpoint_files.write_hashed = full  # type: ignore[assignment]
+    saver.finish()
+    saver.close()
+    engine.engine.destroy()
+    return {"errors": errors, "best": saver.best}

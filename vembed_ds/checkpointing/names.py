@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from vembed_ds.durable import replace_text
+from vembed_ds.errors import CheckpointError
 
 LATEST = "latest"
 BEST = "best"
@@ -85,6 +86,20 @@ def read_pointer(output_dir: Path, pointer: str) -> tuple[Path | None, str]:
     if Path(name).name != name or not folder.is_dir():
         return None, f"{path}: names {name!r}, which is no folder beside it"
     return folder, ""
+
+
+def best_checkpoint(output_dir: Path) -> Path:
+    """The checkpoint of the best evaluation.
+
+    Raises:
+        CheckpointError: The run kept none.
+    """
+    folder, problem = read_pointer(output_dir, BEST)
+    if folder is None:
+        raise CheckpointError(
+            f"{problem}; train with best_metric, and give the output_dir, to have a best checkpoint"
+        )
+    return folder
 
 
 def move_pointer(output_dir: Path, pointer: str, folder: Path) -> None:

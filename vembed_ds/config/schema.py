@@ -416,6 +416,25 @@ class RunConfig(Section):
     save_steps: NonNegativeInt = Field(
         default=0, description="Steps between checkpoints; 0: only at the end."
     )
+    save_epochs: NonNegativeInt = Field(
+        default=0, description="Epochs between checkpoints, beside save_steps; 0: none for that."
+    )
+    save_total_limit: PositiveInt | None = Field(
+        default=None,
+        description="How many of the newest checkpoints are kept; the best one is kept beside them; null: all.",
+    )
+    best_metric: Text | None = Field(
+        default=None,
+        description="A metric of the evaluation, such as `recall@10`: whenever it is the highest so far a checkpoint is saved, which `best` names.",
+    )
+    save_async: bool = Field(
+        default=False,
+        description="Write checkpoints in the background; training waits only while they are copied to host memory, which must hold one.",
+    )
+    on_save_error: Literal["fail", "warn"] = Field(
+        default="fail",
+        description="A checkpoint that cannot be written (full disk): end the run, or warn and train on.",
+    )
     eval_steps: NonNegativeInt = Field(
         default=0, description="Steps between evaluations; 0: only at the end."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,49 @@ def _loader_timeout(config: Config) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    entries = config.data.datasets
-    paths = [config.data.val_data_path, *(entry.val_data_path for entry in entries)]
-    if config.run.eval_steps and not any(paths):
+    if config.run.eval_steps and not _has_validation_data(config):
         yield (
             f"eval_steps={config.run.eval_steps}: there is nothing to evaluate on; "
             "set val_data_path, or eval_steps=0"
+        )
+
+
+def _best_metric(config: Config) -> Iterator[str]:
+    name = config.run.best_metric
+    if name is None:
+        return
+    if not _has_validation_data(config):
+        yield f"best_metric={name!r}: there is nothing to evaluate on; set val_data_path, or remove it"
+        return
+    known = _metric_names(config)
+    if name.removeprefix("eval/") not in known:
+        near = get_close_matches(name.removeprefix("eval/"), known, n=1, cutoff=0.0)[0]
+        yield (
+            f"best_metric={name!r}: the evaluation gives no such metric; the nearest is {near} (also "
+            f"known: {', '.join(other for other in known if other != near)})"
+        )
+
+
+def _metric_names(config: Config) -> list[str]:
+    """Of an evaluation, as metrics.jsonl has them behind ``eval/``; the higher, the better."""
+    plain = [*(f"recall@{k}" for k in config.run.eval_recall_k), "mrr"]
+    dims = config.loss.mrl_dims if config.loss.use_mrl else ()
+    suffixes = ["", *(f"_d{dim}" for dim in dims)]
+    entries = config.data.datasets
+    prefixes = [f"{dataset_name(entry, place)}/" for place, entry in enumerate(entries)] or [""]
+    return [f"{p}{name}{s}" for p in prefixes for s in suffixes for name in plain]
+
+
+def _has_validation_data(config: Config) -> bool:
+    entries = config.data.datasets
+    return any([config.data.val_data_path, *(entry.val_data_path for entry in entries)])
+
+
+def _save_epochs(config: Config) -> Iterator[str]:
+    if config.run.save_epochs and config.data.streaming:
+        yield (
+            f"save_epochs={config.run.save_epochs}: streaming does not know when an epoch ends; set "
+            "save_steps instead"
         )
 
 
@@ -384,6 +422,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     (("loader_timeout_seconds", "timeout_minutes"), _loader_timeout),
     (("eval_steps", "val_data_path", "datasets"), _evaluation),
     (("eval_recall_k",), _recall),
+    (
+        ("best_metric", "eval_recall_k", "val_data_path", "datasets", "use_mrl", "mrl_dims"),
+        _best_metric,
+    ),
+    (("save_epochs", "streaming"), _save_epochs),
     (("data_path", "datasets"), _training_data),
     (("datasets", "batching", "pooling_method", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),

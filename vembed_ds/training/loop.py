@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +43,12 @@ class Intervals:
     eval_steps: int = 0
     save_steps: int = 0
     eval_on_start: bool = True
+    save_epochs: int = 0
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after ``step``."""
+        epochs = self.save_epochs * (self.steps_per_epoch or 0)
+        return self.due(self.save_steps, step) or self.due(epochs, step)
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every ``every`` steps happens after ``step``."""
@@ -75,6 +80,8 @@ class TrainingLoop:
         intervals: When to log, evaluate, save and stop.
         tracker: Gets the metrics; ``None`` on all ranks but 0.
         save: Writes a checkpoint after a step; collective.
+        judge: Whether an evaluation after a step calls for a checkpoint; collective.
+        finish_saving: Waits for checkpoints that are still being written; collective.
         evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
         step: Optimizer steps already done.
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
@@ -93,7 +100,9 @@ class TrainingLoop:
         chunk_size: int | None,
         intervals: Intervals,
         tracker: Tracker | None,
-        save: Callable[[int], Path],
+        save: Callable[[int], None],
+        judge: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
+        finish_saving: Callable[[], None] = lambda: None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         step: int = 0,
         pin_memory: bool = False,
@@ -105,6 +114,7 @@ class TrainingLoop:
         self.loss_functions = list(loss_functions)
         self.intervals, self.tracker = intervals, tracker
         self._save, self._evaluate, self._attach = save, evaluate, attach
+        self._judge, self._finish_saving = judge, finish_saving
         self.teachers = teachers
         self.step = step
         self._pin_memory = pin_memory and engine.device.type != "cpu"
@@ -143,12 +153,15 @@ class TrainingLoop:
             self.step += 1
             self.teachers.after_step(self.step, updated=norm is not None)
             self.log(result, norm, rate, num_pairs=len(batch.indices))
+            is_best = False
             if self.intervals.due(self.intervals.eval_steps, self.step):
                 metrics = self.evaluate()
-            if self.intervals.due(self.intervals.save_steps, self.step):
+                is_best = bool(metrics) and self._judge(self.step, metrics)
+            if is_best or self.intervals.save_due(self.step):
                 self.require_finite(comm.mean_over_ranks(result.loss))
                 self.save()
         progress.close()
+        self._finish_saving()
         return metrics
 
     def batches(self) -> Iterator[Batch]:
@@ -258,9 +271,7 @@ class TrainingLoop:
         """Write a checkpoint. Collective."""
         with self._clock_stopped(), phase(Kind.SAVING, f"saving checkpoint-step-{self.step}"):
             self.teachers.before_save()
-            folder = self._save(self.step)
-        if comm.is_main():
-            logger.info("step %d: saved %s", self.step, folder)
+            self._save(self.step)
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:

@@ -9,12 +9,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.restore import load_checkpoint
 from vembed_ds.checkpointing.resumable import check_loadable
-from vembed_ds.checkpointing.saving import save_checkpoint
-from vembed_ds.config.schema import Config
+from vembed_ds.checkpointing.rotation import remove_leftovers
+from vembed_ds.checkpointing.saver import SavePolicy, Saver, resume_best
+from vembed_ds.config.loading import dump_config
+from vembed_ds.config.schema import Config, RunConfig
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.loader import BatchLoader
@@ -137,6 +141,10 @@ def train(
         doing=f"output_dir={config.run.output_dir!r}",
     )
     check_shared(folder)
+    comm.run_together(
+        lambda: remove_leftovers(folder) if comm.is_main() else None,
+        doing=f"output_dir={config.run.output_dir!r}",
+    )
     with phase(Kind.OTHER, "building extensions"):
         prepare_extensions(ds_config)
     with phase(Kind.TEACHER, "loading guides and teachers"):
@@ -162,13 +170,24 @@ def train(
         with phase(Kind.LOADING, f"loading {resumption.folder.name}"):
             load_checkpoint(engine.engine, resumption.folder)
             teachers.load(resumption.folder)
+    saver = Saver(
+        engine.engine,
+        output_dir=folder,
+        policy=save_policy(config.run),
+        config_digest=config_digest(config),
+        best=resume_best(
+            None if resumption is None else resumption.folder,
+            folder,
+            metric=config.run.best_metric,
+        ),
+    )
     loop = build_loop(
         config,
         model,
         engine,
         data,
         intervals,
-        folder,
+        saver,
         {
             SETTINGS: settings | judges,
             CONFIGURED: configured,
@@ -182,7 +201,26 @@ def train(
     if config.training.gradient_self_test:
         phases.set_place("gradient self-test")
         self_test(loop, data, precision=config.model.precision)
-    return loop.train()
+    try:
+        return loop.train()
+    finally:
+        saver.close()
+
+
+def save_policy(run: RunConfig) -> SavePolicy:
+    """What the configuration says of checkpoints."""
+    return SavePolicy(
+        total_limit=run.save_total_limit,
+        best_metric=run.best_metric,
+        on_error=run.on_save_error,
+        background=run.save_async,
+        timeout_minutes=run.timeout_minutes,
+    )
+
+
+def config_digest(config: Config) -> str:
+    """Tells two resolved configurations apart."""
+    return xxhash.xxh3_128(dump_config(config).encode()).hexdigest()
 
 
 def plan_run(config: Config, *, per_epoch: int | None) -> Intervals:
@@ -209,6 +247,7 @@ def plan_run(config: Config, *, per_epoch: int | None) -> Intervals:
         eval_steps=run.eval_steps,
         save_steps=run.save_steps,
         eval_on_start=run.eval_on_start,
+        save_epochs=run.save_epochs,
     )
 
 
@@ -218,7 +257,7 @@ def build_loop(
     engine: TrainEngine,
     data: RunData,
     intervals: Intervals,
-    folder: Path,
+    saver: Saver,
     state: Mapping[str, Any],
     *,
     tracker: Tracker | None,
@@ -257,12 +296,13 @@ def build_loop(
             _save,
             config,
             model,
-            engine,
+            saver,
             data.processor,
-            folder,
             state,
             teachers,
         ),
+        judge=saver.judge,
+        finish_saving=saver.finish,
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
         step=step,
         pin_memory=loading.pin_memory,
@@ -275,26 +315,18 @@ def build_loop(
 def _save(
     config: Config,
     model: EmbeddingModel,
-    engine: TrainEngine,
+    saver: Saver,
     processor: ItemProcessor,
-    folder: Path,
     state: Mapping[str, Any],
     teachers: Teachers,
     step: int,
-) -> Path:
+) -> None:
     def describe(place: Path) -> None:
         settings = export_settings(config)
         describe_model(place, model=model, processor=processor, settings=settings)
-        link_frozen_weights(folder, place)
+        link_frozen_weights(saver.output_dir, place)
 
-    return save_checkpoint(
-        engine.engine,
-        output_dir=folder,
-        step=step,
-        state=state,
-        describe=describe,
-        write=teachers.save,
-    )
+    saver.save(step, state=state, describe=describe, write=teachers.save)
 
 
 def _evaluate(config: Config, data: RunData, loop: TrainingLoop) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vembed_ds.config.distillation import teacher_entries
-from vembed_ds.config.schema import Config
+from vembed_ds.config.schema import Config, RunConfig, default_of
 from vembed_ds.data.collators import Batch
 from vembed_ds.distributed import comm
 from vembed_ds.engine.teacher_engine import TeacherEngine
@@ -92,6 +93,7 @@ class Trainer(TrainingLoop):
         training = self.config.training
         items = TensorItems()
         _check_teacher(teacher_model, model, self.config)
+        _check_saving(self.config.run)
         intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
         task, teachers = criterion, NO_TEACHERS
         if teacher_model is not None:
@@ -108,13 +110,7 @@ class Trainer(TrainingLoop):
             tracker=comm.run_together(
                 lambda: _tracker(self.config), doing=f"output_dir={self.config.run.output_dir!r}"
             ),
-            save=lambda step: save_checkpoint(
-                Path(self.config.run.output_dir) / f"checkpoint-step-{step}",
-                model,
-                engine,
-                processor=config.get("processor"),
-                config=self.config,
-            ),
+            save=functools.partial(_save, model, engine, config.get("processor"), self.config),
             evaluate=None if val_dataloader is None else lambda: self._val_loss(val_dataloader),
             pin_memory=self.config.data.pin_memory,
             teachers=teachers,
@@ -241,7 +237,8 @@ def _intervals(config: Config, *, steps_per_epoch: int) -> Intervals:
         steps_per_epoch=steps_per_epoch,
         logging_steps=run.logging_steps,
         eval_steps=run.eval_steps or steps_per_epoch,
-        save_steps=run.save_steps or steps_per_epoch,
+        save_steps=run.save_steps or (0 if run.save_epochs else steps_per_epoch),
+        save_epochs=run.save_epochs,
         eval_on_start=run.eval_on_start,
     )
 
@@ -272,3 +269,21 @@ def _tracker(config: Config) -> Tracker | None:
         run_name=config.run.run_name,
         config=config.model_dump(mode="json"),
     )
+
+
+def _save(
+    model: EmbeddingModel, engine: TrainEngine, processor: Any, config: Config, step: int
+) -> None:
+    folder = Path(config.run.output_dir) / f"checkpoint-step-{step}"
+    save_checkpoint(folder, model, engine, processor=processor, config=config)
+
+
+def _check_saving(run: RunConfig) -> None:
+    """Keys that vembed_ds.train alone follows: they would be ignored here."""
+    for key in ("save_total_limit", "best_metric", "save_async", "on_save_error"):
+        value = getattr(run, key)
+        if value != default_of(key):
+            raise ConfigError(
+                f"{key}={value!r}: the class Trainer writes model folders and follows it not; "
+                "remove it, or train with the command vembed_ds.train"
+            )

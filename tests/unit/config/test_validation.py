@@ -53,6 +53,19 @@ def test_a_good_config_has_no_problems():
         {"image_root": "."},
         {"output_dir": "new/deep/folder"},
         {"eval_steps": 5, "val_data_path": ["train.jsonl"]},
+        {"best_metric": "eval/recall@5", "val_data_path": "train.jsonl"},
+        {
+            "best_metric": "mrr_d64",
+            "use_mrl": True,
+            "mrl_dims": [64],
+            "val_data_path": "train.jsonl",
+        },
+        {
+            "best_metric": "train/recall@7",
+            "eval_recall_k": [7],
+            "datasets": [{"data_path": "train.jsonl", "val_data_path": "train.jsonl"}],
+            "data_path": ...,
+        },
     ],
 )
 def test_good_combinations(values):
@@ -385,3 +398,30 @@ def test_inner_layers_of_items_of_both_kinds_are_refused(mode: str) -> None:
     values = BASE | {"use_mrl": True, "mrl_layers": [1, 2], "retrieval_mode": mode}
     with pytest.raises(ConfigError, match=f"mrl_layers=.*not offered with retrieval_mode={mode}"):
         parse_config(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"best_metric": "mrr"},
+            "best_metric='mrr': there is nothing to evaluate on; set val_data",
+        ),
+        (
+            {"best_metric": "recall@50", "val_data_path": "train.jsonl"},
+            "best_metric='recall@50': the evaluation gives no such metric; the nearest is recall@5 "
+            "(also known: recall@1, recall@10, mrr)",
+        ),
+        (
+            {"best_metric": "num_queries", "val_data_path": "train.jsonl"},
+            "best_metric='num_queries': the evaluation gives no such metric",
+        ),
+        (
+            {"save_epochs": 1, "streaming": True, "max_steps": 5},
+            "save_epochs=1: streaming does not know when an epoch ends; set save_steps instead",
+        ),
+    ],
+)
+def test_when_checkpoints_are_saved(values: dict[str, Any], message: str) -> None:
+    (problem,) = problems_of(**values)
+    assert problem.startswith(message)

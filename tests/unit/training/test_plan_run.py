@@ -41,3 +41,14 @@ def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
 )
 def test_inference_takes_what_fits_in_training(values: dict[str, Any], expected: int) -> None:
     assert inference_batch_size(config(batch_size=512, **values)) == expected
+
+
+def test_checkpoints_by_steps_and_by_epochs() -> None:
+    def saved(**values: Any) -> list[int]:
+        intervals = plan_run(config(epochs=3, batch_size=4, **values), per_epoch=4)
+        return [step for step in range(1, 13) if intervals.save_due(step)]
+
+    assert saved() == [12]
+    assert saved(save_epochs=1) == [4, 8, 12]
+    assert saved(save_epochs=2) == [8, 12]
+    assert saved(save_epochs=2, save_steps=5) == [5, 8, 10, 12]

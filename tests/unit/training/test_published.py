@@ -314,6 +314,31 @@ def test_a_teacher_that_a_trainer_cannot_follow_is_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("save_total_limit", 2),
+        ("best_metric", "mrr"),
+        ("save_async", True),
+        ("on_save_error", "warn"),
+    ],
+)
+def test_the_class_trainer_refuses_keys_of_checkpoints(
+    clip_folder: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    (tmp_path / "val.jsonl").write_text("{}\n")
+    settings = {"val_data_path": str(tmp_path / "val.jsonl"), key: value}
+    with pytest.raises(ConfigError, match=f"{key}={value!r}: the class Trainer writes model fol"):
+        published.Trainer(
+            published.build_model({"model_name": str(clip_folder)}),
+            optimizer=None,
+            dataloader=[{}],
+            criterion=None,
+            engine=None,
+            config={"model_name": str(clip_folder), **settings},
+        )
+
+
 def test_a_teacher_of_other_inputs_than_the_students_is_refused(
     clip_folder: Path, minilm: str
 ) -> None:
