@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -18,8 +19,15 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from vembed_ds.config.schema import Config
 
-EXIT_ERROR = 2  # a problem the user can mend
-EXIT_UNEXPECTED = 1  # with a traceback
+EXIT_UNEXPECTED = 1  # with a traceback; or another rank died or hung: a restart may help
+EXIT_ERROR = 2  # a problem the user can mend: a restart does not help
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be gone on with
+EXIT_CODES = """exit codes:
+  0    done
+  1    unexpected, or another rank died or hung: starting again with --resume auto may help
+  2    something is to be mended first; the message says what
+  75   stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint: to go on, start again with --resume auto
+"""
 SHUTDOWN_SECONDS = 10
 JOIN_MINUTES = 1.0  # for the other ranks, when this one already knows that it must end
 
@@ -76,13 +84,35 @@ def run_on_ranks(prepare: Callable[[], Prepared]) -> int:
         The exit code. A rank that the others still wait for exits here.
     """
     _quiet()
-    from vembed_ds.distributed import comm
+    from vembed_ds.distributed import comm, launcher
 
     code = _run(prepare)
+    if code == EXIT_STOPPED:
+        _ignore_signals()
+    launcher.tell("exit", code)
     if code and not comm.shutdown(timeout_seconds=SHUTDOWN_SECONDS):
         os._exit(code)  # the others wait for this rank in a collective: let them see it gone
     comm.shutdown()
     return code
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The code that an error ends the command with; another rank's error counts as its own."""
+    from vembed_ds.errors import DistributedError, PeerError, StoppedError, VembedError
+
+    if isinstance(error, StoppedError):
+        return EXIT_STOPPED
+    if isinstance(error, PeerError):
+        return EXIT_UNEXPECTED
+    if isinstance(error, DistributedError) and isinstance(error.__cause__, VembedError):
+        return exit_code(error.__cause__)
+    return EXIT_ERROR if isinstance(error, VembedError) else EXIT_UNEXPECTED
+
+
+def _ignore_signals() -> None:
+    """The launcher sends SIGTERM to every rank as soon as one has ended."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run(prepare: Callable[[], Prepared]) -> int:
@@ -104,7 +134,7 @@ def _run(prepare: Callable[[], Prepared]) -> int:
     except VembedError as error:
         if error is not mistake:
             _report(error)
-        return EXIT_ERROR
+        return exit_code(error)
     except Exception:  # noqa: BLE001 (whatever it is, this process ends with it)
         if mistake is not None:  # the others did not come; what is wrong has been said
             return EXIT_ERROR
@@ -117,9 +147,11 @@ def _run(prepare: Callable[[], Prepared]) -> int:
 
 def _report(error: Exception) -> None:
     from vembed_ds.distributed import comm
+    from vembed_ds.errors import StoppedError
 
     text = str(error).replace("\n", "\n  ")
-    sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {type(error).__name__}: {text}\n")
+    name = "" if isinstance(error, StoppedError) else f"{type(error).__name__}: "
+    sys.stderr.write(f"vembed_ds: rank {comm.rank()}: {name}{text}\n")
     sys.stderr.flush()
 
 

@@ -53,3 +53,11 @@ class DivergedError(VembedError):
 
 class DistributedError(VembedError):
     """Another rank failed, or the ranks disagree; names rank and cause."""
+
+
+class PeerError(DistributedError):
+    """Another rank died or hung, so that a restart may help."""
+
+
+class StoppedError(VembedError):
+    """A signal stopped the run, which can go on from its checkpoint; no failure."""

@@ -7,7 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vembed_ds.command import Prepared, add_run_arguments, announce_rank, load_run, run_on_ranks
+from vembed_ds.command import (
+    EXIT_CODES,
+    Prepared,
+    add_run_arguments,
+    announce_rank,
+    load_run,
+    run_on_ranks,
+)
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
@@ -51,7 +58,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vembed_ds.train",
         description="Train an embedding model on DeepSpeed.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,32 +30,35 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pairs.jsonl"
 
 
+def tiny_config(
+    folder: Path, name: str = "run.yaml", *, model: Path, pairs: Path, **changes: Any
+) -> str:
+    """Write a YAML that trains the tiny CLIP for 4 steps into ``folder/out``; its path."""
+    values = {
+        "model_name": str(model),
+        "data_path": str(pairs),
+        "val_data_path": str(pairs),
+        "image_root": str(pairs.parent),
+        "retrieval_mode": "t2i",
+        "num_workers": 0,
+        "batch_size": 4,
+        "max_steps": 4,
+        "lr": 1e-3,
+        "use_gradient_cache": True,
+        "gradient_cache_chunk_size": 3,
+        "loss_bidirectional": True,
+        "learnable_temperature": True,
+        "logging_steps": 1,
+        "output_dir": str(folder / "out"),
+        "report_to": "none",
+        **changes,
+    }
+    path = folder / name
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    return str(path)
+
+
 @pytest.fixture
 def make_config(clip_folder: Path, pairs: Path, tmp_path: Path) -> Callable[..., str]:
-    """Write a YAML that trains the tiny CLIP for 4 steps; keywords change or remove keys."""
-
-    def make(name: str = "run.yaml", **changes: Any) -> str:
-        values = {
-            "model_name": str(clip_folder),
-            "data_path": str(pairs),
-            "val_data_path": str(pairs),
-            "image_root": str(pairs.parent),
-            "retrieval_mode": "t2i",
-            "num_workers": 0,
-            "batch_size": 4,
-            "max_steps": 4,
-            "lr": 1e-3,
-            "use_gradient_cache": True,
-            "gradient_cache_chunk_size": 3,
-            "loss_bidirectional": True,
-            "learnable_temperature": True,
-            "logging_steps": 1,
-            "output_dir": str(tmp_path / "out"),
-            "report_to": "none",
-            **changes,
-        }
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        return str(path)
-
-    return make
+    """:func:`tiny_config` in the test's folder; keywords change or remove keys."""
+    return functools.partial(tiny_config, tmp_path, model=clip_folder, pairs=pairs)

@@ -18,7 +18,7 @@ from vembed_ds.checkpointing.names import BEST, checkpoint_name, move_pointer, r
 from vembed_ds.checkpointing.rotation import rotate
 from vembed_ds.checkpointing.saving import Snapshot, commit, take_snapshot
 from vembed_ds.checkpointing.store import STATE
-from vembed_ds.distributed import comm
+from vembed_ds.distributed import comm, launcher
 from vembed_ds.errors import ConfigError, SaveError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class Saver:
         self._saved_best = best
         self._writer: ThreadPoolExecutor | None = None
         self._group: Any = None
-        self._unfinished: tuple[Future[None], Best | None] | None = None
+        self._unfinished: tuple[Future[Path], Best | None] | None = None
+        self._newest: Path | None = None
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation is the best so far, so that it is to be saved now.
@@ -120,7 +121,7 @@ class Saver:
         state: Mapping[str, Any],
         describe: Callable[[Path], None],
         write: Callable[[Path], None],
-    ) -> None:
+    ) -> Path | None:
         """Save a checkpoint; an earlier one that is still being written is waited for.
 
         Args:
@@ -128,6 +129,9 @@ class Saver:
             state: As the others, of :func:`save_checkpoint`.
             describe: See there.
             write: See there.
+
+        Returns:
+            The newest checkpoint that is on the disk; ``None``: none of this run yet.
 
         Raises:
             SaveError: On every rank: this one, or an earlier one in the background, could not be
@@ -152,17 +156,21 @@ class Saver:
             self._unfinished = (self._start(snapshot, is_best), best)
         else:
             self._settle(lambda: self._write(snapshot, is_best), best)
+        return self._newest
 
-    def finish(self) -> None:
+    def finish(self) -> Path | None:
         """Wait until what is being written is on the disk.
+
+        Returns:
+            The newest checkpoint that was written; ``None``: none yet.
 
         Raises:
             SaveError: On every rank, as of :meth:`save`.
         """
-        if self._unfinished is None:
-            return
-        (future, best), self._unfinished = self._unfinished, None
-        self._settle(future.result, best)
+        if self._unfinished is not None:
+            (future, best), self._unfinished = self._unfinished, None
+            self._settle(future.result, best)
+        return self._newest
 
     def close(self) -> None:
         """Wait for what is being written, and say what became of it; for a run that ends anyway."""
@@ -175,22 +183,22 @@ class Saver:
             self._writer.shutdown()
             self._writer = None
 
-    def _start(self, snapshot: Snapshot, is_best: bool) -> Future[None]:
+    def _start(self, snapshot: Snapshot, is_best: bool) -> Future[Path]:
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             if comm.world_size() > 1:
                 self._group = comm.new_group(timeout_minutes=self.policy.timeout_minutes)
 
-        def work() -> None:
+        def work() -> Path:
             with nullcontext() if self._group is None else comm.on_group(self._group):
-                self._write(snapshot, is_best)
+                return self._write(snapshot, is_best)
 
         return self._writer.submit(work)
 
-    def _settle(self, action: Callable[[], None], best: Best | None) -> None:
+    def _settle(self, action: Callable[[], Path], best: Best | None) -> None:
         """See whether a checkpoint was written; the ranks agree on that already."""
         try:
-            action()
+            self._newest = action()
         except SaveError as error:
             if self.best == best:  # it lies nowhere
                 self.best = self._saved_best
@@ -201,11 +209,15 @@ class Saver:
         else:
             self._saved_best = best
 
-    def _write(self, snapshot: Snapshot, is_best: bool) -> None:
+    def _write(self, snapshot: Snapshot, is_best: bool) -> Path:
         folder = commit(snapshot, best=is_best)
-        if not comm.is_main():
-            return
-        logger.info("step %d: saved %s", snapshot.step, folder)
+        launcher.tell("saved", snapshot.step)
+        if comm.is_main():
+            logger.info("step %d: saved %s", snapshot.step, folder)
+            self._rotate()
+        return folder
+
+    def _rotate(self) -> None:
         if self.policy.total_limit is None:
             return
         try:

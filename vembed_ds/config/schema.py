@@ -435,6 +435,10 @@ class RunConfig(Section):
         default="fail",
         description="A checkpoint that cannot be written (full disk): end the run, or warn and train on.",
     )
+    save_every_minutes: PositiveFloat | None = Field(
+        default=None,
+        description="Also save when this long has passed since the last checkpoint; null: not by time.",
+    )
     eval_steps: NonNegativeInt = Field(
         default=0, description="Steps between evaluations; 0: only at the end."
     )

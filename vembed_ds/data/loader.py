@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 
 from vembed_ds.data.collators import Batch, collate, join
+from vembed_ds.data.waiting import never
 from vembed_ds.data.workers import Keys, Samples, WorkerPool, prepare_server
 
 # Items that a worker prepares at a time. A batch for the gradient cache may be thousands of
@@ -32,6 +33,8 @@ class BatchLoader:
         num_workers: Worker processes; 0 encodes in this process.
         prefetch_factor: Batches that the workers together prepare ahead.
         timeout_seconds: Longest wait for a worker; shorter than that of the other ranks.
+        interrupted: Whether the batch is not wanted any more; asked while waiting for a worker.
+            Iterating then raises :class:`WaitInterrupted`.
 
     Raises:
         ConfigError: When there are workers and the data set cannot be sent to them.
@@ -45,10 +48,11 @@ class BatchLoader:
         num_workers: int,
         prefetch_factor: int,
         timeout_seconds: float = TIMEOUT_SECONDS,
+        interrupted: Callable[[], bool] = never,
     ) -> None:
         self._dataset, self._batches = dataset, batches
         self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._interrupted = timeout_seconds, interrupted
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if num_workers:
             prepare_server(dataset)
@@ -74,7 +78,10 @@ class BatchLoader:
         ahead = _parts_ahead(first, self._prefetch_factor, self._num_workers)
         submitted: deque[bool] = deque()  # of every part that is out, whether it is a batch's last
         with WorkerPool(
-            self._dataset, num_workers=self._num_workers, timeout_seconds=self._timeout_seconds
+            self._dataset,
+            num_workers=self._num_workers,
+            timeout_seconds=self._timeout_seconds,
+            interrupted=self._interrupted,
         ) as pool:
 
             def submit(number: int) -> None:

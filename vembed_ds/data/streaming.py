@@ -12,7 +12,7 @@ import itertools
 import queue
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import RecordReader
 from vembed_ds.data.sampler import StreamedRow, rank_slice
 from vembed_ds.data.shards import Shard, numbered_rows
+from vembed_ds.data.waiting import never, take
 from vembed_ds.errors import DataError, VembedError
 
 AHEAD = 2  # batches that the thread reads ahead; what they hold is this rank's share only
@@ -173,6 +174,8 @@ class StreamBatches:
         num_steps: Steps of the whole run.
         start_step: First step yielded; a resumed run passes the steps already made.
         timeout_seconds: Longest wait for a batch, also for one that a resumed run skips.
+        interrupted: Whether the batch is not wanted any more; asked while waiting for it.
+            Iterating then raises :class:`WaitInterrupted`.
 
     Raises:
         ConfigError: When the ranks do not divide the global batch.
@@ -187,13 +190,14 @@ class StreamBatches:
         num_steps: int,
         start_step: int = 0,
         timeout_seconds: float,
+        interrupted: Callable[[], bool] = never,
     ) -> None:
         self.stream = stream
         self.share: range = rank_slice(
             range(stream.global_batch_size), rank=rank, world_size=world_size
         )
         self.steps = range(start_step, num_steps)
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.interrupted = timeout_seconds, interrupted
 
     def __iter__(self) -> Iterator[list[StreamedRow]]:
         """Yields one list of rows per step; ends behind an error."""
@@ -215,7 +219,7 @@ class StreamBatches:
 
     def _next(self, ready: queue.Queue[list[StreamedRow]]) -> list[StreamedRow]:
         try:
-            return ready.get(timeout=self.timeout_seconds)
+            return take(ready, timeout_seconds=self.timeout_seconds, interrupted=self.interrupted)
         except queue.Empty:
             return _failed(
                 f"streaming: no batch was read for {self.timeout_seconds:g} s; is a file system or "

@@ -14,6 +14,7 @@ A worker ends when its connection does, so that none outlives a rank that was ki
 
 from __future__ import annotations
 
+import atexit
 import io
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -36,6 +37,7 @@ from torch.utils.data import Dataset
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.sampler import SampleKey, StreamedRow
+from vembed_ds.data.waiting import never, take
 from vembed_ds.errors import ConfigError, DataError, VembedError
 
 Keys = Sequence[SampleKey] | Sequence[StreamedRow] | Sequence[int]
@@ -55,20 +57,30 @@ class WorkerPool:
         dataset: Must pickle; a memory-mapped table travels as the name of its file.
         num_workers: Number of processes, > 0.
         timeout_seconds: Longest wait for a result.
+        interrupted: Whether a result is not wanted any more; asked while waiting for it.
 
     Raises:
         ConfigError: When the data set cannot be sent to other processes.
     """
 
-    def __init__(self, dataset: Samples, *, num_workers: int, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        num_workers: int,
+        timeout_seconds: float,
+        interrupted: Callable[[], bool] = never,
+    ) -> None:
         payload, modules = _pickled(dataset)
         _start_server(modules)
         names = [f"loader process {number + 1} of {num_workers}" for number in range(num_workers)]
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._interrupted = timeout_seconds, interrupted
         self._workers = [_Worker(payload, name=name) for name in names]
         self._submitted = self._taken = 0
 
     def __enter__(self) -> Self:
+        # multiprocessing would ask them to end by a signal that they ignore, and then wait.
+        atexit.register(self._kill)
         return self
 
     def __exit__(
@@ -77,10 +89,14 @@ class WorkerPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in self._workers:
-            worker.kill()
+        self._kill()
+        atexit.unregister(self._kill)
         for worker in self._workers:
             worker.join()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
 
     @property
     def outstanding(self) -> int:
@@ -98,10 +114,13 @@ class WorkerPool:
         Returns:
             The part, or one with an ``error`` when it could not be prepared, or the worker
             ended or gave no answer in time.
+
+        Raises:
+            WaitInterrupted: It is not wanted any more; the pool can only be closed then.
         """
         worker = self._workers[self._taken % len(self._workers)]
         self._taken += 1
-        return worker.result(self._timeout_seconds)
+        return worker.result(self._timeout_seconds, self._interrupted)
 
 
 def prepare_server(dataset: Samples) -> None:
@@ -134,12 +153,12 @@ class _Worker:
         self._submitted.put(keys)
         self._requests.put(keys)
 
-    def result(self, timeout_seconds: float) -> Batch:
+    def result(self, timeout_seconds: float, interrupted: Callable[[], bool]) -> Batch:
         keys = self._submitted.get_nowait()
         if self._failure is not None:
             return self._failure
         try:
-            answer = self._answers.get(timeout=timeout_seconds)
+            answer = take(self._answers, timeout_seconds=timeout_seconds, interrupted=interrupted)
         except queue.Empty:
             problem = (
                 f"gave no answer for {timeout_seconds:g} s; is a file system stuck, or "
@@ -189,7 +208,9 @@ class _Worker:
 
 def _serve(connection: Connection, payload: bytes, folder: str) -> None:
     """The life of a worker: parts in, parts out, until the connection ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides
+    # The training process decides; launchers send to its children too what asks it to stop.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)  # relative paths mean the same as there
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # the default would start one thread per core in each worker

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +19,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vembed_ds.data.batches import StepPlan, count_streams, plan_step
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.waiting import WaitInterrupted
 from vembed_ds.distributed import comm, phases
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import DivergedError
+from vembed_ds.errors import DivergedError, StoppedError
 from vembed_ds.losses import LossFunction
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.loss_inputs import loss_inputs
+from vembed_ds.training.stopping import StopRequested, StopSignals, raise_agreed
 from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Intervals:
     logging_steps: int
     eval_steps: int = 0
     save_steps: int = 0
+    save_minutes: float | None = None  # since the last checkpoint of any kind; None: never
     eval_on_start: bool = True
     save_epochs: int = 0
 
@@ -79,11 +83,15 @@ class TrainingLoop:
         chunk_size: Items of each stream per chunk; ``None``: the standard step.
         intervals: When to log, evaluate, save and stop.
         tracker: Gets the metrics; ``None`` on all ranks but 0.
-        save: Writes a checkpoint after a step; collective.
+        save: Writes a checkpoint after a step, and gives its folder unless that is still being written;
+            collective.
         judge: Whether an evaluation after a step calls for a checkpoint; collective.
-        finish_saving: Waits for checkpoints that are still being written; collective.
+        finish_saving: Waits for what is still being written; gives the newest checkpoint of this run,
+            if it has any yet; collective.
         evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
         step: Optimizer steps already done.
+        saved: The checkpoint of ``step``, where it is one of this run's own.
+        signals: Whom the loader asks too while it waits; ``None``: nobody is asked there.
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
         attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
         teachers: Whom the student follows.
@@ -100,11 +108,13 @@ class TrainingLoop:
         chunk_size: int | None,
         intervals: Intervals,
         tracker: Tracker | None,
-        save: Callable[[int], None],
+        save: Callable[[int], Path | None],
         judge: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
-        finish_saving: Callable[[], None] = lambda: None,
+        finish_saving: Callable[[], Path | None] = lambda: None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         step: int = 0,
+        saved: Path | None = None,
+        signals: StopSignals | None = None,
         pin_memory: bool = False,
         attach: Callable[[Batch], Batch] = lambda batch: batch,
         teachers: Teachers = NO_TEACHERS,
@@ -117,6 +127,9 @@ class TrainingLoop:
         self._judge, self._finish_saving = judge, finish_saving
         self.teachers = teachers
         self.step = step
+        self._newest, self._saved_step, self._saved_at = saved, step, time.monotonic()
+        self._save_is_late, self._last_loss = False, torch.zeros(())
+        self._signals = signals or StopSignals()
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
         self._parts: dict[str, Tensor] = {}  # of the last loss
@@ -128,13 +141,34 @@ class TrainingLoop:
 
         Returns:
             The last evaluation's metrics; empty without validation data.
+
+        Raises:
+            StoppedError: On every rank, when a signal stopped the run; its checkpoint is written.
         """
-        try:
-            with logging_redirect_tqdm():
-                return self._train()
-        finally:
-            if self.tracker is not None:
-                self.tracker.close()
+        with self._signals:
+            try:
+                with logging_redirect_tqdm():
+                    return self._train()
+            except StopRequested as request:
+                stopped = StoppedError(f"stopped by {request.cause} {self._place_to_go_on()}")
+            finally:
+                if self.tracker is not None:
+                    self.tracker.close()
+            # Launchers end all ranks as soon as one exits: none does before the trackers are closed.
+            comm.barrier()
+            raise stopped
+
+    def _place_to_go_on(self) -> str:
+        """Save what is not saved yet, and say how to go on. Collective."""
+        if self.step == 0:
+            return "before the first step, so that there is nothing to save: start again"
+        if self._newest is None or self._saved_step != self.step:
+            self.require_finite(comm.mean_over_ranks(self._last_loss))
+            self.save()
+        newest = self._finish_saving() or self._newest
+        if newest is None:  # it could not be written, and on_save_error is "warn"
+            return f"at step {self.step}, which is not saved: start again"
+        return f"at step {self.step}, checkpoint {newest}: to go on, start again with --resume auto"
 
     def _train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -150,14 +184,14 @@ class TrainingLoop:
         for batch in self.batches():
             result, rate = self.compute_gradient(batch), self.engine.learning_rate()
             norm = self.engine.step()
-            self.step += 1
+            self.step, self._last_loss = self.step + 1, result.loss
             self.teachers.after_step(self.step, updated=norm is not None)
             self.log(result, norm, rate, num_pairs=len(batch.indices))
             is_best = False
             if self.intervals.due(self.intervals.eval_steps, self.step):
                 metrics = self.evaluate()
                 is_best = bool(metrics) and self._judge(self.step, metrics)
-            if is_best or self.intervals.save_due(self.step):
+            if is_best or self._save_is_late or self.intervals.save_due(self.step):
                 self.require_finite(comm.mean_over_ranks(result.loss))
                 self.save()
         progress.close()
@@ -170,8 +204,12 @@ class TrainingLoop:
         batches = iter(self.loader)
         while True:
             phases.set_place(f"step {self.step + 1}")
-            with phase(Kind.DATA):
-                batch = next(batches, None)
+            try:
+                with phase(Kind.DATA):
+                    batch = next(batches, None)
+            except WaitInterrupted:
+                yield Batch(indices=[], roles={})  # to tell the others, who may have theirs
+                return
             if batch is None:
                 return
             self._window.waited += time.perf_counter() - waited
@@ -210,15 +248,22 @@ class TrainingLoop:
     def agree_on_counts(self, batch: Batch) -> dict[str, int]:
         """Per stream, the largest number of items on any rank. Collective.
 
+        The ranks also agree here whether a signal stops them, and whether it is time to save.
+
         Raises:
             VembedError: On every rank, when any rank's batch could not be read.
+            StopRequested: On every rank, when any was asked to stop.
         """
         streams = self.model.streams
         failed = int(batch.error is not None)
-        # One host-side reduction tells both.
-        any_failed, *counts = comm.all_max([failed, *count_streams(batch.roles, streams)])
+        flags = [failed, self._signals.flag(), int(comm.is_main() and self._is_save_late())]
+        # One host-side reduction tells all.
+        agreed = comm.all_max([*flags, *count_streams(batch.roles, streams)])
+        any_failed, stop, save_is_late, *counts = agreed
         if any_failed:
             comm.raise_together(batch.error)
+        raise_agreed(stop)
+        self._save_is_late = bool(save_is_late)
         return dict(zip(streams, counts, strict=True))
 
     def batch_loss(self, batch: Batch, said: Sequence[Said] = ()) -> BatchLoss:
@@ -271,7 +316,14 @@ class TrainingLoop:
         """Write a checkpoint. Collective."""
         with self._clock_stopped(), phase(Kind.SAVING, f"saving checkpoint-step-{self.step}"):
             self.teachers.before_save()
-            self._save(self.step)
+            self._newest = self._save(self.step) or self._newest
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._save_is_late = False
+
+    def _is_save_late(self) -> bool:
+        """Whether ``save_minutes`` have passed, by this rank's clock."""
+        minutes = self.intervals.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:

@@ -63,6 +63,7 @@ FREE = frozenset(
         "run_name",
         "save_async",
         "save_epochs",
+        "save_every_minutes",
         "save_steps",
         "save_total_limit",
         "teacher_cache",

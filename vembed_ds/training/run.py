@@ -62,6 +62,7 @@ from vembed_ds.training.resuming import (
     keep_global_batch,
     run_settings,
 )
+from vembed_ds.training.stopping import StopSignals
 from vembed_ds.training.stream_setup import setup_stream, some_samples, training_batches
 from vembed_ds.training.teacher_sources import Teachers
 from vembed_ds.training.teachers import (
@@ -195,6 +196,7 @@ def train(
         },
         tracker=tracker,
         step=step,
+        saved=_own_checkpoint(resumption, config),
         attach=vectors.attach,
         teachers=teachers,
     )
@@ -246,6 +248,7 @@ def plan_run(config: Config, *, per_epoch: int | None) -> Intervals:
         logging_steps=run.logging_steps,
         eval_steps=run.eval_steps,
         save_steps=run.save_steps,
+        save_minutes=run.save_every_minutes,
         eval_on_start=run.eval_on_start,
         save_epochs=run.save_epochs,
     )
@@ -262,16 +265,19 @@ def build_loop(
     *,
     tracker: Tracker | None,
     step: int,
+    saved: Path | None,
     attach: Callable[[Batch], Batch],
     teachers: Teachers,
 ) -> TrainingLoop:
     """The loop, ready to go on after ``step`` optimizer steps. Collective."""
     training, loading = config.training, config.data
+    signals = StopSignals()
     batches = training_batches(
         data,
         num_steps=intervals.num_steps,
         start_step=step,
         timeout_seconds=loader_timeout(config),
+        interrupted=signals.pending,
     )
     loop = TrainingLoop(
         engine=engine,
@@ -282,6 +288,7 @@ def build_loop(
             num_workers=loading.num_workers,
             prefetch_factor=loading.prefetch_factor,
             timeout_seconds=loader_timeout(config),
+            interrupted=signals.pending,
         ),
         processor=data.processor,
         loss_functions=build_losses(
@@ -305,6 +312,8 @@ def build_loop(
         finish_saving=saver.finish,
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
         step=step,
+        saved=saved,
+        signals=signals,
         pin_memory=loading.pin_memory,
         attach=attach,
         teachers=teachers,
@@ -320,13 +329,13 @@ def _save(
     state: Mapping[str, Any],
     teachers: Teachers,
     step: int,
-) -> None:
+) -> Path | None:
     def describe(place: Path) -> None:
         settings = export_settings(config)
         describe_model(place, model=model, processor=processor, settings=settings)
         link_frozen_weights(saver.output_dir, place)
 
-    saver.save(step, state=state, describe=describe, write=teachers.save)
+    return saver.save(step, state=state, describe=describe, write=teachers.save)
 
 
 def _evaluate(config: Config, data: RunData, loop: TrainingLoop) -> dict[str, float]:
@@ -396,8 +405,8 @@ def _open_output(
     if not comm.is_main():
         return None
     run = config.run
-    own = resumption is not None and resumption.belongs_to(run.output_dir)
-    folder = prepare_output(config, ds_config, resuming=own)
+    resuming = _own_checkpoint(resumption, config) is not None
+    folder = prepare_output(config, ds_config, resuming=resuming)
     list_skipped(folder, skipped)
     return build_tracker(
         run.report_to,
@@ -406,6 +415,13 @@ def _open_output(
         config=config.model_dump(mode="json"),
         resume_step=resumption.step if resumption is not None else 0,
     )
+
+
+def _own_checkpoint(resumption: Resumption | None, config: Config) -> Path | None:
+    """Where this very run goes on from; ``None``: it begins, or goes on from another one's."""
+    if resumption is None or not resumption.belongs_to(config.run.output_dir):
+        return None
+    return resumption.folder
 
 
 def export_settings(config: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vembed_ds.config.schema import Config
 from vembed_ds.data.dataset import Sample
@@ -81,7 +81,12 @@ def setup_stream(config: Config, spec: ModelSpec) -> RunData:
 
 
 def training_batches(
-    data: RunData, *, num_steps: int, start_step: int, timeout_seconds: float
+    data: RunData,
+    *,
+    num_steps: int,
+    start_step: int,
+    timeout_seconds: float,
+    interrupted: Callable[[], bool],
 ) -> Iterable[Keys]:
     """What this rank trains on, step by step from ``start_step`` on.
 
@@ -90,6 +95,7 @@ def training_batches(
         num_steps: Steps of the whole run.
         start_step: Steps already made.
         timeout_seconds: Longest wait for a batch of a stream.
+        interrupted: Whether the batch is not wanted any more.
     """
     steps = {"num_steps": num_steps, "start_step": start_step}
     ranks = {"rank": comm.rank(), "world_size": comm.world_size()}
@@ -102,7 +108,9 @@ def training_batches(
             consumed,
             start_step,
         )
-    return StreamBatches(data.order, **ranks, **steps, timeout_seconds=timeout_seconds)
+    return StreamBatches(
+        data.order, **ranks, **steps, timeout_seconds=timeout_seconds, interrupted=interrupted
+    )
 
 
 def some_samples(data: RunData, *, number: int) -> list[Sample | VembedError]:

@@ -239,6 +239,7 @@ def _intervals(config: Config, *, steps_per_epoch: int) -> Intervals:
         eval_steps=run.eval_steps or steps_per_epoch,
         save_steps=run.save_steps or (0 if run.save_epochs else steps_per_epoch),
         save_epochs=run.save_epochs,
+        save_minutes=run.save_every_minutes,
         eval_on_start=run.eval_on_start,
     )
 
@@ -273,9 +274,9 @@ def _tracker(config: Config) -> Tracker | None:
 
 def _save(
     model: EmbeddingModel, engine: TrainEngine, processor: Any, config: Config, step: int
-) -> None:
+) -> Path:
     folder = Path(config.run.output_dir) / f"checkpoint-step-{step}"
-    save_checkpoint(folder, model, engine, processor=processor, config=config)
+    return save_checkpoint(folder, model, engine, processor=processor, config=config)
 
 
 def _check_saving(run: RunConfig) -> None:

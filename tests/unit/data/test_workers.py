@@ -19,6 +19,7 @@ from tests.loader_probes import LOCK, Probe
 from vembed_ds.data import loader as loading
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.loader import BatchLoader
+from vembed_ds.data.waiting import WaitInterrupted
 from vembed_ds.errors import ConfigError, DataError, VembedError
 
 ROOT = Path(__file__).parents[3]
@@ -141,6 +142,35 @@ def test_only_the_stuck_workers_parts_are_lost() -> None:
     assert [batch.indices for batch in batches] == [[0], [1], [], [3], [], [5]]
 
 
+def test_a_wait_that_nobody_wants_ends_soon() -> None:
+    started = time.monotonic()
+    loader = BatchLoader(
+        Probe("sleep", at=1),
+        [[row] for row in range(3)],
+        num_workers=1,
+        prefetch_factor=2,
+        interrupted=lambda: time.monotonic() - started > 30,
+    )
+    batches = iter(loader)
+    assert next(batches).indices == [0]
+    started = time.monotonic() - 31
+    with pytest.raises(WaitInterrupted):
+        next(batches)
+    assert time.monotonic() - started - 31 < 10
+
+
+def test_signals_that_stop_a_run_do_not_end_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers send them to all children of a rank; the batches are wanted until it stops."""
+    monkeypatch.setattr(loading, "PART_SIZE", 1)
+    loader = BatchLoader(Probe("pid"), [[0]] * 20, num_workers=1, prefetch_factor=1)
+    batches = iter(loader)
+    (worker,) = next(batches).indices
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker, number)
+    assert [batch.indices for batch in batches] == [[worker]] * 19
+    assert gone(worker)
+
+
 def test_workers_end_with_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PART_SIZE", 1)
     loader = BatchLoader(Probe("pid"), [[0]] * 50, num_workers=2, prefetch_factor=1)
@@ -162,14 +192,18 @@ class Own(Probe):
 probe = {probe}
 batches = [[row % 8] for row in range({rows})]
 loader = BatchLoader(probe, batches, num_workers=1, prefetch_factor=2)
-for batch in loader:
+iteration = iter(loader)
+for batch in iteration:
     print(*batch.indices, batch.error, flush=True)
+    {after}
 """
 
 
-def script(folder: Path, *, probe: str = "Probe('pid')", rows: int = 2) -> subprocess.Popen[str]:
+def script(
+    folder: Path, *, probe: str = "Probe('pid')", rows: int = 2, after: str = ""
+) -> subprocess.Popen[str]:
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(probe=probe, rows=rows))
+    path.write_text(SCRIPT.format(probe=probe, rows=rows, after=after))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(path)],
@@ -202,6 +236,14 @@ def test_what_cannot_be_pickled_is_refused() -> None:
         ConfigError, match=r"cannot be sent to loader processes \(.*lock.*; set num_workers: 0"
     ):
         BatchLoader(probe, [[0]], num_workers=1, prefetch_factor=2)
+
+
+def test_a_script_that_ends_in_the_middle_ends_its_workers(tmp_path: Path) -> None:
+    """They ignore the signal by which multiprocessing would end them at exit."""
+    process = script(tmp_path, rows=10**6, after="break")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert gone(int(output.split()[0]))
 
 
 def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""F4 and F5: signals on any rank, at any moment; the resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.conftest import tiny_config
+from tests.distributed.test_train import ds_file, losses_of, run
+from tests.worlds import World
+from vembed_ds.errors import ConfigError, DivergedError, PeerError, StoppedError, VembedError
+
+CHANGES = {"save_steps": 2, "eval_steps": 2, "eval_on_start": False}
+STOPPED = "tests.faults.stop_cases:run_stopped"
+
+pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
+
+
+def tensors(value: Any, place: str = "") -> dict[str, torch.Tensor]:
+    """All tensors inside something, by where they are."""
+    if isinstance(value, torch.Tensor):
+        return {place: value}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {}
+    return {k: v for key, item in items for k, v in tensors(item, f"{place}/{key}").items()}
+
+
+def require_same_checkpoints(one: Path, other: Path) -> None:
+    """Weights, optimizer and random states of all ranks, bit for bit."""
+    files = sorted(path.name for path in one.glob("*.pt"))
+    assert files == sorted(path.name for path in other.glob("*.pt"))
+    assert len(files) >= 3
+    for name in files:
+        first, second = (
+            tensors(torch.load(folder / name, weights_only=False)) for folder in (one, other)
+        )
+        assert first.keys() == second.keys()
+        for place, tensor in first.items():
+            assert torch.equal(tensor, second[place]), f"{name}{place}"
+
+
+@pytest.mark.parametrize(
+    ("moment", "call", "rank", "signals", "step", "saves"),
+    [
+        # In the second step, which is finished; the evaluation behind it is left.
+        ("step", 2, 1, ["SIGTERM"], 2, 1),
+        ("step", 3, 0, ["SIGUSR1", "SIGTERM", "SIGINT"], 3, 2),
+        ("evaluation", 2, 1, ["SIGINT", "SIGINT"], 2, 1),
+        ("save", 1, 0, ["SIGTERM", "SIGTERM"], 2, 1),  # is finished, and not repeated
+        ("wait", 1, 1, ["SIGTERM"], 1, 1),
+    ],
+)
+def test_a_stopped_run_goes_on_bitwise(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    tmp_path: Path,
+    whole: Path,
+    moment: str,
+    call: int,
+    rank: int,
+    signals: list[str],
+    step: int,
+    saves: int,
+) -> None:
+    config = make_config(**CHANGES)
+    results = world(2).run(
+        STOPPED,
+        config=config,
+        ds_config=ds_file(2),
+        moment=moment,
+        call=call,
+        rank=rank,
+        signals=signals,
+    )
+    checkpoint = tmp_path / "out" / f"checkpoint-step-{step}"
+    for result in results:
+        assert result["error"] == (
+            f"StoppedError: stopped by {signals[0]} on rank {rank} at step {step}, checkpoint "
+            f"{checkpoint}: to go on, start again with --resume auto"
+        )
+        assert result["codes"] == [75]
+        assert result["saves"] == saves
+        assert result["put back"]
+    assert (tmp_path / "out" / "latest").read_text() == checkpoint.name
+    run(world(2), config, 2, resume="auto")
+    assert losses_of(tmp_path / "out") == losses_of(whole)
+    require_same_checkpoints(tmp_path / "out" / "checkpoint-step-4", whole / "checkpoint-step-4")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    world: Callable[[int], World],
+    tmp_path_factory: pytest.TempPathFactory,
+    clip_folder: Path,
+    pairs: Path,
+) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny_config(folder, model=clip_folder, pairs=pairs, **CHANGES)
+    run(world(2), config, 2)
+    return folder / "out"
+
+
+def test_before_the_first_step_there_is_nothing_to_save(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    results = world(2).run(
+        STOPPED,
+        config=make_config(),
+        ds_config=ds_file(2),
+        moment="evaluation",
+        rank=0,
+        signals=["SIGTERM"],
+    )
+    for result in results:
+        assert result["codes"] == [75]
+        assert result["error"] == (
+            "StoppedError: stopped by SIGTERM on rank 0 before the first step, so that there is "
+            "nothing to save: start again"
+        )
+    assert not list((tmp_path / "out").glob("*checkpoint*"))
+
+
+def test_saving_by_time_counts_from_the_last_checkpoint(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(save_every_minutes=1e-6, max_steps=3, val_data_path=None)
+    run(world(2), config, 2)
+    # Rank 0's clock decides for both; the last step is saved as always, once.
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-step-*"))
+    assert names == [f"checkpoint-step-{step}" for step in (1, 2, 3)]
+    config = make_config(save_every_minutes=60, max_steps=3, val_data_path=None)
+    run(world(2), config, 2)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-step-*")] == [
+        "checkpoint-step-3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x=1"), 2),
+        (VembedError("writing x: no space left"), 2),
+        (DivergedError("step 2"), 2),
+        (PeerError("rank 1 died"), 1),
+        (StoppedError("stopped"), 75),
+    ],
+)
+def test_another_ranks_error_has_the_code_of_ones_own(
+    world: Callable[[int], World], error: VembedError, code: int
+) -> None:
+    case = "tests.faults.stop_cases:exit_code_of_another_rank"
+    assert world(2).run(case, error=error, rank=1) == [code, code]
