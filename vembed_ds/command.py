@@ -131,18 +131,27 @@ def _run(prepare: Callable[[], Prepared]) -> int:
         # The launcher ends all ranks as soon as one exits: a later one would never say why.
         comm.raise_together(mistake)
         prepared.work()
-    except VembedError as error:
-        if error is not mistake:
-            _report(error)
-        return exit_code(error)
-    except Exception:  # noqa: BLE001 (whatever it is, this process ends with it)
-        if mistake is not None:  # the others did not come; what is wrong has been said
+    except Exception as error:  # noqa: BLE001 (whatever it is, this process ends with it)
+        if mistake is not None:  # what is wrong has been said, though the others may not have come
             return EXIT_ERROR
-        trace = traceback.format_exc()
+        return _end_by(comm.explain(error) or error)
+    return 0
+
+
+def _end_by(error: Exception) -> int:
+    """Tell the user and the other ranks; gives the exit code."""
+    from vembed_ds.distributed import comm
+    from vembed_ds.errors import VembedError
+
+    code = exit_code(error)
+    if isinstance(error, VembedError):
+        _report(error)
+    else:
+        trace = "".join(traceback.format_exception(error))
         sys.stderr.write(f"vembed_ds: rank {comm.rank()} ended by an unexpected error:\n{trace}\n")
         sys.stderr.flush()
-        return EXIT_UNEXPECTED
-    return 0
+    comm.say_last_words(error, code=code)
+    return code
 
 
 def _report(error: Exception) -> None:
@@ -185,4 +194,6 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Stacks of torch's store, when a rank is gone, would stand before the sentence about it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)

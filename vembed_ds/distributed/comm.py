@@ -13,8 +13,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from vembed_ds.distributed import rendezvous
+from vembed_ds.distributed.heartbeat import Heartbeat, is_exchange_error
 from vembed_ds.distributed.phases import Kind, phase
-from vembed_ds.errors import DistributedError, VembedError
+from vembed_ds.errors import DistributedError, PeerError, VembedError, one_line
 
 T = TypeVar("T")
 
@@ -22,29 +24,71 @@ T = TypeVar("T")
 _OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 _this_thread = threading.local()  # .group: where its collectives travel; None: the usual way
+_heartbeat: Heartbeat | None = None  # from start-up to shutdown, where there are several ranks
+_timeout = timedelta(minutes=30)
 
 
 def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
     """Join the process group that the launcher describes; a world of 1 without a launcher.
 
     Collective: every rank calls it once. Host tensors always travel over gloo, so that
-    control messages never wait for the accelerator.
+    control messages never wait for the accelerator. From here on the ranks watch each other
+    (:mod:`vembed_ds.distributed.heartbeat`): one that is silent for too long ends the job.
 
     Args:
         device_type: ``"cpu"`` or ``"cuda"``.
-        timeout_minutes: A collective that waits longer than this fails.
+        timeout_minutes: A collective that waits longer than this fails; so does this start.
 
     Raises:
         DistributedError: Another launcher started several processes without telling them who
-            they are.
+            they are; the port is taken; or the ranks cannot reach each other.
+        PeerError: A rank did not come.
     """
+    global _heartbeat, _timeout
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
         _refuse_unnamed_ranks()
         _describe_world_of_one()
     backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    _timeout = timedelta(minutes=timeout_minutes)
+    store = rendezvous.open_store(timeout=_timeout)
+    names = rendezvous.join(store, timeout=_timeout)
+    rendezvous.connect(backend, store, timeout=_timeout)
+    if len(names) > 1:
+        own = rendezvous.open_store(timeout=_timeout)
+        limit = _timeout.total_seconds()
+        _heartbeat = Heartbeat(own, rank=rank(), names=names, limit=limit)
+        _heartbeat.start()
+
+
+def subgroup(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of these ranks, with the timeout of the first group. Collective, of all ranks.
+
+    torch's own default is 10 minutes with NCCL and 30 with gloo, whatever the first group has.
+    """
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=_timeout)
+    return group
+
+
+def explain(error: BaseException) -> DistributedError | None:
+    """Which rank broke the exchange that ``error`` comes from; it takes some seconds.
+
+    Not collective, and for a rank that ends with it.
+
+    Returns:
+        ``None`` when the error is none of an exchange between ranks.
+    """
+    if _heartbeat is None or not is_exchange_error(error):
+        return None
+    return _heartbeat.explain(error)
+
+
+def say_last_words(error: BaseException, *, code: int) -> None:
+    """Tell the other ranks by which error, and with which exit code, this rank ends."""
+    if _heartbeat is not None:
+        words = f"{type(error).__name__}: {one_line(error, length=1000)}"
+        _heartbeat.say_last_words(words, code=code, by_peer=isinstance(error, PeerError))
 
 
 def new_group(*, timeout_minutes: float) -> Any:
@@ -82,10 +126,14 @@ def shutdown(timeout_seconds: float | None = None) -> bool:
     Returns:
         Whether the group was left.
     """
+    global _heartbeat
     if not dist.is_initialized():
         return True
     leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
     leaving.start()
+    if _heartbeat is not None:
+        _heartbeat.leave()
+        _heartbeat = None
     leaving.join(timeout_seconds)
     return not leaving.is_alive()
 

@@ -6,11 +6,15 @@ import os
 
 import deepspeed
 
+from vembed_ds.distributed import comm
+
 _LOCAL_SIZE = "LOCAL_SIZE"
 
 
 def join_deepspeed() -> None:
     """Let DeepSpeed use the process group that exists. Collective; later calls do nothing.
+
+    Its own groups get the timeout of that group: torch's default is 30 minutes with gloo.
 
     On a CPU, DeepSpeed 0.19.8 gives every rank of a single machine a buffer of 69 MB under
     ``/dev/shm`` for a reduction of its inference code, and never removes it: 300 starts filled the
@@ -23,3 +27,4 @@ def join_deepspeed() -> None:
     finally:
         if local_size is not None:
             os.environ[_LOCAL_SIZE] = local_size
+    deepspeed.comm.comm.cdb.new_group = comm.subgroup
