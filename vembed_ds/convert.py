@@ -6,14 +6,43 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from vembed_ds.checkpointing.consolidate import resolve_checkpoint
-from vembed_ds.checkpointing.export import export_model
-from vembed_ds.checkpointing.names import best_checkpoint
 from vembed_ds.errors import VembedError
+
+if TYPE_CHECKING:
+    from vembed_ds.checkpointing.export import Plan
+
+_EXIT_ERROR = 2
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXAMPLES = """
+examples:
+  python -m vembed_ds.convert outputs/run models/mine              the run's latest checkpoint
+  python -m vembed_ds.convert outputs/run/checkpoint-step-500 models/mine --dtype bfloat16
+  python -m vembed_ds.convert outputs/run models/mine --dry_run    what would be written
+  python -m vembed_ds.convert outputs/run models/mine --verify     and compare the embeddings
+  python -m vembed_ds.convert outputs/run adapters/mine --adapter  of a run with use_lora
+
+The folder appears whole or not at all, also when the command is stopped or the disk is full. An
+existing one is never written into.
+
+exit codes: 0 done; 2 something you can mend, or --verify found a difference; 128 + the signal's
+number when stopped.
+"""
+
+
+class _StoppedError(BaseException):
+    """A signal came; no handler of errors may take it for one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,32 +52,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; ``None``: those of the process.
 
     Returns:
-        Exit code: 0, or 2 after an error, which is one line on stderr.
+        Exit code: 0; 2 after an error, which is one line on stderr; 128 + N after signal N.
     """
     options = _parser().parse_args(arguments)
     try:
-        place = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
-        checkpoint = resolve_checkpoint(place)
-        export_model(
-            checkpoint,
-            options.out,
-            adapter=options.adapter,
-            trust_remote_code=options.trust_remote_code,
-        )
+        with _signals_raise():
+            return _run(options)
     except (VembedError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        _say_error(" ".join(str(error).split()))
+        return _EXIT_ERROR
+    except _StoppedError as stopped:
+        _say_error(f"stopped by {stopped}; {options.out} was not written")
+        return 128 + stopped.number
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vembed_ds.checkpointing.export import Options, plan_export, write_plan
+    from vembed_ds.checkpointing.names import best_checkpoint
+    from vembed_ds.checkpointing.publish import refuse_filled
+
+    refuse_filled(options.out.resolve())
+    plan = plan_export(
+        best_checkpoint(options.checkpoint) if options.best else options.checkpoint,
+        Options(
+            adapter=options.adapter,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            trust_remote_code=options.trust_remote_code,
+            show_progress=True,
+        ),
+    )
+    if options.dry_run:
+        _say_plan(plan, options.out)
+        return 0
+    write_plan(plan, options.out)
     sys.stdout.write(
-        f"{checkpoint} -> {options.out} (float32)\n"
+        f"{plan.checkpoint} -> {options.out} ({options.dtype})\n"
         f"load it: from vembed_ds import Encoder; encoder = Encoder({str(options.out)!r})\n"
     )
     return 0
 
 
+def _say_plan(plan: Plan, out: Path) -> None:
+    sizes = plan.sizes()
+    lines = [f"{size:>16,}  {name}" for name, size in sizes.items()]
+    sys.stdout.write(
+        f"{plan.checkpoint} -> {out} ({plan.options.dtype}); nothing was written\n"
+        f"           bytes  file\n" + "\n".join(lines) + "\n"
+        f"{sum(sizes.values()):>16,}  in {len(sizes)} files of weights\n"
+        f"and small files: {', '.join(plan.copied())}, README.md\n"
+    )
+
+
+def _say_error(text: str) -> None:
+    sys.stderr.write(f"error: {text}\n")
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let the first signal end the work by an exception, so that what was begun is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in _STOPPING:
+            signal.signal(one, signal.SIG_IGN)  # or a second one would leave the cleaning undone
+        raise _StoppedError(number)
+
+    before = {number: signal.signal(number, stop) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vembed_ds.convert",
-        description="Write a checkpoint of any ZeRO stage as a plain Hugging Face folder.",
+        description="Write a checkpoint of any ZeRO stage as a plain Hugging Face folder, one "
+        "tensor at a time.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "checkpoint", type=Path, help="checkpoint-step-N folder, or the output_dir with `latest`"
@@ -61,6 +144,22 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter",
         action="store_true",
         help="write the adapters of use_lora in peft's files; else they are merged",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="number format of the weights (default: float32, exact; vembed-factory's Predictor "
+        "reads float32 and float16 only)",
+    )
+    parser.add_argument(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest safetensors file, as 500MB or 5GB (default: 5GB)",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list the files and their sizes, write nothing"
     )
     parser.add_argument(
         "--trust_remote_code",

@@ -38,6 +38,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         _sync(partial)
+        refuse_filled(target)  # again: another may have been quicker
         partial.replace(target)
         _sync_entry(target.parent)
     except OSError as error:
