@@ -39,6 +39,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from vembed_ds.checkpointing.adapters import read_adapter_config
+from vembed_ds.checkpointing.companions import write_companions
 from vembed_ds.checkpointing.consolidate import (
     MODEL_FOLDER,
     PARAMETERS_FILE,
@@ -48,7 +49,6 @@ from vembed_ds.checkpointing.consolidate import (
 )
 from vembed_ds.checkpointing.describe import PROJECTIONS, SETTINGS, TRAINING_ONLY, write_json
 from vembed_ds.checkpointing.frozen import FROZEN_FILE
-from vembed_ds.checkpointing.other_readers import write_other_readers
 from vembed_ds.checkpointing.parts import (
     Part,
     TrainedValues,
@@ -189,8 +189,8 @@ def write_plan(plan: Plan, out: Path) -> None:
             with _without_bars():  # config and code; of the weights there are none
                 model.save_pretrained(folder / component, state_dict={})
         _write_parts(folder, plan, total=sum(sizes.values()))
-        _write_settings(folder, plan)
-        write_other_readers(folder)
+        settings = _write_settings(folder, plan)
+        write_companions(folder, settings=settings, adapter=plan.options.adapter)
 
 
 def read_settings(description: Path) -> dict[str, Any]:
@@ -338,10 +338,11 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _write_settings(folder: Path, plan: Plan) -> None:
+def _write_settings(folder: Path, plan: Plan) -> dict[str, Any]:
     learned = {name: float(plan.values.read(own)) for name, own in plan.learned.items()}
     settings = read_settings(folder) | {"dtype": plan.options.dtype} | learned
     write_json(folder / SETTINGS_FILE, settings)
+    return settings
 
 
 @contextmanager
