@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vembed_ds.errors import VembedError
 
@@ -67,27 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vembed_ds.checkpointing.export import Options, plan_export, write_plan
+    from vembed_ds.checkpointing.export import Options, export_model, plan_export
     from vembed_ds.checkpointing.names import best_checkpoint
-    from vembed_ds.checkpointing.publish import refuse_filled
 
-    refuse_filled(options.out.resolve())
-    plan = plan_export(
-        best_checkpoint(options.checkpoint) if options.best else options.checkpoint,
-        Options(
-            adapter=options.adapter,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
-            trust_remote_code=options.trust_remote_code,
-            show_progress=True,
-        ),
-    )
+    place = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
+    wanted: dict[str, Any] = {
+        "adapter": options.adapter,
+        "dtype": options.dtype,
+        "max_shard_size": options.max_shard_size,
+        "trust_remote_code": options.trust_remote_code,
+        "show_progress": True,
+    }
     if options.dry_run:
-        _say_plan(plan, options.out)
+        _say_plan(plan_export(place, Options(**wanted)), options.out)
         return 0
-    write_plan(plan, options.out)
+    checkpoint = export_model(place, options.out, **wanted)
     sys.stdout.write(
-        f"{plan.checkpoint} -> {options.out} ({options.dtype})\n"
+        f"{checkpoint} -> {options.out} ({options.dtype})\n"
         f"load it: from vembed_ds import Encoder; encoder = Encoder({str(options.out)!r})\n"
     )
     return 0

@@ -24,6 +24,7 @@ experts of a layer); a merged layer costs its weight twice and some rows in floa
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -40,15 +41,15 @@ from transformers.utils import logging as transformers_logging
 
 from vembed_ds.checkpointing.adapters import read_adapter_config
 from vembed_ds.checkpointing.companions import write_companions
-from vembed_ds.checkpointing.consolidate import (
+from vembed_ds.checkpointing.describe import PROJECTIONS, SETTINGS, TRAINING_ONLY, write_json
+from vembed_ds.checkpointing.files import (
     MODEL_FOLDER,
     PARAMETERS_FILE,
-    load_consolidated,
     read_parameters,
     resolve_checkpoint,
 )
-from vembed_ds.checkpointing.describe import PROJECTIONS, SETTINGS, TRAINING_ONLY, write_json
 from vembed_ds.checkpointing.frozen import FROZEN_FILE
+from vembed_ds.checkpointing.manifest import MANIFEST, find_damage, read_manifest, reading
 from vembed_ds.checkpointing.parts import (
     Part,
     TrainedValues,
@@ -57,11 +58,14 @@ from vembed_ds.checkpointing.parts import (
     plain_part,
 )
 from vembed_ds.checkpointing.publish import new_folder, refuse_filled, refuse_without_space
+from vembed_ds.checkpointing.shards import open_checkpoint
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.families import build_from_config, loading_problem
 from vembed_ds.models.lora import ADAPTER_CONFIG
 from vembed_ds.models.saved_folder import SETTINGS_FILE
 from vembed_ds.streams import LOGIT_BIAS, LOGIT_SCALE
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
@@ -128,23 +132,32 @@ class Plan:
         return sorted(p.relative_to(self.description).as_posix() for p in paths if p not in left)
 
 
-def export_model(checkpoint: Path, out: Path, **options: Any) -> None:
+def export_model(checkpoint: Path, out: Path, **options: Any) -> Path:
     """Convert a checkpoint to a Hugging Face folder.
 
-    The folder appears whole or not at all: it is written under another name beside ``out``.
+    The checkpoint is compared with its manifest first. The folder appears whole or not at all: it
+    is written under another name beside ``out``.
 
     Args:
         checkpoint: ``<output_dir>/checkpoint-step-<N>``, or ``<output_dir>`` for its ``latest``.
         out: New or empty folder.
         options: Those of :class:`Options`.
 
+    Returns:
+        The folder ``checkpoint-step-<N>``.
+
     Raises:
-        CheckpointError: The checkpoint is missing, incomplete or does not fit its description,
+        CheckpointError: The checkpoint is missing, incomplete, damaged or does not fit its description,
             ``out`` holds something, there is no adapter to write, a value is beyond ``dtype``, or
             the disk is full.
     """
+    wanted = Options(**options)
     refuse_filled(out.resolve())
-    write_plan(plan_export(checkpoint, Options(**options)), out)
+    checkpoint = resolve_checkpoint(checkpoint)
+    with reading(checkpoint):
+        _compare_with_manifest(checkpoint, show_progress=wanted.show_progress)
+        _write(plan_export(checkpoint, wanted), out.resolve())
+    return checkpoint
 
 
 def plan_export(checkpoint: Path, options: Options) -> Plan:
@@ -158,10 +171,11 @@ def plan_export(checkpoint: Path, options: Options) -> Plan:
     read_settings(checkpoint / MODEL_FOLDER)
     if options.adapter:
         _check_adapter(checkpoint, parameters)
-    state = load_consolidated(checkpoint)
+    reader = open_checkpoint(checkpoint)
+    reader.check_whole()
     values = TrainedValues(
-        state.__getitem__,
-        state.keys(),
+        reader.weight,
+        reader.names(),
         parameters,
         origin=str(checkpoint),
         described_in=f"{MODEL_FOLDER}/{PARAMETERS_FILE}",
@@ -169,13 +183,8 @@ def plan_export(checkpoint: Path, options: Options) -> Plan:
     return _plan(checkpoint, values, options)
 
 
-def write_plan(plan: Plan, out: Path) -> None:
-    """Write what was planned.
-
-    Raises:
-        CheckpointError: As :func:`export_model`.
-    """
-    out, sizes = out.resolve(), plan.sizes()
+def _write(plan: Plan, out: Path) -> None:
+    sizes = plan.sizes()
     refuse_without_space(out, size=sum(sizes.values()))
     with new_folder(out) as folder:
         left_out = _left_out(plan.description, plan.options)
@@ -222,6 +231,40 @@ def size_in_bytes(text: str) -> int:
             f"max_shard_size={text!r}: expected a number and KB, MB, GB or TB, as 5GB"
         )
     return size
+
+
+def _compare_with_manifest(checkpoint: Path, *, show_progress: bool) -> None:
+    """See that every file is what the run committed.
+
+    Raises:
+        CheckpointError: One is not; names it.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        logger.warning(
+            "%s: has no %s (written before checkpoints had one?), so its files are not compared "
+            "with what was written",
+            checkpoint,
+            MANIFEST,
+        )
+        return
+    manifest = read_manifest(checkpoint)
+    with _progress(manifest.num_bytes, "checking", shown=show_progress) as progress:
+        for name, record in manifest.files.items():
+            if damage := find_damage(checkpoint, {name: record}):
+                raise CheckpointError(f"{damage[0]}; take another checkpoint")
+            progress.update(record.num_bytes)
+
+
+def _progress(total: int, doing: str, *, shown: bool) -> Any:
+    """A bar that appears when there is something to wait for."""
+    return tqdm(
+        total=total,
+        desc=doing,
+        unit="B",
+        unit_scale=True,
+        delay=_PROGRESS_AFTER_SECONDS,
+        disable=not shown,
+    )
 
 
 def _check_adapter(checkpoint: Path, parameters: Mapping[str, Mapping[str, Any]]) -> None:
@@ -297,13 +340,7 @@ def _left_out(description: Path, options: Options) -> set[Path]:
 
 def _write_parts(folder: Path, plan: Plan, *, total: int) -> None:
     dtype = DTYPES[plan.options.dtype]
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        delay=_PROGRESS_AFTER_SECONDS,
-        disable=not plan.options.show_progress,
-    ) as progress:
+    with _progress(total, "writing", shown=plan.options.show_progress) as progress:
         for part in plan.parts:
             files = part.files(folder)
             for file in dict.fromkeys(files.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -11,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vembed_ds.errors import CheckpointError, one_line
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from vembed_ds.durable import describe_write_error, sync_file, sync_folder
+from vembed_ds.errors import CheckpointError
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         target: A new or empty folder.
 
     Raises:
-        CheckpointError: ``target`` holds something, or the disk is full.
+        CheckpointError: ``target`` holds something, or it cannot be written.
     """
     refuse_filled(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,15 +38,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         _sync(partial)
         refuse_filled(target)  # again: another may have been quicker
         partial.replace(target)
-        _sync_entry(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in _FULL:
-            raise CheckpointError(
-                f"{target}: the disk is full ({one_line(error)}); nothing of it was left there. "
-                "Make room, or write to another disk"
-            ) from error
-        raise
+        raise CheckpointError(
+            f"{describe_write_error(error, target)}; nothing of {target.name} was left there. Make "
+            "room, or write to another disk"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -105,12 +101,4 @@ def _alive(process: int) -> bool:
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        (sync_folder if path.is_dir() else sync_file)(path)
