@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from vembed_ds.checkpointing.companions import describe_readers
     from vembed_ds.checkpointing.export import Options, export_model, plan_export
     from vembed_ds.checkpointing.names import best_checkpoint
 
@@ -86,6 +87,7 @@ def _run(options: argparse.Namespace) -> int:
         f"{checkpoint} -> {options.out} ({options.dtype})\n"
         f"load it: from vembed_ds import Encoder; encoder = Encoder({str(options.out)!r})\n"
     )
+    sys.stdout.writelines(f"{line}\n" for line in describe_readers(options.out))
     return 0
 
 
@@ -96,7 +98,8 @@ def _say_plan(plan: Plan, out: Path) -> None:
         f"{plan.checkpoint} -> {out} ({plan.options.dtype}); nothing was written\n"
         f"           bytes  file\n" + "\n".join(lines) + "\n"
         f"{sum(sizes.values()):>16,}  in {len(sizes)} files of weights\n"
-        f"and small files: {', '.join(plan.copied())}, README.md\n"
+        f"and small files: {', '.join(plan.copied())}, README.md, and those of "
+        "sentence-transformers and vembed-factory\n"
     )
 
 

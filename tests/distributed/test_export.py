@@ -162,7 +162,9 @@ def test_settings_of_a_composed_encoder(train: Callable[..., Any], tmp_path: Pat
         "format_version": 1,
         "encoder_mode": "composed",
         "streams": ["text", "image"],
-        "topk_tokens": None,
+        "topk_tokens": 0,
+        "backbones": {s: {"width": 18, "own_pooler": "vector"} for s in ("text", "image")},
+        "image_inputs": ["pixel_values"],
         "pooling": {"text": "mean", "image": "cls"},
         "pooling_method": "mean",
         "projections": {

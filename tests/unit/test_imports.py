@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpointing": {"distributed", "engine", "data", "models"},
     "evaluation": {"distributed", "data", "models"},
     "inference": {"data", "models"},
+    "sentence_transformers_module": {"data", "inference"},
     "command": {"config", "distributed"},
     "teachers": {"distributed", "data", "checkpointing", "engine", "inference", "models"},
     "training": {

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vembed_ds.checkpointing.sentence_transformers_layout import (
+    sentence_transformers_call,
+    write_sentence_transformers,
+)
+from vembed_ds.checkpointing.vembed_factory_layout import (
+    predictor_call,
+    predictor_problems,
+    write_vembed_factory,
+)
+from vembed_ds.models.saved_folder import SETTINGS_FILE
 
 
 def write_companions(folder: Path, *, settings: Mapping[str, Any], adapter: bool) -> None:
@@ -19,3 +31,18 @@ def write_companions(folder: Path, *, settings: Mapping[str, Any], adapter: bool
         settings: Content of that ``vembed_config.json``.
         adapter: Whether adapters were written instead of merged weights.
     """
+    write_sentence_transformers(folder, settings, adapter=adapter)
+    write_vembed_factory(folder, settings)
+
+
+def describe_readers(folder: Path) -> list[str]:
+    """How other programs read a converted folder, a line each, or why one cannot."""
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    problems = predictor_problems(settings)
+    predictor = predictor_call(folder, settings)
+    if problems:
+        predictor = f"its Predictor gives other embeddings: {'; '.join(problems)}"
+    return [
+        f"sentence-transformers: {sentence_transformers_call(folder, settings)}",
+        f"vembed-factory: {predictor}",
+    ]

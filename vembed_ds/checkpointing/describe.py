@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vembed_ds.checkpointing.adapters import describe_adapter
 from vembed_ds.checkpointing.consolidate import PARAMETERS_FILE
@@ -54,6 +55,8 @@ def describe_model(
         )
         _save_processor(folder / "text_encoder", text)
         _save_processor(folder / "image_encoder", image)
+    if isinstance(model.encoder, TwoTowerEncoder):
+        _name_processor(folder, _config(model.encoder.backbone), processor)
     for key, backbone in _backbones(model).items():
         place = folder / (f"{key}_encoder" if composed else "")
         if getattr(backbone, "_auto_class", None) is not None:
@@ -91,7 +94,16 @@ def _save_processor(folder: Path, processor: ItemProcessor) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     trained = {"model_max_length": processor.max_length, "padding_side": "right"}
+    if "max_length" in settings:  # what processors of texts and images ask first
+        trained["max_length"] = processor.max_length
     write_json(path, settings | trained)
+
+
+def _name_processor(folder: Path, config: Any, processor: ItemProcessor) -> None:
+    """Let transformers find the processor of both, also beside an adapter, which has no config."""
+    name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    if name and processor.tokenizer is not None and processor.image_processor is not None:
+        write_json(folder / "processor_config.json", {"processor_class": name})
 
 
 def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, Any]:
@@ -99,6 +111,7 @@ def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, 
     composed = len(towers) > 1
     pooling = {(key if composed else ""): tower.pooling for key, tower in towers.items()}
     projections = dict(_projections(model))
+    images = processor.image_processor
     shapes = [projection["shape"] for projection in projections.values()]
     return {
         "format_version": FORMAT_VERSION,
@@ -106,11 +119,15 @@ def _own_settings(model: EmbeddingModel, processor: ItemProcessor) -> dict[str, 
         "streams": list(model.parts),
         "pooling": pooling,
         "pooling_method": pooling.get("", pooling.get("text")),
+        "backbones": {
+            (key if composed else ""): {"width": tower.width, "own_pooler": tower.own_pooler}
+            for key, tower in towers.items()
+        },
+        "image_inputs": None if images is None else list(images.model_input_names),
         "projections": projections,
         "projection_dim": shapes[0][0] if shapes else None,
         "projection_layers": next((p["layers"] for p in projections.values()), None),
-        "topk_tokens": max((tower.topk_tokens or 0 for tower in towers.values()), default=0)
-        or None,
+        "topk_tokens": max((tower.topk_tokens or 0 for tower in towers.values()), default=0),
         "max_seq_length": processor.max_length,
         "pad_to_max_length": processor.pad_to_max_length,
     }

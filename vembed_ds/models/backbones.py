@@ -194,6 +194,8 @@ def refuse_more_modules(source: BackboneSource) -> None:
     Raises:
         ConfigError: The sentence-transformers folder has modules that are not offered.
     """
+    if repository_file(source, "vembed_config.json") is not None:
+        return  # it says itself what lies behind the pooling
     file = repository_file(source, "modules.json")
     types = [] if file is None else [entry["type"] for entry in json.loads(file.read_text())]
     names = [name.rpartition(".")[2] for name in types]

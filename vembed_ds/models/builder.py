@@ -219,6 +219,8 @@ def _tower(
         projection=projection,
         topk_tokens=_kept_patches(spec, backbone, probe, pooling=pooling),
         layers=_inner_layers(spec, backbone, pooling=pooling),
+        width=width,
+        own_pooler=probe.own_pooler(pooling),
     )
 
 

@@ -28,6 +28,8 @@ class TowerEncoder(nn.Module):
             that are most like it; ``None``: all.
         layers: Numbers of hidden layers (1: behind the first) whose embeddings stand before the
             last layer's, side by side (2-D Matryoshka).
+        width: Of the pooled output.
+        own_pooler: What the backbone's own pooled output is; see :meth:`Probe.own_pooler`.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class TowerEncoder(nn.Module):
         projection: nn.Module | None,
         topk_tokens: int | None = None,
         layers: tuple[int, ...] = (),
+        width: int | None = None,
+        own_pooler: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -45,6 +49,8 @@ class TowerEncoder(nn.Module):
         self.pooling = pooling
         self.topk_tokens = topk_tokens
         self.layers = layers
+        self.width = width
+        self.own_pooler = own_pooler
 
     @property
     def backbone_frozen(self) -> bool:

@@ -50,6 +50,21 @@ class Probe:
         first = self.outputs.last_hidden_state[:, 0].float()
         return float((first[0] - first[1]).norm()) > 1e-5 * float(first[0].norm())
 
+    def own_pooler(self, pooling: str) -> str | None:
+        """The backbone's own pooled output, which some readers prefer, beside that of ``pooling``.
+
+        Returns:
+            ``same``: equal to it; ``vector`` or ``map`` (of one place): another; none: it has none.
+        """
+        if not self.has_pooler:
+            return None
+        own = self.outputs.pooler_output
+        if pooling not in ("pooler", "none"):
+            pooled = pool(self.outputs, self.attention_mask, method=pooling)
+            if torch.equal(pooled, own):
+                return "same"
+        return "vector" if own.dim() == 2 else "map"
+
     def pooled_width(self, pooling: str) -> int:
         """Width of the pooled output.
 

@@ -90,7 +90,7 @@ def saved_spec(
             name: Path(folder) / described.get("file", f"{name}.safetensors")
             for name, described in projections.items()
         },
-        topk_tokens=settings.get("topk_tokens"),
+        topk_tokens=settings.get("topk_tokens") or None,
         trust_remote_code=trust_remote_code,
     )
 

@@ -120,6 +120,9 @@ def build_vision_language(
         projection = build_projection(width, projection_dim, num_layers=num_layers)
     kind = RetrieverTower if late else TowerEncoder
     tower = kind(
-        backbone, pooling=pooling or ("none" if late else "last_token"), projection=projection
+        backbone,
+        pooling=pooling or ("none" if late else "last_token"),
+        projection=projection,
+        width=width,
     )
     return VisionLanguageEncoder(tower, family=family)

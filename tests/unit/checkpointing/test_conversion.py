@@ -87,7 +87,7 @@ def test_every_part_has_the_format(backbones: Path, save: Save, tmp_path: Path, 
         save(cases.make_model(backbones, "composed"), "composed"), tmp_path / "out", dtype=dtype
     )
     files = list((tmp_path / "out").rglob("*.safetensors"))
-    assert len(files) == 4
+    assert len(files) == 4 + 4  # sentence-transformers' copies of the projections' layers
     for file in files:
         assert {tensor.dtype for tensor in load_file(file).values()} == {FORMATS[dtype]}, file
     for stream in ("text", "image"):
@@ -171,7 +171,11 @@ def test_dry_run(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert told == found
     assert len(found) == 2
     for path in out.iterdir():
-        assert path.name in said or path.name == "model.safetensors.index.json"
+        assert path.name in said or path.name in (
+            *("model.safetensors.index.json", "modules.json", "config_sentence_transformers.json"),
+            *("sentence_bert_config.json", "1_Pooling", "2_Normalize"),
+        )
+    assert "and those of sentence-transformers" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

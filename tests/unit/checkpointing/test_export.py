@@ -28,6 +28,7 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.lora import LoraSpec, add_adapters
 
 Save = Callable[..., Path]
+DENSE = ("1_Pooling", "2_Dense", "3_Dense")  # sentence-transformers' folders
 
 
 @pytest.fixture
@@ -103,9 +104,13 @@ def test_files_of_a_composed_encoder(backbones: Path, save: Save, tmp_path: Path
             *tokenizer | images,
             *("vembed_config.json", "text_encoder", "image_encoder"),
             *("text_projection.safetensors", "image_projection.safetensors"),
+            *("text_projection.pt", "image_projection.pt"),  # vembed-factory's
+            *("modules.json", "router_config.json", "config_sentence_transformers.json"),
+            *(f"{s}_{part}" for s in ("text", "image") for part in DENSE),
+            "1_Normalize",
         },
-        "text_encoder": tokenizer | weights,
-        "image_encoder": images | weights,
+        "text_encoder": tokenizer | weights | {"sentence_bert_config.json"},
+        "image_encoder": images | weights | {"sentence_bert_config.json"},
     }
     for folder, expected in names.items():
         assert {path.name for path in (tmp_path / "out" / folder).iterdir()} == expected
