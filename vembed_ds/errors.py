@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
 def one_line(error: BaseException, *, length: int = 300) -> str:
     """What another library's error says, as a part of one of our sentences."""
     return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def refused_global(error: BaseException) -> str | None:
+    """What a pickle would have called, as PyTorch's restricted loader names it in its error."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found and found[1]
 
 
 class VembedError(Exception):

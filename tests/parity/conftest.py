@@ -19,18 +19,21 @@ OPTIMIZER = {"type": "SGD", "lr": 0.05, "momentum": 0.9}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
     """By dropout probability: a folder with the three tiny backbones and two heads."""
-    made = {}
-    for dropout in (0.0, 0.2):
-        folder = tmp_path_factory.mktemp("models")
-        for seed, (name, settings) in enumerate(
-            {"text": data.TEXT, "image": data.IMAGE, "clip": data.CLIP}.items()
-        ):
-            data.save_backbone(folder / name, settings, dropout=dropout, seed=seed)
-        torch.manual_seed(3)
-        heads = {stream: torch.randn(PROJECTION, 16) * 0.3 for stream in ("text", "image")}
-        torch.save(heads, folder / "heads.pt")
-        made[dropout] = folder
+    made = {dropout: tmp_path_factory.mktemp("models") for dropout in (0.0, 0.2)}
+    for dropout, folder in made.items():
+        save_models(folder, dropout=dropout)
     return made
+
+
+def save_models(folder: Path, *, dropout: float) -> None:
+    """The three tiny backbones and two heads."""
+    for seed, (name, settings) in enumerate(
+        {"text": data.TEXT, "image": data.IMAGE, "clip": data.CLIP}.items()
+    ):
+        data.save_backbone(folder / name, settings, dropout=dropout, seed=seed)
+    torch.manual_seed(3)
+    heads = {stream: torch.randn(PROJECTION, 16) * 0.3 for stream in ("text", "image")}
+    torch.save(heads, folder / "heads.pt")
 
 
 @pytest.fixture(scope="session")

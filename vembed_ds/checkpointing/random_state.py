@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vembed_ds.checkpointing.torch_file import read_plain
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.seeding import seed_everything
+from vembed_ds.errors import CheckpointError, one_line
+
+logger = logging.getLogger(__name__)
 
 
 def save_random_state(folder: Path) -> None:
@@ -22,9 +28,46 @@ def save_random_state(folder: Path) -> None:
     torch.save(_random_state(), random_file(folder))
 
 
-def load_random_state(folder: Path) -> None:
-    """Put back what :func:`save_random_state` wrote on this rank."""
-    _restore_random_state(torch.load(random_file(folder), weights_only=True))
+def load_random_state(folder: Path, *, saved_ranks: int, seed: int, step: int) -> None:
+    """Put back what :func:`save_random_state` wrote on this rank, or begin anew.
+
+    No rank of another number of ranks has a state to go on from; and one that was saved on a CPU
+    says nothing about an accelerator. Then the generators begin anew, the same in every such resume.
+
+    Args:
+        folder: A checkpoint.
+        saved_ranks: Number of ranks that wrote it.
+        seed: Of the run.
+        step: Optimizer steps done.
+
+    Raises:
+        CheckpointError: This rank's file is missing or damaged.
+    """
+    if saved_ranks != comm.world_size():
+        _begin_anew(f"{saved_ranks} ranks wrote it, {comm.world_size()} go on", seed, step)
+        return
+    path = random_file(folder)
+    state = read_plain(path)
+    try:
+        if ("accelerator" in state) != torch.cuda.is_available():
+            _begin_anew("it was written with another kind of device", seed, step)
+        else:
+            _restore_random_state(state)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged: no random state ({one_line(error)})") from error
+
+
+def _begin_anew(reason: str, seed: int, step: int) -> None:
+    words = np.random.SeedSequence([seed % 2**63, step, comm.rank()]).generate_state(1, np.uint64)
+    seed_everything(int(words[0]) % 2**63)
+    if comm.is_main():
+        logger.info(
+            "random states are not those of the checkpoint: %s. Drawn anew from seed %d, step %d "
+            "and rank: dropout differs from that of an uninterrupted run, samples do not",
+            reason,
+            seed,
+            step,
+        )
 
 
 def random_file(folder: Path) -> Path:

@@ -170,10 +170,13 @@ class CheckpointReader:
             return {name: int(self._saved[name]) for name in names}
 
     @property
-    def schedule(self) -> Mapping[str, Any] | None:
-        """State of the learning rate's schedule; ``None``: there was none."""
-        found: Mapping[str, Any] | None = self._saved["lr_scheduler"]
-        return found
+    def schedule(self) -> Mapping[str, int] | None:
+        """``last_epoch`` and ``step_count`` of the learning rate's schedule, if there was one."""
+        with self._file.as_written():
+            saved = self._saved["lr_scheduler"]
+            if saved is None:
+                return None
+            return {"last_epoch": int(saved["last_epoch"]), "step_count": int(saved["_step_count"])}
 
     @property
     def loss_scaler(self) -> Mapping[str, Any]:

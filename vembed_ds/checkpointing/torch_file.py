@@ -9,7 +9,6 @@ but mapped pages stay resident, and count, until the whole file is let go.)
 from __future__ import annotations
 
 import pickle
-import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vembed_ds.errors import CheckpointError, one_line
+from vembed_ds.errors import CheckpointError, one_line, refused_global
 
 
 class _Plain:
@@ -166,11 +165,11 @@ def _naming(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from error
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
+        name = refused_global(error)
+        if name is None:
             raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from error
         raise CheckpointError(
-            f"{path}: holds {found[1]}, which is not loaded, because it could run code; this is no "
+            f"{path}: holds {name}, which is not loaded, because it could run code; this is no "
             "checkpoint of a training run. Do not trust where it came from"
         ) from error
     except _DAMAGE as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vembed_ds.errors import DivergedError
@@ -39,3 +40,18 @@ class LossScaleUpdates:
         if self._step_was_good:
             self._step_was_good = False
             self._update(False)
+
+
+def restore_loss_scale(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Go on with the dynamic loss scale of a checkpoint.
+
+    A fixed scale is the configuration's; so is the first one, where the checkpoint had none.
+
+    Args:
+        optimizer: DeepSpeed's ZeRO optimizer, in fp16.
+        saved: Fields of the scaler that was saved.
+    """
+    scaler = optimizer.loss_scaler
+    if scaler.dynamic and saved.get("dynamic"):
+        for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
+            setattr(scaler, name, saved[name])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -32,3 +32,20 @@ def build_schedule(
         )
 
     return schedule
+
+
+def move_schedule(schedule: LRScheduler, *, last_epoch: int, step_count: int) -> None:
+    """Go to a place of a schedule, as if it had been stepped there; its base rates stay.
+
+    Args:
+        schedule: From :func:`build_schedule`, in an engine.
+        last_epoch: Steps of the schedule.
+        step_count: How often it was told to step, the first at its making included.
+    """
+    assert isinstance(schedule, LambdaLR), "transformers has no other for our names"
+    schedule.last_epoch, schedule._step_count = last_epoch, step_count
+    factors = [factor(last_epoch) for factor in schedule.lr_lambdas]
+    rates = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates

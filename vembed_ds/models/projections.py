@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vembed_ds.errors import ConfigError, one_line
+from vembed_ds.errors import ConfigError, one_line, refused_global
 from vembed_ds.models.encoder import TowersEncoder, TwoTowerEncoder
 
 AnyEncoder: TypeAlias = TowersEncoder | TwoTowerEncoder
@@ -52,9 +52,11 @@ def read_projection(path: Path) -> dict[str, Tensor]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        called = refused_global(error)
+        finding = f"{called}, which could run code" if called else one_line(error)
         raise ConfigError(
             f"{path}: does not fit vembed_config.json: it is damaged, or holds more than tensors "
-            f"({one_line(error)})"
+            f"({finding})"
         ) from error
     if not (isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values())):
         raise ConfigError(f"{path}: does not hold the tensors of a projection; convert again")

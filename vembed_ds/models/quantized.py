@@ -83,8 +83,8 @@ def _quantized(bnb: Any, layer: nn.Linear) -> nn.Module:
     return quantized
 
 
-def _rounded(layer: Any) -> Tensor:
-    """``[out, in]`` float32: what the 4-bit weight stands for."""
+def dequantized(layer: Any) -> Tensor:
+    """``[out, in]`` float32: what the 4-bit weight of a layer stands for."""
     bnb = _import_bitsandbytes()
     whole: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.quant_state)
     return whole
@@ -93,12 +93,12 @@ def _rounded(layer: Any) -> Tensor:
 def _save_rounded(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
         del state[name]  # bitsandbytes' own way to save the same
-    state[f"{prefix}weight"] = _rounded(layer)
+    state[f"{prefix}weight"] = dequantized(layer)
 
 
 def _keep_own(layer: Any, state: dict[str, Any], prefix: str, metadata: Any, *lists: Any) -> None:
     name = f"{prefix}weight"
-    saved, own = state.get(name), _rounded(layer)
+    saved, own = state.get(name), dequantized(layer)
     if saved is None or not torch.equal(saved.to(own), own):
         lists[-1].append(f"{name}: the base model is not the one that this was trained on")
     state[name] = layer.weight.data

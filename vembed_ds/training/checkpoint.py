@@ -76,8 +76,8 @@ def load_checkpoint(path: str | Path, engine: TrainEngine) -> int:
     """Put weights, optimizer, schedule and random state back. Collective.
 
     Args:
-        path: What :func:`save_checkpoint` wrote, on as many ranks and with the same ZeRO stage.
-        engine: Made as the one that was saved.
+        path: What :func:`save_checkpoint` wrote, on any number of ranks and with any ZeRO stage.
+        engine: Of the same model, with the same kind of optimizer and a schedule as well.
 
     Returns:
         Optimizer steps that it had done.

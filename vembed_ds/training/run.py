@@ -169,7 +169,7 @@ def train(
         engine = start_engine(config, model, ds_config, intervals)
     if resumption is not None:
         with phase(Kind.LOADING, f"loading {resumption.folder.name}"):
-            load_checkpoint(engine.engine, resumption.folder)
+            load_checkpoint(engine.engine, resumption.folder, seed=config.training.seed)
             teachers.load(resumption.folder)
     saver = Saver(
         engine.engine,
