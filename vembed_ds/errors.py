@@ -42,6 +42,10 @@ class DataError(VembedError):
     """A data file, record or image that cannot be used; names file and record."""
 
 
+class WorkerError(DataError):
+    """A loader process that died or gives no answer, so that a restart may help."""
+
+
 class CheckpointError(VembedError):
     """A checkpoint that is missing, incomplete or does not fit."""
 

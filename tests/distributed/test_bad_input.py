@@ -378,6 +378,6 @@ def test_a_lost_loader_process_ends_every_rank(
     first, second = world(2).run(
         "tests.distributed.data_cases:first_error", action=action, seconds=15
     )
-    assert first.startswith("DataError: loader process 1 of 1 (pid ")
+    assert first.startswith("WorkerError: loader process 1 of 1 (pid ")
     assert f"at records 2: {problem}" in first
-    assert second == f"DistributedError: rank 0 failed: {first.removeprefix('DataError: ')}"
+    assert second == f"DistributedError: rank 0 failed: {first.removeprefix('WorkerError: ')}"

@@ -4,47 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed.conftest import tiny_config
 from tests.distributed.test_train import ds_file, losses_of, run
+from tests.faults.checkpoints_alike import require_same_checkpoints
 from tests.worlds import World
-from vembed_ds.errors import ConfigError, DivergedError, PeerError, StoppedError, VembedError
+from vembed_ds.errors import (
+    ConfigError,
+    DivergedError,
+    PeerError,
+    StoppedError,
+    VembedError,
+    WorkerError,
+)
 
 CHANGES = {"save_steps": 2, "eval_steps": 2, "eval_on_start": False}
 STOPPED = "tests.faults.stop_cases:run_stopped"
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
-
-
-def tensors(value: Any, place: str = "") -> dict[str, torch.Tensor]:
-    """All tensors inside something, by where they are."""
-    if isinstance(value, torch.Tensor):
-        return {place: value}
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {}
-    return {k: v for key, item in items for k, v in tensors(item, f"{place}/{key}").items()}
-
-
-def require_same_checkpoints(one: Path, other: Path) -> None:
-    """Weights, optimizer and random states of all ranks, bit for bit."""
-    files = sorted(path.name for path in one.glob("*.pt"))
-    assert files == sorted(path.name for path in other.glob("*.pt"))
-    assert len(files) >= 3
-    for name in files:
-        first, second = (
-            tensors(torch.load(folder / name, weights_only=False)) for folder in (one, other)
-        )
-        assert first.keys() == second.keys()
-        for place, tensor in first.items():
-            assert torch.equal(tensor, second[place]), f"{name}{place}"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +130,7 @@ def test_saving_by_time_counts_from_the_last_checkpoint(
         (VembedError("writing x: no space left"), 2),
         (DivergedError("step 2"), 2),
         (PeerError("rank 1 died"), 1),
+        (WorkerError("loader process 1 of 2 was killed"), 1),
         (StoppedError("stopped"), 75),
     ],
 )

@@ -38,7 +38,7 @@ from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.sampler import SampleKey, StreamedRow
 from vembed_ds.data.waiting import never, take
-from vembed_ds.errors import ConfigError, DataError, VembedError
+from vembed_ds.errors import ConfigError, VembedError, WorkerError
 
 Keys = Sequence[SampleKey] | Sequence[StreamedRow] | Sequence[int]
 Samples = Dataset[Sample | VembedError]
@@ -168,7 +168,7 @@ class _Worker:
             if answer is not None:
                 return answer
             problem = self._end()
-        self._failure = Batch([], error=DataError(self._described(problem, keys)))
+        self._failure = Batch([], error=WorkerError(self._described(problem, keys)))
         return self._failure
 
     def kill(self) -> None:
