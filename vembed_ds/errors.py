@@ -67,8 +67,12 @@ class DistributedError(VembedError):
 
 
 class PeerError(DistributedError):
-    """Another rank died or hung, so that a restart may help."""
+    """Another rank died, hangs or never came, so that a restart may help."""
 
 
 class StoppedError(VembedError):
     """A signal stopped the run, which can go on from its checkpoint; no failure."""
+
+
+class OutOfMemoryError(VembedError):
+    """The host or the accelerator has no memory for some work; names it and what makes it smaller."""

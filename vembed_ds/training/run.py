@@ -50,6 +50,7 @@ from vembed_ds.training.loss_setup import (
     loss_configs,
     weak_distillation,
 )
+from vembed_ds.training.memory_report import reports_memory
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import check_shared, list_skipped, prepare_output
 from vembed_ds.training.resuming import (
@@ -78,6 +79,7 @@ logger = logging.getLogger(__name__)
 SELF_TEST_CANDIDATES = 16  # per rank; three of them are compared
 
 
+@reports_memory
 def train(
     config: Config,
     raw_ds_config: Mapping[str, Any],
@@ -106,6 +108,7 @@ def train(
 
     Raises:
         VembedError: On every rank.
+        OutOfMemoryError: On the rank that has no memory.
     """
     phases.set_place("preparing the run")
     configured = config.training.batch_size
