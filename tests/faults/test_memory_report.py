@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.conftest import ROOT
-from tests.faults.memory_cases import PLACES
+from tests.faults.run_cases import PLACES
 from tests.worlds import World
 from vembed_ds.distributed.phases import Kind
 
@@ -39,7 +39,7 @@ def test_the_phase_is_named(
     ds_config = str(ROOT / "ds_configs" / "zero2.json")
     place, help_ = EXPECTED[kind]
     for error in world(2).run(
-        "tests.faults.memory_cases:run_out", kind=kind.value, config=config, ds_config=ds_config
+        "tests.faults.run_cases:run_out", kind=kind.value, config=config, ds_config=ds_config
     ):
         assert error.startswith(f"OutOfMemoryError: {place}"), error
         assert ": no memory on the host (2.00 GiB asked, " in error
@@ -49,5 +49,5 @@ def test_the_phase_is_named(
 def test_deepspeed_s_own_groups_wait_no_longer_than_the_run_s(
     world: Callable[[int], World],
 ) -> None:
-    for first, own in world(2).run("tests.faults.memory_cases:group_timeouts"):
+    for first, own in world(2).run("tests.faults.run_cases:group_timeouts"):
         assert first == own == 300

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import platform
+import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from vembed_ds.checkpointing.frozen import FROZEN_FILE
 from vembed_ds.checkpointing.names import BEST, LATEST
@@ -28,6 +32,8 @@ _SHOWN = 10
 _PREVIOUS = "previous-"
 _PROBE = ".seen-by-every-rank"
 _PROBE_SECONDS = 20
+_WRITE_PROBE = ".written-by-rank-"
+_WRITE_PROBE_BYTES = 65536
 _WRITTEN = (
     CONFIG_FILE,
     DS_CONFIG_FILE,
@@ -46,8 +52,28 @@ _WRITTEN = (
 )
 
 
+def open_output(path: str) -> Path:
+    """The run's folder, made if need be. Rank 0 only.
+
+    Raises:
+        ConfigError: It cannot be one, or nothing can be written there.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        in_the_way = next(place for place in (folder, *folder.parents) if place.exists())
+        raise ConfigError(
+            f"output_dir={path!r}: {in_the_way} is a file; give a folder, or a name that is free"
+        ) from None
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    _try_writing(folder)
+    return folder
+
+
 def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bool) -> Path:
-    """Make the folder ready and write the resolved configuration. Rank 0 only.
+    """Write the resolved configuration into the folder of :func:`open_output`. Rank 0 only.
 
     A fresh run in the folder of an earlier one moves what that wrote to ``previous-<n>/``;
     nothing is overwritten.
@@ -56,7 +82,6 @@ def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bo
         The folder.
     """
     folder = Path(config.run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if not resuming:
         _set_aside(folder)
     (folder / CONFIG_FILE).write_text(dump_config(config))
@@ -80,10 +105,10 @@ def list_skipped(folder: Path, messages: Sequence[str]) -> None:
 def check_shared(folder: Path) -> None:
     """Refuse a folder that each machine has of its own: checkpoints would lie in pieces.
 
-    Collective, after rank 0 has called :func:`prepare_output`.
+    Collective, after rank 0 has called :func:`open_output`.
 
     Raises:
-        ConfigError: On every rank, when one does not see what rank 0 wrote.
+        ConfigError: On every rank, when one does not see what rank 0 wrote, or cannot write there.
     """
     doing = f"output_dir={str(folder)!r}"
     token = comm.all_gather_objects(uuid.uuid4().hex)[0]
@@ -97,6 +122,49 @@ def check_shared(folder: Path) -> None:
     comm.run_together(lambda: _find(probe, token), doing=doing)
     if comm.is_main():
         probe.unlink()
+    comm.run_together(lambda: _try_writing(folder), doing=doing)
+
+
+def warn_of_little_space(folder: Path, parameters: Iterable[nn.Parameter]) -> None:
+    """Say so when not even one checkpoint fits on the disk. Rank 0 only.
+
+    Args:
+        folder: Of the run.
+        parameters: All of the model, whole. What is trained takes up to 16 bytes, with the float32
+            copy and the optimizer's two states.
+    """
+    needed = sum((16 if p.requires_grad else 4) * p.numel() for p in parameters)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        logger.warning(
+            "output_dir=%r has %.1f GB free, and a checkpoint takes up to %.1f GB: make room before "
+            "the first one is due",
+            str(folder),
+            free / 1e9,
+            needed / 1e9,
+        )
+
+
+def _try_writing(folder: Path) -> None:
+    """Every rank writes files of its own."""
+    probe = folder / f"{_WRITE_PROBE}{comm.rank()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_WRITE_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"output_dir={str(folder)!r}: rank {comm.rank()} on {platform.node()} cannot write there "
+        f"({error.strerror or error}); give a folder that every rank can write to, on a disk with room"
+    )
 
 
 def _find(probe: Path, token: str) -> None:

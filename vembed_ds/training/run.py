@@ -52,7 +52,13 @@ from vembed_ds.training.loss_setup import (
 )
 from vembed_ds.training.memory_report import reports_memory
 from vembed_ds.training.model_setup import model_spec
-from vembed_ds.training.output import check_shared, list_skipped, prepare_output
+from vembed_ds.training.output import (
+    check_shared,
+    list_skipped,
+    open_output,
+    prepare_output,
+    warn_of_little_space,
+)
 from vembed_ds.training.resuming import (
     CONFIGURED,
     SETTINGS,
@@ -63,6 +69,7 @@ from vembed_ds.training.resuming import (
     keep_global_batch,
     run_settings,
 )
+from vembed_ds.training.run_lock import frees_output, lock_output
 from vembed_ds.training.stopping import StopSignals
 from vembed_ds.training.stream_setup import setup_stream, some_samples, training_batches
 from vembed_ds.training.teacher_sources import Teachers
@@ -79,6 +86,7 @@ logger = logging.getLogger(__name__)
 SELF_TEST_CANDIDATES = 16  # per rank; three of them are compared
 
 
+@frees_output
 @reports_memory
 def train(
     config: Config,
@@ -168,6 +176,8 @@ def train(
             config, spec, data, folder, zero_stage=stage, mrl_dims=prefixes
         )
         join_student(teachers, model, config, width=width, mrl_dims=prefixes)
+        if comm.is_main():
+            warn_of_little_space(folder, model.parameters())
     with phase(Kind.BUILDING):
         engine = start_engine(config, model, ds_config, intervals)
     if resumption is not None:
@@ -409,6 +419,7 @@ def _open_output(
         return None
     run = config.run
     resuming = _own_checkpoint(resumption, config) is not None
+    lock_output(open_output(run.output_dir))
     folder = prepare_output(config, ds_config, resuming=resuming)
     list_skipped(folder, skipped)
     return build_tracker(

@@ -1,4 +1,4 @@
-"""A run in which memory runs out at a chosen place, as a rank of a test world does it."""
+"""Runs in which something breaks at a chosen place, as a rank of a test world does them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from tests.distributed.train_cases import run_train
 from vembed_ds.distributed import phases
 from vembed_ds.distributed.phases import Kind
+from vembed_ds.errors import ConfigError
 
 # Where a function is looked up, by the phase in which it runs.
 PLACES = {
@@ -32,6 +33,13 @@ def run_out(*, kind: str, config: str, ds_config: str) -> str:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with mock.patch(PLACES[Kind(kind)], fail):
+        return str(run_train(config=config, ds_config=ds_config)["error"])
+
+
+def run_without_model(*, config: str, ds_config: str) -> str:
+    """The error of a run that goes as far as the model."""
+    missing = ConfigError("the model is loaded here")
+    with mock.patch(PLACES[Kind.LOADING], mock.Mock(side_effect=missing)):
         return str(run_train(config=config, ds_config=ds_config)["error"])
 
 

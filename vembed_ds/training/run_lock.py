@@ -1,0 +1,213 @@
+"""One run at a time in an output folder.
+
+Rank 0 holds a lock of the operating system on ``run.lock``, which dies with the process; the file says
+whose it is. On a network file system such a lock may count on one machine only, or not exist.
+So the holder also touches the file while it lives, and whoever finds the file of another machine
+looks for a while whether it is touched. The clocks of the machines are not compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from vembed_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOCK_FILE = "run.lock"
+TOUCH_SECONDS = 10.0
+# Network file systems may show an old time for some seconds.
+LOOK_SECONDS = 45.0
+# A run that was ended a moment ago may take so long to be gone.
+ENDING_SECONDS = 5.0
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class RunLock:
+    """Held from here on, until it is released or the process ends.
+
+    Args:
+        folder: Of the run; exists.
+
+    Raises:
+        ConfigError: Another run is in the folder.
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = (folder / LOCK_FILE).open("a+")
+        self._free = threading.Event()
+        try:
+            self._take()
+            self._write(_this_run())
+        except BaseException:
+            self._file.close()
+            raise
+        threading.Thread(target=self._touch, name="run.lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Let others in. The file stays, empty: removing it would let two runs in at once."""
+        if not self._free.is_set():
+            self._free.set()
+            self._write("")
+            self._file.close()
+
+    def close(self) -> None:
+        """Forget the file without a word: this process is a child, and the lock is the parent's."""
+        self._file.close()
+
+    def _take(self) -> None:
+        locks_work = self._lock()
+        holder = self._holder()
+        if not holder:
+            return
+        if (holder.get("host") != platform.node() or not locks_work) and self._is_touched(holder):
+            raise _refusal(self.folder, holder)
+        logger.info(
+            "%s: its run on host %s, pid %s, ended without a goodbye", self.folder, *_who(holder)
+        )
+
+    def _lock(self) -> bool:
+        """Whether the file system has locks; then this process holds it."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise _refusal(self.folder, self._holder()) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logger.warning(
+                    "%s: this file system has no locks (%s): two runs that start within a minute in "
+                    "one folder would not notice each other",
+                    self.folder,
+                    os.strerror(error.errno),
+                )
+                return False
+            time.sleep(0.2)
+
+    def _is_touched(self, holder: dict[str, Any]) -> bool:
+        """Whether the run that the file names still lives."""
+        logger.warning(
+            "%s is in use by host %s, pid %s; looking for %.0f s whether that run lives",
+            self.folder,
+            *_who(holder),
+            LOOK_SECONDS,
+        )
+        first = _touched(self.folder)
+        deadline = time.monotonic() + LOOK_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, LOOK_SECONDS / 10))
+            if _touched(self.folder) != first:
+                return True
+        return False
+
+    def _holder(self) -> dict[str, Any]:
+        self._file.seek(0)
+        text = self._file.read()
+        if not text:
+            return {}
+        try:
+            found = json.loads(text)
+        except ValueError:
+            return {"host": "?", "pid": "?"}  # half written, or none of ours
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, text: str) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _touch(self) -> None:
+        while not self._free.wait(TOUCH_SECONDS):
+            try:
+                os.utime(self._file.fileno())
+            except (OSError, ValueError):  # the disk, or closed meanwhile
+                continue
+
+
+_held: list[RunLock] = []
+
+
+def _forget_in_child() -> None:
+    for lock in _held:
+        lock.close()
+
+
+# A forked child would keep the lock alive; a child that runs another program never gets it.
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def lock_output(folder: Path) -> None:
+    """Lock the folder of this run. Rank 0 only; :func:`frees_output` gives it back.
+
+    Raises:
+        ConfigError: Another run is in the folder; names its host and process.
+        OSError: The file cannot be written.
+    """
+    _held.append(RunLock(folder))
+
+
+def frees_output(work: Callable[P, T]) -> Callable[P, T]:
+    """Give back what :func:`lock_output` has locked when ``work`` ends, however it ends."""
+
+    @functools.wraps(work)
+    def freeing(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return work(*args, **kwargs)
+        finally:
+            while _held:
+                _held.pop().release()
+
+    return freeing
+
+
+def _this_run() -> str:
+    return json.dumps(
+        {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "command": " ".join(sys.argv),
+        }
+    )
+
+
+def _who(holder: dict[str, Any]) -> tuple[object, object]:
+    return holder.get("host", "?"), holder.get("pid", "?")
+
+
+def _touched(folder: Path) -> int:
+    """When the file was last touched, by the server's clock; opening it asks the server."""
+    with (folder / LOCK_FILE).open() as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _refusal(folder: Path, holder: dict[str, Any]) -> ConfigError:
+    host, pid = _who(holder)
+    return ConfigError(
+        f"output_dir={str(folder)!r}: another run is using it: host {host}, pid {pid}, since "
+        f"{holder.get('started', '?')} ({holder.get('command', '?')}). End that run, or give this one "
+        f"another output_dir; {folder / LOCK_FILE} may be removed only when that process is gone"
+    )
