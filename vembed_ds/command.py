@@ -90,7 +90,7 @@ def run_on_ranks(prepare: Callable[[], Prepared]) -> int:
 
     code = _run(prepare)
     if code == EXIT_STOPPED:
-        _ignore_signals()
+        _ignore_signals([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     launcher.tell("exit", code)
     if code and not comm.shutdown(timeout_seconds=SHUTDOWN_SECONDS):
         os._exit(code)  # the others wait for this rank in a collective: let them see it gone
@@ -117,9 +117,9 @@ def exit_code(error: BaseException | None) -> int:
     return EXIT_ERROR if isinstance(error, VembedError) else EXIT_UNEXPECTED
 
 
-def _ignore_signals() -> None:
+def _ignore_signals(numbers: Sequence[signal.Signals]) -> None:
     """The launcher sends SIGTERM to every rank as soon as one has ended."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -142,6 +142,7 @@ def _run(prepare: Callable[[], Prepared]) -> int:
     except Exception as error:  # noqa: BLE001 (whatever it is, this process ends with it)
         if mistake is not None:  # what is wrong has been said, though the others may not have come
             return EXIT_ERROR
+        _ignore_signals([signal.SIGTERM])  # until it is said what happened
         return _end_by(comm.explain(error) or error)
     return 0
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import ROOT
 from tests.faults.processes import Ended, ranks
+from tests.integration.launching import PROGRAMS, free_port, run_command
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed(3)]
 
@@ -66,3 +70,44 @@ def test_a_rank_that_is_done_before_the_others_is_named() -> None:
     (found,) = ended(size=2, victim=1, fault="finish").values()
     assert found.code == 1
     assert re.search(r"PeerError: rank 1 \(.*\) finished while this rank still", found.stderr)
+
+
+@pytest.mark.distributed(2)
+def test_a_training_whose_rank_is_killed_in_the_third_chunk_ends_and_names_it(
+    make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(gradient_cache_chunk_size=1, gradient_self_test=False, save_steps=1)
+    arguments = ["--config", config, "--ds_config", str(ROOT / "ds_configs" / "zero3.json")]
+    command = ["-m", "tests.faults.trainer", "kill", "1", "2", "3", *arguments]
+    with ranks(command, size=2) as running:
+        running.wait([1], seconds=90)
+        found = running.wait([0], seconds=SECONDS)[0]
+    assert found.code == 1
+    own = [line for line in found.stderr.splitlines() if line.startswith("vembed_ds: ")]
+    assert len(own) == 1
+    expected = (
+        r"vembed_ds: rank 0: PeerError: rank 1 \(host \S+, pid \d+\) is gone: no sign of life for \d+ s, "
+        r"last seen in '.*'; .*; this rank was in 'step 2: .*' \(.*gloo.*\)"
+    )
+    assert re.match(expected, own[0]), found.stderr
+    assert "Traceback" not in found.stderr
+    assert (tmp_path / "out" / "latest").read_text().strip() == "checkpoint-step-1"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed(2)
+def test_under_the_launcher_the_survivor_says_who_died_before_it_is_ended(
+    make_config: Callable[..., str],
+) -> None:
+    config = make_config(gradient_cache_chunk_size=1, gradient_self_test=False)
+    done = run_command(
+        [
+            *(str(PROGRAMS / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())),
+            *("--module", "tests.faults.trainer", "kill", "1", "2", "3"),
+            *("--config", config, "--ds_config", str(ROOT / "ds_configs" / "zero2.json")),
+        ],
+        seconds=240,
+    )
+    assert done.returncode != 0
+    assert "vembed_ds: rank 0: PeerError: rank 1 (host" in done.stderr
+    assert "Traceback" not in done.stderr

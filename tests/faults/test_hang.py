@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 
+from tests.distributed.conftest import ROOT
 from tests.faults.processes import Ended, ranks
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
@@ -71,3 +73,25 @@ def test_a_rank_that_lives_and_does_not_come_is_named_with_what_it_does() -> Non
     )
     for found in ended(size=2, victim=1, fault="sleep").values():
         assert re.search(expected, found.stderr), found.stderr
+
+
+@pytest.mark.slow
+def test_a_training_with_a_stopped_rank_ends_and_names_it(
+    make_config: Callable[..., str],
+) -> None:
+    minutes = 0.5
+    config = make_config(
+        gradient_cache_chunk_size=1, gradient_self_test=False, timeout_minutes=minutes
+    )
+    arguments = ["--config", config, "--ds_config", str(ROOT / "ds_configs" / "zero3.json")]
+    command = ["-m", "tests.faults.trainer", "stop", "1", "2", "3", *arguments]
+    with ranks(command, size=2) as running:
+        running.wait_for_line(1, seconds=180)
+        found = running.wait([0], seconds=1.2 * 60 * minutes)[0]
+    assert found.code == 1
+    expected = (
+        r"vembed_ds: rank 0: PeerError: rank 1 \(.*\) gave no sign of life for \d\d s, last seen in "
+        r"'step 2: .*' \(limit: timeout_minutes=0.5\): stopped, .*; this rank was in 'step 2: .*'"
+    )
+    assert re.search(expected, found.stderr), found.stderr
+    assert "Traceback" not in found.stderr

@@ -39,7 +39,8 @@ from vembed_ds.distributed.verdict import (
 from vembed_ds.errors import DistributedError, PeerError, one_line
 
 INTERVAL = 1.0  # seconds
-EXIT_PEER = 1
+EXIT_PEER = 1  # starting again may help
+EXIT_MEND = 2  # it does not: another rank found something that is to be mended first
 _VERDICT = "verdict"
 _GONE_SECONDS = 3.5  # so long silent: the rank whose connection has closed is gone
 _EXPLAINING = 8.0  # seconds in which it must turn out who broke an exchange
@@ -125,7 +126,7 @@ class Heartbeat:
             peers = self._peers()
             ended = first_error(peers)
             if ended is not None and (not ended.beat.by_peer or waited > _EXPLAINING / 2):
-                return Verdict(describe_error(ended), ended.beat.code)
+                return _verdict_of(ended)
             if self._rank != 0 and waited < _WAIT_FOR_RANK_0 and self._has_read_all:
                 continue
             if gone := silent_peers(peers, limit=self._grace):
@@ -255,7 +256,7 @@ class Heartbeat:
             return Verdict(describe_silent(silent, limit=self._limit), EXIT_PEER)
         ended = first_error(peers)
         if ended is not None and ended.silent_seconds > _OWN_END:
-            return Verdict(describe_error(ended), ended.beat.code)
+            return _verdict_of(ended)
         if self._rank == 0 and (stall := describe_stall(peers, limit=self._limit)):
             return Verdict(stall, EXIT_PEER)
         return _NOBODY
@@ -268,7 +269,7 @@ class Heartbeat:
         sys.stderr.write(f"vembed_ds: rank {self._rank}: {type(error).__name__}: {error}\n")
         sys.stderr.flush()
         time.sleep(3 * self._interval)  # the launcher ends all when one exits: let all say it
-        self._end_process(verdict.code or EXIT_PEER)
+        self._end_process(verdict.code)
 
     def _publish(self, verdict: Verdict) -> None:
         """Let the other ranks know. The store may be stuck, so it is not waited for."""
@@ -290,8 +291,13 @@ def is_exchange_error(error: BaseException) -> bool:
     return False
 
 
+def _verdict_of(ended: Peer) -> Verdict:
+    code = EXIT_MEND if ended.beat.code == EXIT_MEND else EXIT_PEER
+    return Verdict(describe_error(ended), code)
+
+
 def _as_error(verdict: Verdict, *, doing: str) -> DistributedError:
-    kind = PeerError if verdict.code <= EXIT_PEER else DistributedError
+    kind = DistributedError if verdict.code == EXIT_MEND else PeerError
     return kind(f"{verdict.words}; this rank was in {doing}")
 
 
