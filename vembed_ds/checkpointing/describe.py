@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vembed_ds.checkpointing.adapters import describe_adapter
-from vembed_ds.checkpointing.consolidate import PARAMETERS_FILE
+from vembed_ds.checkpointing.files import FACTS_FILE, PARAMETERS_FILE
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -34,7 +34,12 @@ PROJECTIONS = ("projection_head", "text_projection", "image_projection")
 
 
 def describe_model(
-    folder: Path, *, model: EmbeddingModel, processor: ItemProcessor, settings: Mapping[str, Any]
+    folder: Path,
+    *,
+    model: EmbeddingModel,
+    processor: ItemProcessor,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything about the model but its weights. Rank 0 alone; not collective.
 
@@ -44,6 +49,7 @@ def describe_model(
         processor: Its tokenizer and image processor.
         settings: For ``vembed_config.json``; must be JSON. What the model itself decides
             (pooling, projections, encoder mode, longest input) is written as the model has it.
+        facts: What the model card is to tell of the training; must be JSON.
     """
     composed = len(_towers(model)) > 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +70,8 @@ def describe_model(
         _config(backbone).save_pretrained(place)
         describe_adapter(place, backbone)
     write_json(folder / SETTINGS_FILE, dict(settings) | _own_settings(model, processor))
+    if facts is not None:
+        write_json(folder / FACTS_FILE, facts)
     write_json(folder / PARAMETERS_FILE, _describe_parameters(model, composed=composed))
 
 

@@ -40,9 +40,11 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from vembed_ds.checkpointing.adapters import read_adapter_config
+from vembed_ds.checkpointing.card import read_evaluations, read_facts, write_card
 from vembed_ds.checkpointing.companions import write_companions
 from vembed_ds.checkpointing.describe import PROJECTIONS, SETTINGS, TRAINING_ONLY, write_json
 from vembed_ds.checkpointing.files import (
+    FACTS_FILE,
     MODEL_FOLDER,
     PARAMETERS_FILE,
     read_parameters,
@@ -200,6 +202,15 @@ def _write(plan: Plan, out: Path) -> None:
         _write_parts(folder, plan, total=sum(sizes.values()))
         settings = _write_settings(folder, plan)
         write_companions(folder, settings=settings, adapter=plan.options.adapter)
+        facts = read_facts(plan.description)
+        write_card(
+            folder,
+            name=out.name,
+            settings=settings,
+            facts=facts,
+            evaluations=read_evaluations(plan.checkpoint, last_step=facts.get("step")),
+            adapter=plan.options.adapter,
+        )
 
 
 def read_settings(description: Path) -> dict[str, Any]:
@@ -330,7 +341,7 @@ def _skeleton(place: Path, options: Options) -> Any:
 
 def _left_out(description: Path, options: Options) -> set[Path]:
     """Files of the description that the new folder does not get."""
-    left = {description / PARAMETERS_FILE, description / FROZEN_FILE}
+    left = {description / name for name in (PARAMETERS_FILE, FROZEN_FILE, FACTS_FILE)}
     for config in description.rglob(ADAPTER_CONFIG):
         # Beside merged weights, transformers would apply an adapter a second time; without them,
         # a reader takes config.json for a model that lacks its weights.

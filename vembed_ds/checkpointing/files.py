@@ -10,6 +10,7 @@ from vembed_ds.errors import CheckpointError
 
 MODEL_FOLDER = "model"
 PARAMETERS_FILE = "parameters.json"
+FACTS_FILE = "training.json"
 MODEL_STATES = "mp_rank_00_model_states.pt"
 OPTIMIZER_STATES = "mp_rank_00_optim_states.pt"
 

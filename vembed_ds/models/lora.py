@@ -33,6 +33,7 @@ ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that peft gives a model's only adapter
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MERGED_AT_A_TIME = 1 << 21  # values; some copies of so many in float64 are in memory
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,19 @@ def merged_weight(
     Returns:
         As ``weight``.
     """
-    stored = weight.T if transposed else weight
-    # In float64, so that the sum is rounded once.
-    whole = stored.double() + scaling * (b.double() @ a.double())
-    if magnitude is not None:
-        length: Tensor = torch.linalg.norm(whole, dim=1)
-        whole = whole * (magnitude.double() / length).unsqueeze(1)
-    return (whole.T if transposed else whole).to(weight.dtype).contiguous()
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    source, target = (weight.T, merged.T) if transposed else (weight, merged)
+    wide_a = a.double()
+    step = max(1, _MERGED_AT_A_TIME // source.shape[1])
+    for start in range(0, len(source), step):  # rows know nothing of each other
+        rows = slice(start, start + step)
+        # In float64, so that the sum is rounded once.
+        whole = source[rows].double() + scaling * (b[rows].double() @ wide_a)
+        if magnitude is not None:
+            length: Tensor = torch.linalg.norm(whole, dim=1)
+            whole = whole * (magnitude[rows].double() / length).unsqueeze(1)
+        target[rows] = whole
+    return merged
 
 
 def scaling_of(config: Mapping[str, Any]) -> float:

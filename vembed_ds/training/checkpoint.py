@@ -20,6 +20,7 @@ from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.training.config import as_config
+from vembed_ds.training.facts import training_facts
 from vembed_ds.training.run import export_settings
 
 STATE_FOLDER = "training_state"
@@ -57,8 +58,12 @@ def save_checkpoint(
     items = _item_processor(processor)
 
     def describe(place: Path) -> None:
-        settings = {} if found is None else export_settings(found)
-        describe_model(place, model=model, processor=items, settings=settings)
+        settings, facts = {}, None
+        if found is not None:
+            stage = engine.engine.zero_optimization_stage()
+            settings = export_settings(found)
+            facts = training_facts(found, step=step, zero_stage=stage)
+        describe_model(place, model=model, processor=items, settings=settings, facts=facts)
         if found is not None:
             link_frozen_weights(Path(found.run.output_dir), place)
 

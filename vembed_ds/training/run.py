@@ -40,6 +40,7 @@ from vembed_ds.training.engine_setup import (
     prepare_model,
     start_engine,
 )
+from vembed_ds.training.facts import training_facts
 from vembed_ds.training.guide import embed_guides, guides_identity, load_guides
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import (
@@ -345,7 +346,9 @@ def _save(
 ) -> Path | None:
     def describe(place: Path) -> None:
         settings = export_settings(config)
-        describe_model(place, model=model, processor=processor, settings=settings)
+        stage = saver.engine.zero_optimization_stage()
+        facts = training_facts(config, step=step, zero_stage=stage, settings=state[SETTINGS])
+        describe_model(place, model=model, processor=processor, settings=settings, facts=facts)
         link_frozen_weights(saver.output_dir, place)
 
     return saver.save(step, state=state, describe=describe, write=teachers.save)

@@ -102,7 +102,7 @@ def test_files_of_a_composed_encoder(backbones: Path, save: Save, tmp_path: Path
     names = {
         "": {
             *tokenizer | images,
-            *("vembed_config.json", "text_encoder", "image_encoder"),
+            *("vembed_config.json", "README.md", "text_encoder", "image_encoder"),
             *("text_projection.safetensors", "image_projection.safetensors"),
             *("text_projection.pt", "image_projection.pt"),  # vembed-factory's
             *("modules.json", "router_config.json", "config_sentence_transformers.json"),
