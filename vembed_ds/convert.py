@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vembed_ds.errors import VembedError
 
 if TYPE_CHECKING:
-    from vembed_ds.checkpointing.export import Plan
+    from vembed_ds.checkpointing.export import Options, Plan
 
 _EXIT_ERROR = 2
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -62,13 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say_error(" ".join(str(error).split()))
         return _EXIT_ERROR
     except _StoppedError as stopped:
-        _say_error(f"stopped by {stopped}; {options.out} was not written")
+        whole = options.out.is_dir() and any(options.out.iterdir())
+        outcome = "was written and not compared" if whole else "was not written"
+        _say_error(f"stopped by {stopped}; {options.out} {outcome}")
         return 128 + stopped.number
 
 
 def _run(options: argparse.Namespace) -> int:
     from vembed_ds.checkpointing.companions import describe_readers
     from vembed_ds.checkpointing.export import Options, export_model, plan_export
+    from vembed_ds.checkpointing.files import resolve_checkpoint
+    from vembed_ds.checkpointing.manifest import reading
     from vembed_ds.checkpointing.names import best_checkpoint
 
     place = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
@@ -82,13 +86,34 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         _say_plan(plan_export(place, Options(**wanted)), options.out)
         return 0
-    checkpoint = export_model(place, options.out, **wanted)
+    checkpoint = resolve_checkpoint(place)
+    with reading(checkpoint):
+        export_model(checkpoint, options.out, **wanted)
+        if options.verify:
+            _verify(checkpoint, options.out, Options(**wanted))
     sys.stdout.write(
         f"{checkpoint} -> {options.out} ({options.dtype})\n"
         f"load it: from vembed_ds import Encoder; encoder = Encoder({str(options.out)!r})\n"
     )
     sys.stdout.writelines(f"{line}\n" for line in describe_readers(options.out))
     return 0
+
+
+def _verify(checkpoint: Path, out: Path, options: Options) -> None:
+    from vembed_ds.checkpointing.verifying import require_equal, verify_export
+
+    found = verify_export(checkpoint, out, options)
+    for one in found:
+        sys.stdout.write(
+            f"embeddings of {one.num_items} sample items by {one.reader}: differ from the trained "
+            f"model's by up to {one.difference:.1e} (limit {one.limit:.0e})\n"
+        )
+        if one.rounding is not None:
+            sys.stdout.write(
+                f"{options.dtype} itself moves them by up to {one.rounding:.1e} (a component of a "
+                "unit vector)\n"
+            )
+    require_equal(found, out)
 
 
 def _say_plan(plan: Plan, out: Path) -> None:
@@ -159,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="list the files and their sizes, write nothing"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="embed sample items with the trained model and with the written one (both whole in "
+        "memory, one after the other), and fail when they differ",
     )
     parser.add_argument(
         "--trust_remote_code",

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"distributed"},
     "engine": {"distributed"},
     "steps": {"distributed", "data"},
-    "checkpointing": {"distributed", "engine", "data", "models"},
+    "checkpointing": {"distributed", "engine", "data", "inference", "models"},
     "evaluation": {"distributed", "data", "models"},
     "inference": {"data", "models"},
     "sentence_transformers_module": {"data", "inference"},

@@ -198,7 +198,7 @@ def _place(
     if name in (LOGIT_SCALE, LOGIT_BIAS):
         return _place_of_scalar(model, name)
     shape = () if is_lifted(model, name) else _shape(value)
-    if name.startswith("teacher_projections."):
+    if is_training_only(name):
         return TRAINING_ONLY, name, shape
     _, kind, *rest = name.split(".")
     stream = ""
@@ -222,6 +222,11 @@ def _place_of_scalar(model: EmbeddingModel, name: str) -> tuple[str, str, tuple[
 def _shape(value: Tensor) -> tuple[int, ...]:
     whole = whole_shape(value)  # of a weight that is held in 4 bit
     return whole or tuple(getattr(value, "ds_shape", value.shape))  # ZeRO-3 leaves a placeholder
+
+
+def is_training_only(name: str) -> bool:
+    """Whether a parameter of the trained module is used by the loss alone."""
+    return name.startswith("teacher_projections.")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoModel
 
 from tests.distributed import export_cases as cases
 from vembed_ds import Encoder, convert
-from vembed_ds.checkpointing import parts
+from vembed_ds.checkpointing import export, parts
 from vembed_ds.checkpointing.consolidate import load_consolidated, read_parameters
 from vembed_ds.checkpointing.export import export_model
+from vembed_ds.checkpointing.manifest import seal
 from vembed_ds.checkpointing.publish import new_folder
 from vembed_ds.checkpointing.tensor_files import TensorFile
 from vembed_ds.errors import CheckpointError
@@ -245,6 +246,54 @@ def test_a_disk_that_fills_up(
     ):
         export_model(checkpoint, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_really_full(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other programs fill it while the conversion runs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        monkeypatch.setattr(export, "refuse_without_space", lambda out, size: None)
+        with pytest.raises(
+            CheckpointError, match=r"no space left on device: .* nothing of out was left there"
+        ):
+            export_model(checkpoint, disk / "out")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "model/config.json"])
+def test_a_flipped_byte_is_found(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    seal(checkpoint, step=1, world_size=1, zero_stage=0)
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: its checksum is .*; take another check"):
+        export_model(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_checkpoint_without_a_manifest_is_told(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_model(checkpoint, tmp_path / "old")
+    assert "has no manifest.json" in caplog.text
+    caplog.clear()
+    seal(checkpoint, step=1, world_size=1, zero_stage=0)
+    export_model(checkpoint, tmp_path / "new")
+    assert "manifest" not in caplog.text
 
 
 @pytest.mark.faults
