@@ -19,11 +19,13 @@ from vembed_ds.models.families import (
     build_from_config,
     family_of,
     load_pretrained,
+    load_state,
     loading_problem,
     refusal,
     text_config,
     trainable_config,
 )
+from vembed_ds.models.foreign import Tensors
 from vembed_ds.models.probe import Probe, probe_image, probe_text
 from vembed_ds.references import resolve_model_reference
 
@@ -47,10 +49,12 @@ class BackboneSource:
     Attributes:
         name: Hub name, local folder or ``package:...`` reference of a pretrained model.
         config: Settings of a model with random weights; holds ``model_type``.
+        state: Weights of a named model's kind, in the place of its own.
     """
 
     name: str | None = None
     config: Mapping[str, Any] | None = None
+    state: Tensors | None = None
 
     def describe(self) -> str:
         """Short text for messages."""
@@ -75,11 +79,16 @@ def load_backbone(
         options["attn_implementation"] = attn_implementation
     config = _load_config(source, trust_remote_code=trust_remote_code)
     try:
-        if source.name is not None:
+        if source.state is not None:
+            tensors = source.state.read()
+            model, missing = load_state(config, tensors, dtype=torch.float32, **options)
+        elif source.name is not None:
             folder = resolve_model_reference(source.name)
             model, missing = load_pretrained(folder, config, dtype=torch.float32, **options)
         else:
             model, missing = build_from_config(config, dtype=torch.float32, **options), []
+    except ConfigError:
+        raise
     except Exception as error:  # transformers raises anything for a wrong config
         raise _not_loadable(source, error) from error
     refuse_missing(source, model, missing)
@@ -188,8 +197,12 @@ def stated_length(source: BackboneSource) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def refuse_more_modules(source: BackboneSource) -> None:
+def refuse_more_modules(source: BackboneSource, *, heads: bool = False) -> None:
     """A trained layer behind the pooling would be dropped without a word.
+
+    Args:
+        source: Of the backbone.
+        heads: Whether the layers behind the pooling are read as its projection.
 
     Raises:
         ConfigError: The sentence-transformers folder has modules that are not offered.
@@ -199,10 +212,12 @@ def refuse_more_modules(source: BackboneSource) -> None:
     file = repository_file(source, "modules.json")
     types = [] if file is None else [entry["type"] for entry in json.loads(file.read_text())]
     names = [name.rpartition(".")[2] for name in types]
-    if more := [name for name in names if name not in _SENTENCE_TRANSFORMERS]:
+    known = (*_SENTENCE_TRANSFORMERS, "Dense") if heads else _SENTENCE_TRANSFORMERS
+    if more := [name for name in names if name not in known]:
         raise ConfigError(
             f"model {source.describe()}: its modules.json has {', '.join(more)} behind the pooling, "
-            "which is not supported; to train the backbone alone, give a copy without modules.json"
+            "which is not supported of this model, or not from the hub; give a folder that holds it "
+            "whole, or to train the backbone alone, a copy without modules.json"
         )
 
 

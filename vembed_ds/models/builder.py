@@ -23,6 +23,7 @@ from vembed_ds.models.backbones import (
 )
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder, build_projection
+from vembed_ds.models.foreign import Tensors
 from vembed_ds.models.lora import LoraSpec, add_adapters, merge_adapter_folder
 from vembed_ds.models.probe import Probe
 from vembed_ds.models.projections import load_projections
@@ -60,7 +61,7 @@ class ModelSpec:
     prefer_pooler: bool = False
     projection_dim: int | None = None
     projection_layers: int | None = None
-    projection_files: Mapping[str, Path] = field(default_factory=dict)
+    projection_files: Mapping[str, Tensors] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
     topk_tokens: int | None = None
     layers: tuple[int, ...] = ()
@@ -196,7 +197,7 @@ def _composed_tower(spec: ModelSpec, stream: str, backbone: nn.Module) -> TowerE
 def _tower(
     spec: ModelSpec, key: str, backbone: nn.Module, *, projection_dim: int | None, num_layers: int
 ) -> TowerEncoder:
-    refuse_more_modules(spec.sources[key])
+    refuse_more_modules(spec.sources[key], heads=bool(spec.projection_files))
     probe = probe_backbone(backbone)
     pooling = (
         spec.pooling.get(key)
@@ -286,7 +287,7 @@ def _vision_language(spec: ModelSpec, backbone: nn.Module) -> VisionLanguageEnco
     if spec.topk_tokens is not None or spec.layers:
         key = "topk_tokens" if spec.topk_tokens is not None else "mrl_layers"
         raise ConfigError(f"{key}: not offered for {type(backbone).__name__}; leave it out")
-    refuse_more_modules(spec.sources[""])
+    refuse_more_modules(spec.sources[""], heads=bool(spec.projection_files))
     return build_vision_language(
         backbone,
         pooling=spec.pooling.get("") or stated_pooling(spec.sources[""]),

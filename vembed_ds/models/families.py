@@ -5,13 +5,16 @@ A family is told by the ``model_type`` of its config, never by the name or path 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, ViTConfig
 
-from vembed_ds.errors import one_line
+from vembed_ds.errors import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,37 @@ def load_pretrained(folder: str, config: Any, **options: Any) -> tuple[PreTraine
     model, found = loader.from_pretrained(
         folder, config=config, output_loading_info=True, **options
     )
+    return model, _missing(found)
+
+
+def load_state(
+    config: Any, tensors: Mapping[str, Tensor], **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with given weights, and the names of its tensors that these do not hold.
+
+    Args:
+        config: From :func:`trainable_config`.
+        tensors: By the model's own names.
+        options: As for ``AutoModel.from_pretrained``.
+
+    Raises:
+        ConfigError: The model has no such tensors; names the first.
+    """
+    trusted = {"trust_remote_code": options["trust_remote_code"]}
+    with torch.device("meta"):
+        kind: Any = type(build_from_config(config, **trusted))
+    options.pop("trust_remote_code")
+    model, found = kind.from_pretrained(
+        None, config=config, state_dict=dict(tensors), output_loading_info=True, **options
+    )
+    if unexpected := sorted(found["unexpected_keys"]):
+        raise ConfigError(
+            f"the weights do not fit {kind.__name__}: {len(unexpected)} unexpected (first: "
+            f"{unexpected[0]}); give the config.json that belongs to them"
+        )
+    return model, _missing(found)
+
+
+def _missing(found: Mapping[str, Any]) -> list[str]:
     # transformers adds an untrained pooler to a checkpoint without one; it is not read then.
-    missing = [name for name in found["missing_keys"] if "pooler." not in name]
-    return model, sorted(missing)
+    return sorted(name for name in found["missing_keys"] if "pooler." not in name)

@@ -129,6 +129,11 @@ def weight_files(source: BackboneSource) -> list[Path]:
     Raises:
         ConfigError: It has none, or lacks one that its index names.
     """
+    if source.state is not None:
+        raise ConfigError(
+            f"model {source.describe()}: its weights are those of vembed-factory's module, as accelerate "
+            "saves them, which are not read tensor by tensor; give a checkpoint with Hugging Face files"
+        )
     if (whole := repository_file(source, SAFE_WEIGHTS_NAME)) is not None:
         return [whole]
     index = repository_file(source, SAFE_WEIGHTS_INDEX_NAME)

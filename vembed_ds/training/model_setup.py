@@ -151,6 +151,9 @@ def setup_model(
         ConfigError: The model cannot be built, or not trained exactly so.
     """
     model = config.model
+    folder, settings = _saved(model)
+    if layout := settings.get("layout"):
+        logger.info("model_name: %s is %s", folder, layout)
     scale, bias = learned_scalars(config.loss)
     built = build_model(
         spec,

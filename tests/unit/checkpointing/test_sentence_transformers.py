@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import nn
 
 from tests.converting import adapted, composed_model, convert, family_model
 from tests.distributed import export_cases as cases
+from tests.parity.families import FAMILIES
 from vembed_ds import Encoder
+from vembed_ds.config.schema import ModelConfig
 from vembed_ds.data.records import Item
 from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
+from vembed_ds.training.model_setup import model_spec
 
 TOLERANCE = 1e-6  # absolute, on unit vectors
 IMAGES = cases.images()
@@ -220,6 +226,70 @@ def test_weights_in_16_bit_are_computed_in_float32(tmp_path: Path, dtype: str) -
     read = SentenceTransformer(str(folder), device="cpu")
     assert read[0].model.dtype == torch.float32
     check(folder, read)
+
+
+# Layers behind the pooling, as a folder of the library has them.
+HEADS: dict[str, Callable[[], list[Any]]] = {
+    "matrix": lambda: [Dense(16, 6, bias=False, activation_function=nn.Identity())],
+    "two_layers": lambda: [
+        Dense(16, 16, activation_function=nn.GELU()),
+        Dense(16, 6, bias=False, activation_function=nn.Identity()),
+    ],
+}
+
+
+def theirs(tmp_path: Path, heads: list[Any]) -> Path:
+    """A folder that the library itself wrote."""
+    FAMILIES["bert"].save(tmp_path / "bert")
+    torch.manual_seed(3)
+    modules = [Transformer(str(tmp_path / "bert")), Pooling(16, "mean"), *heads, Normalize()]
+    model = SentenceTransformer(modules=modules, prompts={"query": "a red "}, device="cpu")
+    model.save(str(tmp_path / "theirs"))
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_their_dense_modules_are_a_starting_point(tmp_path: Path, name: str) -> None:
+    folder = theirs(tmp_path, HEADS[name]())
+    model, encoder = SentenceTransformer(str(folder), device="cpu"), Encoder(folder, device="cpu")
+    check(folder, model, encoder)
+    rows = encoder.encode_text(TEXTS, role="query")
+    np.testing.assert_allclose(rows, model.encode_query(TEXTS), rtol=0, atol=TOLERANCE)
+    # Training starts there, and what is converted afterwards is read there again.
+    spec = model_spec(ModelConfig(model_name=str(folder)))
+    trained = build_model(spec)
+    again = convert(tmp_path, trained, encoder.processor)
+    rows = SentenceTransformer(str(again), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(rows, model.encode(TEXTS), rtol=0, atol=TOLERANCE)
+    with pytest.raises(ConfigError, match=r"projection_dim=7: .* has a trained projection to 6"):
+        model_spec(ModelConfig(model_name=str(folder), projection_dim=7))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (lambda: Dense(16, 6), r"Dense modules \(Tanh behind a matrix with bias\) are no proj"),
+        (
+            lambda: Dense(16, 16, bias=False, activation_function=nn.Identity(), use_residual=True),
+            r"Dense modules \(Identity behind a matrix without bias, use_residual\) are no proj",
+        ),
+    ],
+)
+def test_dense_modules_of_another_kind(
+    tmp_path: Path, head: Callable[[], Any], message: str
+) -> None:
+    folder = theirs(tmp_path, [head()])
+    with pytest.raises(ConfigError, match=message):
+        Encoder(folder)
+    with pytest.raises(ConfigError, match=message):
+        model_spec(ModelConfig(model_name=str(folder)))
+
+
+def test_a_dense_module_without_its_file(tmp_path: Path) -> None:
+    folder = theirs(tmp_path, HEADS["matrix"]())
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"2_Dense/model.safetensors: missing; copy the folder"):
+        Encoder(folder)
 
 
 def test_without_its_files_another_embedding_would_be_given(family: Callable[..., Path]) -> None:

@@ -210,6 +210,8 @@ def test_a_projection_file_runs_no_code(
 ) -> None:
     monkeypatch.setenv("VEMBED_TEST_SPILL", str(tmp_path / "ran"))
     folder = write("text", {"projection_head": {"weight": _Code()}}, projection_dim=5)
-    with pytest.raises(ConfigError, match=r"projection_head.pt: .* holds more than tensors"):
+    with pytest.raises(
+        ConfigError, match=r"projection_head.pt: .* more than tensors \(posix.mkdir\)"
+    ):
         Encoder(folder)
     assert not (tmp_path / "ran").exists()
