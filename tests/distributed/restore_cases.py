@@ -65,10 +65,9 @@ def resume(
         "messages": messages.lines,
         "rate": engine.learning_rate(),
         "scale": engine.loss_scale,
-        "random": [torch.initial_seed(), float(np.random.rand())],
+        "random": [torch.initial_seed(), *map(int, np.random.get_state()[1][:4])],
         "gathered": sum(p.numel() for p in model.parameters()) if engine.zero_stage == 3 else 0,
     }
-    load_checkpoint(engine.engine, Path(place), seed=SEED)  # it took a random number
     copy = _save(engine, model, Path(out) / "copy")
     found["state"] = read_state(open_checkpoint(copy))
     found |= _go_on(engine, model, kind, out=Path(out) / "end")
