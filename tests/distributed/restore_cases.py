@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 
 from tests.parity import cases, lora_cases
 from tests.worlds import set_fp16_support
@@ -29,9 +32,11 @@ BEFORE, AFTER, CHUNK = 2, 2, 5
 SEED = 11
 
 
-def save(*, folder: str, kind: str, ds_config: dict[str, Any], out: str) -> dict[str, Any]:
+def save(
+    *, folder: str, kind: str, ds_config: dict[str, Any], out: str, fused: bool = False
+) -> dict[str, Any]:
     """Train, save, and train on: what an uninterrupted run has."""
-    engine, model = _start(folder, kind, ds_config, out=out)
+    engine, model = _start(folder, kind, ds_config, out=out, fused=fused)
     torch.manual_seed(comm.rank())
     np.random.seed(comm.rank())
     scale = engine.loss_scale
@@ -111,6 +116,7 @@ def _start(
     perturb: bool = False,
     schedule: bool = True,
     freeze: str | None = None,
+    fused: bool = False,
 ) -> tuple[TrainEngine, EmbeddingModel]:
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
@@ -118,13 +124,25 @@ def _start(
     for name, parameter in model.named_parameters():
         if freeze and freeze in name:
             parameter.requires_grad_(False)
-        if perturb:  # whatever is not loaded would show
+        if perturb and parameter.is_floating_point():  # whatever is not loaded would show
             parameter.data.add_(0.05)
     if out is not None and ds_config["bf16"]["enabled"]:
         if comm.is_main():
             Path(out).mkdir(parents=True)
         keep_frozen_weights(model, Path(out))
-    engine = initialize_engine(
+    # DeepSpeed flattens the masters of a fused Adam, and its own needs a GPU.
+    fusing = mock.patch("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
+    with fusing if fused else nullcontext():
+        engine = _make_engine(model, ds_config, schedule=schedule)
+    assert isinstance(engine.engine.optimizer, FP16_Optimizer) == fused
+    model.train()
+    return engine, model
+
+
+def _make_engine(
+    model: EmbeddingModel, ds_config: dict[str, Any], *, schedule: bool
+) -> TrainEngine:
+    return initialize_engine(
         model,
         ds_config=ds_config,
         param_groups=build_param_groups(model, weight_decay=0.1),
@@ -132,13 +150,11 @@ def _start(
         if schedule
         else None,
     )
-    model.train()
-    return engine, model
 
 
 def _make_model(folder: Path, kind: str) -> EmbeddingModel:
-    if kind == "lora":
-        return lora_cases.make_model(folder, "clip", variant="lora", dropout=0.0)
+    if kind in ("lora", "qlora"):
+        return lora_cases.make_model(folder, "clip", variant=kind, dropout=0.0)
     if kind == "tied":
         model = cases.make_model(folder, kind="shared", temperature=0.1)
         layers = model.encoder.towers["text"].backbone.encoder.layer
@@ -148,7 +164,7 @@ def _make_model(folder: Path, kind: str) -> EmbeddingModel:
 
 
 def _train(engine: TrainEngine, model: EmbeddingModel, kind: str, steps: range) -> list[float]:
-    data_kind = {"lora": "clip", "tied": "shared"}.get(kind, kind)
+    data_kind = {"lora": "clip", "qlora": "clip", "tied": "shared"}.get(kind, kind)
     losses = []
     for step in steps:
         losses.append(cases.train_step(engine, model, data_kind, step, CHUNK, True, 0.1))

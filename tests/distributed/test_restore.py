@@ -56,19 +56,26 @@ class Runs:
         self._saved: dict[Any, dict[str, Any]] = {}
         self._numbers = itertools.count()
 
-    def save(self, ranks: int, made: dict[str, Any], kind: str, dropout: float = 0.0) -> Any:
-        key = (ranks, str(made), kind, dropout)
+    def save(
+        self, ranks: int, made: dict[str, Any], kind: str, dropout: float = 0.0, **more: Any
+    ) -> Any:
+        key = (ranks, str(made), kind, dropout, *more)
         if key not in self._saved:
-            self._saved[key] = self.run(
-                "save", ranks, made, kind, dropout, out=self._place / str(next(self._numbers))
-            )[0]
+            out = self._place / str(next(self._numbers))
+            self._saved[key] = self.run("save", ranks, made, kind, dropout, out=out, **more)[0]
         return self._saved[key]
 
     def resume(
-        self, ranks: int, made: dict[str, Any], kind: str, place: str, dropout: float = 0.0
+        self,
+        ranks: int,
+        made: dict[str, Any],
+        kind: str,
+        place: str,
+        dropout: float = 0.0,
+        **more: Any,
     ) -> Any:
         out = self._place / str(next(self._numbers))
-        return self.run("resume", ranks, made, kind, dropout, place=place, out=out)
+        return self.run("resume", ranks, made, kind, dropout, place=place, out=out, **more)
 
     def run(
         self,
@@ -95,6 +102,11 @@ def runs(world: Callable[[int], World], tmp_path_factory: pytest.TempPathFactory
     for dropout, folder in folders.items():
         save_models(folder, dropout=dropout)
     return Runs(world, folders, tmp_path_factory.mktemp("runs"))
+
+
+def copied(place: str, out: Path) -> Path:
+    shutil.copytree(place, out)
+    return out
 
 
 def same(state: dict[str, Any], other: dict[str, Any]) -> None:
@@ -195,6 +207,32 @@ def test_bf16(runs: Runs, first: int, later: int, kind: str) -> None:
         close(resumed["losses"], saved["losses"], 0.0 if first == later else 1e-2)
 
 
+@pytest.mark.parametrize(("first", "later"), [(0, 0), (0, 2), (2, 0)])
+def test_masters_in_flat_groups(runs: Runs, first: int, later: int) -> None:
+    """ZeRO-0 in bf16 with a fused Adam, which is what a GPU would have."""
+    saved = runs.save(2, config(first, 2, "bf16"), "clip", fused=first == 0)
+    made = config(later, 2, "bf16")
+    for resumed in runs.resume(2, made, "clip", saved["place"], fused=later == 0):
+        same(resumed["state"], saved["state"])
+        close(resumed["losses"], saved["losses"], 0.0 if first == later else 1e-2)
+
+
+def test_weights_in_4_bit(runs: Runs, tmp_path: Path) -> None:
+    """They are not written, and must be what they were."""
+    pytest.importorskip("bitsandbytes")
+    saved = runs.save(2, config(2, 2), "qlora")
+    for resumed in runs.resume(2, config(0, 2), "qlora", saved["place"]):
+        check(saved, resumed, bitwise=False)
+    place = copied(saved["place"], tmp_path / "other")
+    file = place / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=False)
+    name = next(n for n in state["module"] if n.endswith("base_layer.weight"))
+    state["module"][name] *= 1.01
+    torch.save(state, file)
+    for [text] in runs.run("refuse", 2, config(2, 2), "qlora", places=[str(place)]):
+        assert f"{place}: {name}: the base model is not the one that this was trained on" in text
+
+
 FP16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 24, "hysteresis": 2}
 
 
@@ -226,11 +264,6 @@ def test_optimizers(runs: Runs, first: dict[str, Any], later: dict[str, Any]) ->
     saved = runs.save(2, first, "clip")
     for resumed in runs.resume(2, later, "clip", saved["place"]):
         check(saved, resumed, bitwise=False)
-
-
-def copied(place: str, out: Path) -> Path:
-    shutil.copytree(place, out)
-    return out
 
 
 @pytest.mark.parametrize(

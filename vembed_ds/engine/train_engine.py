@@ -104,7 +104,8 @@ class TrainEngine:
     @property
     def loss_scale(self) -> float:
         """What the loss is multiplied by before the backward pass; 1 unless in fp16."""
-        return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
+        # A wrapper of bf16 weights has one that is None.
+        return float(getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     @loss_scale.setter
     def loss_scale(self, value: float) -> None:
