@@ -6,6 +6,7 @@ It is the last file that is written into a checkpoint, so a folder without it is
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -39,7 +40,9 @@ class Manifest:
         files: By path within the folder, with ``/``.
         config_digest: Of the run's resolved configuration; ``None``: it had none.
         versions: Of this package and the libraries that wrote the files.
-        written_at: Seconds since 1970, by rank 0's clock.
+        written_at: Seconds since 1970, by the writing rank's clock.
+        save_id: Of this very save; on disks of several machines all parts have the same.
+        num_disks: Machines that have a part each; 1: a shared folder has all of it.
     """
 
     step: int
@@ -49,6 +52,8 @@ class Manifest:
     config_digest: str | None
     versions: Mapping[str, str]
     written_at: float
+    save_id: str = ""
+    num_disks: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -63,17 +68,20 @@ def new_manifest(
     world_size: int,
     zero_stage: int,
     config_digest: str | None,
+    save_id: str = "",
+    num_disks: int = 1,
 ) -> Manifest:
     """The manifest of files that are written now, by the libraries that are installed."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return Manifest(
         step=step,
         world_size=world_size,
         zero_stage=zero_stage,
         files=dict(sorted(files.items())),
         config_digest=config_digest,
-        versions={"vembed_ds": vembed_ds.__version__, **versions},
+        versions=_versions(),
         written_at=time.time(),
+        save_id=save_id,
+        num_disks=num_disks,
     )
 
 
@@ -250,6 +258,12 @@ def deleting(folder: Path) -> Iterator[bool]:
         yield free
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"vembed_ds": vembed_ds.__version__, **found}
 
 
 def _damage(path: Path, record: FileRecord) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from vembed_ds.checkpointing.disks import this_disk
 from vembed_ds.checkpointing.names import BEST, checkpoint_name, move_pointer, read_pointer
 from vembed_ds.checkpointing.rotation import rotate
 from vembed_ds.checkpointing.saving import Snapshot, commit, take_snapshot
@@ -49,6 +50,7 @@ class SavePolicy:
         on_error: Whether a checkpoint that cannot be written ends the run or is warned of.
         background: Write in another thread, while training goes on.
         timeout_minutes: Longest wait of that thread for another rank.
+        node_local: The run's folder is every machine's own.
     """
 
     total_limit: int | None = None
@@ -56,6 +58,7 @@ class SavePolicy:
     on_error: str = "fail"
     background: bool = False
     timeout_minutes: float = 30.0
+    node_local: bool = False
 
 
 class Saver:
@@ -82,6 +85,7 @@ class Saver:
         self.config_digest = config_digest
         self.best = best
         self._saved_best = best
+        self._disk = this_disk(node_local=policy.node_local)
         self._writer: ThreadPoolExecutor | None = None
         self._group: Any = None
         self._unfinished: tuple[Future[Path], Best | None] | None = None
@@ -150,6 +154,7 @@ class Saver:
             write=write,
             config_digest=self.config_digest,
             deferred=self.policy.background,
+            disk=self._disk,
         )
         is_best = best is not None and best.step == step
         if self.policy.background:
@@ -214,6 +219,7 @@ class Saver:
         launcher.tell("saved", snapshot.step)
         if comm.is_main():
             logger.info("step %d: saved %s", snapshot.step, folder)
+        if self._disk.leads:
             self._rotate()
         return folder
 
@@ -226,7 +232,9 @@ class Saver:
             logger.warning("save_total_limit: an old checkpoint cannot be deleted: %s", error)
 
 
-def resume_best(checkpoint: Path | None, output_dir: Path, *, metric: str | None) -> Best | None:
+def resume_best(
+    checkpoint: Path | None, output_dir: Path, *, metric: str | None, node_local: bool = False
+) -> Best | None:
     """The best evaluation of the run that a checkpoint belongs to. Collective.
 
     ``best`` names its checkpoint afterwards. Where that is not in the run's folder (another
@@ -236,15 +244,20 @@ def resume_best(checkpoint: Path | None, output_dir: Path, *, metric: str | None
         checkpoint: What is resumed from, verified; ``None``: a fresh run.
         output_dir: Folder of this run.
         metric: Of this run; another one's best says nothing.
+        node_local: As of :class:`SavePolicy`.
 
     Raises:
         VembedError: On every rank: the folder cannot be written.
     """
     if checkpoint is None or metric is None:
         return None
-    return comm.run_on_main(
-        lambda: _resume_best(checkpoint, output_dir, metric), doing=f"reading {checkpoint}"
+    leads = this_disk(node_local=node_local).leads
+    best = comm.run_together(
+        lambda: _resume_best(checkpoint, output_dir, metric) if leads else None,
+        doing=f"reading {checkpoint}",
     )
+    found: Best | None = comm.all_gather_objects(best)[0]
+    return found
 
 
 def _resume_best(checkpoint: Path, output_dir: Path, metric: str) -> Best | None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import SafetensorError
 
+from vembed_ds.checkpointing.disks import Disk, this_disk
 from vembed_ds.checkpointing.manifest import (
     list_files,
     new_manifest,
@@ -43,6 +45,8 @@ from vembed_ds.durable import (
 from vembed_ds.engine.checkpoint_files import CheckpointFiles, save_engine
 from vembed_ds.errors import SaveError, VembedError, one_line
 
+T = TypeVar("T")
+
 # Universal checkpoints of ZeRO-1/2 cannot be made later without it.
 _UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
@@ -57,6 +61,7 @@ class Snapshot:
         step: Optimizer steps done.
         zero_stage: Of the engine.
         config_digest: Of the run's configuration.
+        disk: Where it lies.
         files: DeepSpeed's, of this rank.
         error: What went wrong with this rank's other files.
     """
@@ -66,6 +71,7 @@ class Snapshot:
     step: int
     zero_stage: int
     config_digest: str | None
+    disk: Disk
     files: CheckpointFiles
     error: str | None
 
@@ -110,6 +116,7 @@ def save_checkpoint(
         write=write,
         config_digest=config_digest,
         deferred=False,
+        disk=this_disk(node_local=False),
     )
     return commit(snapshot)
 
@@ -124,6 +131,7 @@ def take_snapshot(
     write: Callable[[Path], None],
     config_digest: str | None,
     deferred: bool,
+    disk: Disk,
 ) -> Snapshot:
     """Settle the content of a checkpoint; :func:`commit` must follow. Collective.
 
@@ -137,15 +145,18 @@ def take_snapshot(
         config_digest: See there.
         deferred: Copy the engine's tensors and leave the writing to :func:`commit`, which may then
             run in another thread; the small files are written at once.
+        disk: Where it lies; on every disk one rank writes what all ranks would write alike.
 
     Returns:
         What this rank has of it. File errors are in it and not raised.
     """
     folder = output_dir / checkpoint_name(step)
     partial = output_dir / partial_name(folder.name)
-    error = _attempt(lambda: _make_folder(partial), partial) if comm.is_main() else None
+    error = _attempt(lambda: _make_folder(partial), partial) if disk.leads else None
     comm.barrier()  # or another rank's first file would be removed with what a crash left
-    files = save_engine(engine, partial, client_state=dict(_UNIVERSAL), deferred=deferred)
+    files = save_engine(
+        engine, partial, client_state=dict(_UNIVERSAL), deferred=deferred, leads=disk.leads
+    )
     facts = {
         "step": step,
         "world_size": comm.world_size(),
@@ -156,13 +167,20 @@ def take_snapshot(
     def write_own_files() -> None:
         save_random_state(partial)
         write(partial)
-        if comm.is_main():
+        if disk.leads:
             describe(partial / "model")
             (partial / STATE).write_text(json.dumps(facts, indent=2))
 
     error = error or _attempt(write_own_files, partial)
     return Snapshot(
-        folder, partial, step, facts["zero_stage"], config_digest, files=files, error=error
+        folder=folder,
+        partial=partial,
+        step=step,
+        zero_stage=facts["zero_stage"],
+        config_digest=config_digest,
+        disk=disk,
+        files=files,
+        error=error,
     )
 
 
@@ -193,47 +211,65 @@ def commit(snapshot: Snapshot, *, best: bool = False) -> Path:
         own.update(_flush(partial, [name for name in list_files(partial) if _is_own(name)]))
 
     error = error or _attempt(flush_own_files, partial)
-    gathered = _agree(own, error, snapshot)
+    parts = _agree(_Part(snapshot.disk.name, own, uuid.uuid4().hex), error, snapshot)
 
-    def finish() -> None:
-        if not comm.is_main():
-            return
-        files = {name: record for records in gathered for name, record in records.items()}
-        files |= _flush(partial, [name for name in list_files(partial) if name not in files])
-        for place in [path for path in partial.rglob("*") if path.is_dir()]:
-            sync_folder(place)
-        manifest = new_manifest(
-            files,
-            step=snapshot.step,
-            world_size=comm.world_size(),
-            zero_stage=snapshot.zero_stage,
-            config_digest=snapshot.config_digest,
-        )
-        write_manifest(partial, manifest)
-        put_in_place(partial, folder)
-        move_pointer(folder.parent, LATEST, folder)
-        if best:
-            move_pointer(folder.parent, BEST, folder)
+    def seal() -> None:
+        if snapshot.disk.leads:
+            _seal(snapshot, parts)
 
-    _agree({}, _attempt(finish, partial), snapshot)
+    def publish() -> None:
+        if snapshot.disk.leads:
+            put_in_place(partial, folder)
+            move_pointer(folder.parent, LATEST, folder)
+            if best:
+                move_pointer(folder.parent, BEST, folder)
+
+    _agree(None, _attempt(seal, partial), snapshot)
+    _agree(None, _attempt(publish, partial), snapshot)  # no machine goes ahead of the others
     return folder
 
 
-def _agree(
-    own: dict[str, FileRecord], error: str | None, snapshot: Snapshot
-) -> list[dict[str, FileRecord]]:
-    """Every rank's files; or the same error on every rank when any has one. Collective."""
+class _Part(NamedTuple):
+    """What a rank has written: the disk's name, the files, and a name for this save."""
+
+    disk: int
+    files: dict[str, FileRecord]
+    save_id: str
+
+
+def _seal(snapshot: Snapshot, parts: Sequence[_Part]) -> None:
+    """The last file of a disk's part: the manifest of all others."""
+    partial = snapshot.partial
+    here = [part for part in parts if part.disk == snapshot.disk.name]
+    files = {name: record for part in here for name, record in part.files.items()}
+    files |= _flush(partial, [name for name in list_files(partial) if name not in files])
+    for place in [path for path in partial.rglob("*") if path.is_dir()]:
+        sync_folder(place)
+    manifest = new_manifest(
+        files,
+        step=snapshot.step,
+        world_size=comm.world_size(),
+        zero_stage=snapshot.zero_stage,
+        config_digest=snapshot.config_digest,
+        save_id=parts[0].save_id,
+        num_disks=len({part.disk for part in parts}),
+    )
+    write_manifest(partial, manifest)
+
+
+def _agree(own: T, error: str | None, snapshot: Snapshot) -> list[T]:
+    """What every rank has; or the same error on every rank when any has one. Collective."""
     answers = comm.all_gather_objects((own, error))
     failed = [(rank, found) for rank, (_, found) in enumerate(answers) if found is not None]
     if failed:
-        if comm.is_main():
+        if snapshot.disk.leads:
             shutil.rmtree(snapshot.partial, ignore_errors=True)
         rank, found = failed[0]
         raise SaveError(
             f"{snapshot.folder.name} was not saved: rank {rank}: {found}; earlier checkpoints are "
             "untouched. Make room or mend the folder, or let on_save_error: warn train on"
         )
-    return [records for records, _ in answers]
+    return [answer for answer, _ in answers]
 
 
 def _attempt(action: Callable[[], None], folder: Path) -> str | None:

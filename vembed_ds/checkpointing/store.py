@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vembed_ds.checkpointing.disks import Disk, this_disk
 from vembed_ds.checkpointing.manifest import (
     MANIFEST,
     Manifest,
@@ -32,21 +33,22 @@ class _Choice:
     """Checkpoints to try, in turn.
 
     Attributes:
-        candidates: The first that is whole is taken.
+        candidates: Names in the folder that was given; the first that is whole is taken. ``""``:
+            that folder itself.
         explicit: The user named this very checkpoint, so no other takes its place.
         problem: What is wrong with ``latest``, if anything.
         unfinished: Names of folders that crashed runs left.
         error: Why there is nothing to try.
     """
 
-    candidates: list[Path]
+    candidates: list[str]
     explicit: bool = False
     problem: str = ""
     unfinished: Sequence[str] = ()
     error: str = ""
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
+def find_checkpoint(resume: str, output_dir: Path, *, node_local: bool = False) -> Path | None:
     """The checkpoint to resume from, every file of it compared with its manifest. Collective.
 
     Of a run's folder that is the one ``latest`` names or, with a warning, the newest that is
@@ -55,6 +57,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     Args:
         resume: A checkpoint's folder, a run's folder, or ``"auto"`` (this run's folder).
         output_dir: Folder of this run.
+        node_local: Every machine has a part of it on a disk of its own.
 
     Returns:
         The folder; ``None`` only for ``"auto"`` when the run has no checkpoint at all.
@@ -64,7 +67,10 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
             named is damaged, or every checkpoint is.
     """
     doing = f"--resume {resume}"
-    choice = comm.run_on_main(lambda: _choose(resume, output_dir), doing=doing)
+    disk = this_disk(node_local=node_local)
+    place = output_dir if resume == "auto" else Path(resume)
+    comm.run_together(lambda: put_back(place) if disk.leads else None, doing=doing)
+    choice = comm.run_on_main(lambda: _choose(resume, place), doing=doing)
     if choice.error:
         raise CheckpointError(choice.error)
     if not choice.candidates:
@@ -77,8 +83,9 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
             )
         return None
     damaged: list[str] = []
-    for folder in choice.candidates:
-        damage = find_damage_together(folder)
+    for name in choice.candidates:
+        folder = place / name
+        damage = find_damage_together(folder, disk)
         if not damage:
             _report(doing, choice, damaged, taken=folder)
             return folder
@@ -94,8 +101,12 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     )
 
 
-def find_damage_together(folder: Path) -> list[str]:
+def find_damage_together(folder: Path, disk: Disk) -> list[str]:
     """What is wrong with a checkpoint; every rank reads a share of it. Collective.
+
+    Args:
+        folder: The checkpoint.
+        disk: Where it lies.
 
     Returns:
         One sentence per finding, the same on every rank; empty: it is whole.
@@ -104,25 +115,50 @@ def find_damage_together(folder: Path) -> list[str]:
     damage: list[str] = []
     try:
         manifest = read_manifest(folder)
-        part = share(manifest.files, index=comm.rank(), of=comm.world_size())
+        part = share(manifest.files, index=disk.index, of=disk.size)
         damage = find_damage(folder, part)
     except CheckpointError as error:
         damage = [str(error)]
-    found = comm.all_gather_objects((manifest, damage))
-    if any(other != found[0][0] for other, _ in found) and all(other for other, _ in found):
-        return [f"{folder / MANIFEST}: the ranks read different files; give a shared folder"]
+    found = comm.all_gather_objects((manifest, damage, disk.name))
+    problem = _disagreement(folder, [(name, m) for m, _, name in found if m is not None])
     if comm.is_main() and manifest is not None and (extra := extra_files(folder, manifest)):
         logger.warning(
             "%s: holds files that are no part of it and are not read: %s", folder, ", ".join(extra)
         )
-    return list(dict.fromkeys(problem for _, problems in found for problem in problems))
+    problems = [problem, *(text for _, texts, _ in found for text in texts)]
+    return [text for text in dict.fromkeys(problems) if text is not None]
 
 
-def _choose(resume: str, output_dir: Path) -> _Choice:
-    place = output_dir if resume == "auto" else Path(resume)
+def _disagreement(folder: Path, read: Sequence[tuple[int, Manifest]]) -> str | None:
+    """Why what the ranks read on their disks is no whole checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        read: Name of the disk and the manifest, of every rank that has one.
+    """
+    manifests = dict(read)
+    for manifest in manifests.values():
+        if manifest.num_disks != len(manifests):
+            return (
+                f"{folder / MANIFEST}: {manifest.num_disks} disks had a part of this checkpoint each, "
+                f"and {len(manifests)} have one now; resume on the same machines with the same "
+                "node_local_output"
+            )
+        if manifest.num_disks > 1 and manifest.world_size != comm.world_size():
+            return (
+                f"{folder / MANIFEST}: {manifest.world_size} ranks wrote this checkpoint to disks of "
+                f"their machines, and there are {comm.world_size()}; resume with as many"
+            )
+    if any(manifest != manifests[disk] for disk, manifest in read):
+        return f"{folder / MANIFEST}: ranks read different files in what should be one folder"
+    if len({manifest.save_id for manifest in manifests.values()}) > 1:
+        return f"{folder / MANIFEST}: the machines have parts of different runs or saves"
+    return None
+
+
+def _choose(resume: str, place: Path) -> _Choice:
     if (place / MANIFEST).is_file() or (place / STATE).is_file() or step_of(place.name) is not None:
-        return _Choice([place], explicit=True)
-    put_back(place)
+        return _Choice([""], explicit=True)
     latest, problem = read_pointer(place, LATEST)
     found = checkpoints(place)
     if not found:
@@ -135,7 +171,7 @@ def _choose(resume: str, output_dir: Path) -> _Choice:
             error=f"--resume {resume}: {what} (no folder checkpoint-step-N in {place}); name a "
             "folder checkpoint-step-N or a run's output folder",
         )
-    return _Choice(_ordered(found, latest), problem=problem)
+    return _Choice([folder.name for folder in _ordered(found, latest)], problem=problem)
 
 
 def _ordered(found: Sequence[Path], latest: Path | None) -> list[Path]:

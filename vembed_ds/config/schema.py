@@ -431,6 +431,10 @@ class RunConfig(Section):
         default=False,
         description="Write checkpoints in the background; training waits only while they are copied to host memory, which must hold one.",
     )
+    node_local_output: bool = Field(
+        default=False,
+        description="output_dir is a disk of each machine's own: every machine keeps its part of a checkpoint; only the same machines and ranks resume.",
+    )
     on_save_error: Literal["fail", "warn"] = Field(
         default="fail",
         description="A checkpoint that cannot be written (full disk): end the run, or warn and train on.",

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.distillation_rules import DISTILLATION_KEYS, distillation_problems
 from vembed_ds.config.fields import ScratchModel
 from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
@@ -215,6 +216,26 @@ def _save_epochs(config: Config) -> Iterator[str]:
             f"save_epochs={config.run.save_epochs}: streaming does not know when an epoch ends; set "
             "save_steps instead"
         )
+
+
+def _node_local(config: Config) -> Iterator[str]:
+    """What is stored once in ``output_dir`` and read by all ranks."""
+    if not config.run.node_local_output:
+        return
+    model, guides = config.model, [config.loss.guide_model_name]
+    guides += [entry.loss.get("guide_model_name") for entry in config.data.datasets]
+    modes = {entry.mode for entry in teacher_entries(config.distillation) if entry.model_name}
+    stored = {
+        "guide_model_name": next((guide for guide in guides if guide is not None), None),
+        "cache_frozen_encoder": model.freeze_text_encoder and model.cache_frozen_encoder,
+        "teacher_mode": next(iter(modes & {"cached", "first_epoch"}), None),
+    }
+    for key, value in stored.items():
+        if value:
+            yield (
+                f"node_local_output=True: {key}={value!r} stores vectors that all ranks read; "
+                f"give a shared output_dir, or change {key}"
+            )
 
 
 def _recall(config: Config) -> Iterator[str]:
@@ -427,6 +448,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
         _best_metric,
     ),
     (("save_epochs", "streaming"), _save_epochs),
+    (
+        (
+            *("node_local_output", "guide_model_name", "datasets", *DISTILLATION_KEYS),
+            *("freeze_text_encoder", "cache_frozen_encoder"),
+        ),
+        _node_local,
+    ),
     (("data_path", "datasets"), _training_data),
     (("datasets", "batching", "pooling_method", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),

@@ -101,6 +101,7 @@ def save_engine(
     *,
     client_state: dict[str, Any],
     deferred: bool,
+    leads: bool,
 ) -> CheckpointFiles:
     """Let DeepSpeed save into a folder. Collective; file errors are kept, not raised.
 
@@ -109,6 +110,7 @@ def save_engine(
         folder: Exists.
         client_state: Plain values that DeepSpeed keeps in its model file.
         deferred: As of :class:`CheckpointFiles`.
+        leads: Whether this rank writes what one rank of a disk must write.
 
     Returns:
         The files that this rank wrote, or is to write.
@@ -118,12 +120,15 @@ def save_engine(
     # Would copy DeepSpeed's converter, which unpickles anything, beside the checkpoint: rank 0
     # alone, and a full disk would end that rank alone.
     engine._copy_recovery_script = lambda save_path: None
+    writes = engine.save_non_zero_checkpoint
+    engine.save_non_zero_checkpoint = writes or leads
     try:
         engine.save_checkpoint(
             str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
         )
     finally:
         engine.checkpoint_engine = usual
+        engine.save_non_zero_checkpoint = writes
         del engine._copy_recovery_script
     return files
 

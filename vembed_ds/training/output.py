@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from vembed_ds.checkpointing.disks import Disk
 from vembed_ds.checkpointing.frozen import FROZEN_FILE
 from vembed_ds.checkpointing.names import BEST, LATEST
 from vembed_ds.config.loading import dump_config
@@ -34,6 +35,7 @@ _PROBE = ".seen-by-every-rank"
 _PROBE_SECONDS = 20
 _WRITE_PROBE = ".written-by-rank-"
 _WRITE_PROBE_BYTES = 65536
+_OWN_SECONDS = 3
 _WRITTEN = (
     CONFIG_FILE,
     DS_CONFIG_FILE,
@@ -73,7 +75,7 @@ def open_output(path: str) -> Path:
 
 
 def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bool) -> Path:
-    """Write the resolved configuration into the folder of :func:`open_output`. Rank 0 only.
+    """Write the resolved configuration into the folder of :func:`open_output`. One rank of a disk.
 
     A fresh run in the folder of an earlier one moves what that wrote to ``previous-<n>/``;
     nothing is overwritten.
@@ -165,6 +167,41 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
         f"output_dir={str(folder)!r}: rank {comm.rank()} on {platform.node()} cannot write there "
         f"({error.strerror or error}); give a folder that every rank can write to, on a disk with room"
     )
+
+
+def check_own(folder: Path, disk: Disk) -> None:
+    """Refuse a folder that machines share: each would take the other's files for its own.
+
+    Collective, before anything else is written there.
+
+    Raises:
+        ConfigError: On every rank, when one sees what a rank with another disk wrote.
+    """
+    doing = f"output_dir={str(folder)!r}"
+    probe = folder / f"{_PROBE}-{disk.name}"
+
+    def write() -> None:
+        if disk.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+
+    def look() -> None:
+        others = [path for path in folder.glob(f"{_PROBE}-*") if path != probe]
+        if disk.leads and others:
+            raise ConfigError(
+                f"output_dir={str(folder)!r}: node_local_output=true, and this folder is shared by "
+                "several machines; set node_local_output: false, or give a folder on each "
+                "machine's own disk"
+            )
+
+    comm.run_together(write, doing=doing)
+    if len(set(comm.all_gather_objects(disk.name))) > 1:
+        time.sleep(_OWN_SECONDS)  # network file systems show a new file late
+    try:
+        comm.run_together(look, doing=doing)
+    finally:
+        if disk.leads:
+            probe.unlink()
 
 
 def _find(probe: Path, token: str) -> None:

@@ -53,6 +53,7 @@ FREE = frozenset(
         "loader_timeout_seconds",
         "logging_steps",
         "max_steps",
+        "node_local_output",
         "num_workers",
         "on_save_error",
         "output_dir",
@@ -108,7 +109,11 @@ class Resumption:
 
 
 def choose_checkpoint(
-    resume: str | None, *, output_dir: str, allowed: Sequence[str] = ()
+    resume: str | None,
+    *,
+    output_dir: str,
+    allowed: Sequence[str] = (),
+    node_local: bool = False,
 ) -> Resumption | None:
     """The checkpoint to go on from; ``None`` for a fresh start. Collective.
 
@@ -116,6 +121,7 @@ def choose_checkpoint(
         resume: A checkpoint, a run's folder, ``"auto"``, or ``None``.
         output_dir: Of this run.
         allowed: Settings that may differ, by name.
+        node_local: Every machine has its own part of the checkpoint.
 
     Raises:
         CheckpointError: On every rank: there is none, or it cannot be read.
@@ -125,7 +131,7 @@ def choose_checkpoint(
         if allowed:
             raise ConfigError(f"{ALLOW} {' '.join(allowed)}: only with --resume; remove it")
         return None
-    folder = find_checkpoint(resume, Path(output_dir))
+    folder = find_checkpoint(resume, Path(output_dir), node_local=node_local)
     if folder is None:
         logger.warning("--resume auto: %s has no checkpoint; starting fresh", output_dir)
         return None

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from vembed_ds.checkpointing.describe import describe_model
+from vembed_ds.checkpointing.disks import this_disk
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.restore import load_checkpoint
 from vembed_ds.checkpointing.resumable import check_loadable
@@ -54,6 +55,7 @@ from vembed_ds.training.loss_setup import (
 from vembed_ds.training.memory_report import reports_memory
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.output import (
+    check_own,
     check_shared,
     list_skipped,
     open_output,
@@ -121,12 +123,18 @@ def train(
     """
     phases.set_place("preparing the run")
     configured = config.training.batch_size
-    resumption = choose_checkpoint(resume, output_dir=config.run.output_dir, allowed=allow_change)
+    disk = this_disk(node_local=config.run.node_local_output)
+    resumption = choose_checkpoint(
+        resume,
+        output_dir=config.run.output_dir,
+        allowed=allow_change,
+        node_local=config.run.node_local_output,
+    )
     if resumption is not None:
         config = keep_global_batch(config, resumption)
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
     stage = ds_config["zero_optimization"]["stage"]
-    if resumption is not None:
+    if resumption is not None and not config.run.node_local_output:
         comm.run_together(
             lambda: check_loadable(resumption.folder, state=resumption.state, zero_stage=stage),
             doing=f"reading {resumption.folder}",
@@ -149,13 +157,16 @@ def train(
         return {}
     step = 0 if resumption is None else resumption.step
     folder = Path(config.run.output_dir)
+    if config.run.node_local_output:
+        check_own(folder, disk)
     tracker = comm.run_together(
         lambda: _open_output(config, ds_config, data.skipped, resumption=resumption),
         doing=f"output_dir={config.run.output_dir!r}",
     )
-    check_shared(folder)
+    if not config.run.node_local_output:
+        check_shared(folder)
     comm.run_together(
-        lambda: remove_leftovers(folder) if comm.is_main() else None,
+        lambda: remove_leftovers(folder) if disk.leads else None,
         doing=f"output_dir={config.run.output_dir!r}",
     )
     with phase(Kind.OTHER, "building extensions"):
@@ -194,6 +205,7 @@ def train(
             None if resumption is None else resumption.folder,
             folder,
             metric=config.run.best_metric,
+            node_local=config.run.node_local_output,
         ),
     )
     loop = build_loop(
@@ -231,6 +243,7 @@ def save_policy(run: RunConfig) -> SavePolicy:
         on_error=run.on_save_error,
         background=run.save_async,
         timeout_minutes=run.timeout_minutes,
+        node_local=run.node_local_output,
     )
 
 
@@ -418,12 +431,14 @@ def _open_output(
     resumption: Resumption | None,
 ) -> Tracker | None:
     """Folder and trackers of the run, on rank 0; before the model, so that mistakes show early."""
-    if not comm.is_main():
-        return None
     run = config.run
+    if not this_disk(node_local=run.node_local_output).leads:
+        return None
     resuming = _own_checkpoint(resumption, config) is not None
     lock_output(open_output(run.output_dir))
     folder = prepare_output(config, ds_config, resuming=resuming)
+    if not comm.is_main():
+        return None  # another machine's disk
     list_skipped(folder, skipped)
     return build_tracker(
         run.report_to,

@@ -366,7 +366,9 @@ def test_a_dump_reads_back_as_equal(base, tmp_path, seed):
     values |= {"run_name": rng.choice(TRICKY_TEXTS), "eval_steps": 0, "projection_layers": None}
     values["topk_tokens"] = 0
     # Others that are refused beside the rest.
-    values |= dict.fromkeys(("use_dora", "use_rslora", "load_in_4bit", "streaming"), False)
+    values |= dict.fromkeys(
+        ("use_dora", "use_rslora", "load_in_4bit", "streaming", "node_local_output"), False
+    )
     for needs_another_key in ("guide_margin", "use_all_negatives", "shuffle_buffer"):
         values.pop(needs_another_key, None)
     for key in [key for key in values if key.startswith(("teacher_", "distillation_"))]:

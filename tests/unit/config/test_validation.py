@@ -425,3 +425,27 @@ def test_inner_layers_of_items_of_both_kinds_are_refused(mode: str) -> None:
 def test_when_checkpoints_are_saved(values: dict[str, Any], message: str) -> None:
     (problem,) = problems_of(**values)
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("guide_model_name='some/guide'", {"guide_model_name": "some/guide"}),
+        ("cache_frozen_encoder=True", {"freeze_text_encoder": True}),
+        (
+            "teacher_mode='cached'",
+            {
+                "teacher_model_name": "some/teacher",
+                "teacher_mode": "cached",
+                "distillation_alpha": 0.5,
+            },
+        ),
+    ],
+)
+def test_what_all_ranks_read_needs_a_shared_folder(key: str, values: dict[str, Any]) -> None:
+    assert problems_of(**values) == []
+    (problem,) = problems_of(node_local_output=True, **values)
+    assert problem == (
+        f"node_local_output=True: {key} stores vectors that all ranks read; give a shared "
+        f"output_dir, or change {key.partition('=')[0]}"
+    )
