@@ -15,7 +15,7 @@ from tests.worlds import World
 from vembed_ds.checkpointing.manifest import read_manifest, verify
 
 CASES = "tests.faults.node_cases:"
-DS_CONFIG = str(ROOT / "ds_configs" / "zero0.json")
+DS_CONFIG = str(ROOT / "ds_configs" / "zero{}.json")
 SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
@@ -118,18 +118,20 @@ def test_parts_are_not_taken_for_a_shared_folder(find: Callable[..., dict[str, A
     assert "2 disks had a part of this checkpoint each, and 1 have one now" in error
 
 
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_a_run_goes_on_from_its_disks(
-    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
 ) -> None:
     config = make_config(node_local_output=True, save_steps=2)
-    arguments = {"config": config, "ds_config": DS_CONFIG, "out": str(tmp_path)}
+    arguments = {"config": config, "ds_config": DS_CONFIG.format(stage), "out": str(tmp_path)}
     for answer in world(2).run(f"{CASES}train_on_disks", **arguments):
         assert "error" not in answer, answer["error"]
     metrics = tmp_path / "disk-0" / "metrics.jsonl"
     expected = metrics.read_text()
-    states = tmp_path / "disk-1" / "checkpoint-step-4" / "mp_rank_00_model_states.pt"
-    content = states.read_bytes()
-    states.write_bytes(content[:-1])
+    states = tmp_path / "disk-1" / "checkpoint-step-4" / "random_state_rank_1.pt"
+    states.write_bytes(states.read_bytes()[:-1])
     for answer in world(2).run(f"{CASES}train_on_disks", **arguments, resume="auto"):
         assert "error" not in answer, answer["error"]
     assert losses(metrics.read_text()) == losses(expected)
@@ -149,5 +151,7 @@ def test_a_shared_folder_is_refused(
     world: Callable[[int], World], make_config: Callable[..., str]
 ) -> None:
     config = make_config(node_local_output=True)
-    for answer in world(2).run(f"{CASES}train_as_two_machines", config=config, ds_config=DS_CONFIG):
+    for answer in world(2).run(
+        f"{CASES}train_as_two_machines", config=config, ds_config=DS_CONFIG.format(0)
+    ):
         assert "node_local_output=true, and this folder is shared by several" in answer["error"]
