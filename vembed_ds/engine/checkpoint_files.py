@@ -15,7 +15,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from vembed_ds.durable import FileRecord, describe_write_error, write_hashed
+from vembed_ds.durable import FileRecord, HashedFile, describe_write_error, write_hashed
 from vembed_ds.errors import CheckpointError, one_line
 
 
@@ -75,9 +75,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
 
     def _write(self, path: Path, state: Any) -> None:
         def write() -> None:
-            self.records[path] = write_hashed(
-                path, lambda file: torch.save(state, cast(IO[bytes], file))
-            )
+            self.records[path] = write_hashed(path, lambda file: _save(state, file))
 
         self._keep_error(path, write, needed=lambda: count_bytes(state))
 
@@ -93,6 +91,19 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
             self.error = CheckpointError(describe_write_error(error, path, needed=wanted))
         except RuntimeError as error:
             self.error = CheckpointError(f"{path}: cannot be written: {one_line(error)}")
+
+
+def _save(state: Any, file: HashedFile) -> None:
+    """As :func:`torch.save`, without its CRC-32, which takes a third of the time.
+
+    Nothing of torch reads it, and the manifest has a better checksum of the whole file.
+    """
+    usual = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, cast(IO[bytes], file))
+    finally:
+        torch.serialization.set_crc32_options(usual)
 
 
 def save_engine(
