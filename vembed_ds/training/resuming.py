@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "settings"
 CONFIGURED = "configured_batch_size"
 BATCH = "global_batch_size"
+_MEMORY = "; if that does not fit into memory, set use_gradient_cache: true"
 
 # May differ when a run is resumed: they change neither the samples nor the update.
 FREE = frozenset(
@@ -52,6 +53,7 @@ FREE = frozenset(
         "image_root",
         "loader_timeout_seconds",
         "logging_steps",
+        "max_bad_records",
         "max_steps",
         "node_local_output",
         "num_workers",
@@ -156,11 +158,12 @@ def keep_global_batch(config: Config, resumption: Resumption) -> Config:
     if number == given:
         return config
     logger.warning(
-        "batch_size: %d -> %d per rank, so that with %d ranks the global batch stays %d",
+        "batch_size: %d -> %d per rank, so that with %d ranks the global batch stays %d%s",
         given,
         number,
         world_size,
         resumption.settings[BATCH],
+        "" if number < given or config.training.use_gradient_cache else _MEMORY,
     )
     training = config.training.model_copy(update={"batch_size": number})
     return config.model_copy(update={"training": training})
@@ -262,6 +265,8 @@ def check_judges(resumption: Resumption, judges: Mapping[str, str]) -> None:
     saved = {name: resumption.settings.get(name, digest) for name, digest in judges.items()}
     changes = find_changes(saved, judges, free=())
     check_changes(changes, allowed=resumption.allowed, checkpoint=resumption.folder)
+    if changes:
+        logger.info("changed too: %s", describe_changes(changes, allowed=resumption.allowed))
 
 
 def _read(folder: Path) -> dict[str, Any]:
