@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vembed_ds import train
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF
 from vembed_ds.errors import CheckpointError, ConfigError
@@ -270,6 +271,13 @@ def test_changes_are_allowed_only_when_something_is_resumed() -> None:
     with pytest.raises(ConfigError, match=r"--allow_change lr seed: only with --resume; remove it"):
         choose_checkpoint(None, output_dir="out", allowed=["lr", "seed"])
     assert choose_checkpoint(None, output_dir="out") is None
+
+
+def test_the_flag_may_be_given_several_times() -> None:
+    needed = ["--config", "a.yaml", "--ds_config", "b.json", "--resume", "auto"]
+    arguments = train._parse([*needed, "--allow_change", "lr", "seed", "--allow_change", "epochs"])
+    assert arguments.allow_change == ["lr", "seed", "epochs"]
+    assert train._parse(needed).allow_change == []
 
 
 def test_a_checkpoint_of_an_earlier_version(folder: Path) -> None:
