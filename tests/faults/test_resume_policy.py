@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModel
 
 from tests.distributed.test_train import ds_file, losses_of, metrics_of
 from tests.worlds import World
@@ -118,6 +119,27 @@ def test_other_parameters_are_refused_even_if_they_are_named(resume: Resume) -> 
         assert "lr: 0.001 -> 1.0 (by --allow_change)" in answer["error"]
         assert "python -m vembed_ds.convert" in answer["error"]
         assert not answer["built"]
+
+
+def test_a_model_that_moved_and_another_one(
+    resume: Resume, clip_folder: Path, first_run: Path, tmp_path: Path
+) -> None:
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(clip_folder, moved)
+    for answer in resume(model_name=str(moved)):
+        assert "(allow it where it is the same model in another place)" in answer["error"]
+        assert answer["error"].endswith("--allow_change model_name")
+        assert not answer["built"]
+    config = AutoConfig.from_pretrained(clip_folder)
+    config.projection_dim += 2
+    shutil.copytree(clip_folder, other)
+    AutoModel.from_config(config).save_pretrained(other)
+    for answer in resume(model_name=str(other), allow=("model_name",)):
+        assert "is of another model: " in answer["error"]
+        assert "text_projection" in answer["error"]
+    for answer in resume(model_name=str(moved), allow=("model_name",)):
+        assert "error" not in answer
+    assert losses_of(tmp_path / "out") == losses_of(first_run / "out")
 
 
 def test_a_name_that_no_setting_has(resume: Resume) -> None:

@@ -15,7 +15,6 @@ from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.disks import this_disk
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.restore import load_checkpoint
-from vembed_ds.checkpointing.resumable import check_loadable
 from vembed_ds.checkpointing.rotation import remove_leftovers
 from vembed_ds.checkpointing.saver import SavePolicy, Saver, resume_best
 from vembed_ds.config.loading import dump_config
@@ -134,11 +133,6 @@ def train(
         config = keep_global_batch(config, resumption)
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins or {})
     stage = ds_config["zero_optimization"]["stage"]
-    if resumption is not None and not config.run.node_local_output:
-        comm.run_together(
-            lambda: check_loadable(resumption.folder, state=resumption.state, zero_stage=stage),
-            doing=f"reading {resumption.folder}",
-        )
     entries = dataset_entries(config.data)
     losses = loss_configs(config.loss, entries)
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
