@@ -80,9 +80,9 @@ class Punished:
         if f"VEMBED_STATUS_FILE={self.folder}/" not in environment:
             return ""
         words = line.split("\0")
-        for rank in (0, 1):
-            if f"--local_rank={rank}" in words and "deepspeed.launcher.launch" not in words:
-                return f"rank {rank}"
+        if words[1:4] == ["-u", "-m", "vembed_ds.train"]:
+            variables = dict(pair.partition("=")[::2] for pair in environment.split("\0"))
+            return f"rank {variables['LOCAL_RANK']}"
         if "deepspeed.launcher.launch" in words:
             return "launcher"
         if "vembed_ds.train" in words:

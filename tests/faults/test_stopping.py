@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import tiny_config
-from tests.distributed.test_train import ds_file, losses_of, run
+from tests.distributed.test_train import ds_file, losses_of, metrics_of, run
 from tests.faults.checkpoints_alike import require_same_checkpoints
 from tests.worlds import World
 from vembed_ds.errors import (
@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
         ("step", 2, 1, ["SIGTERM"], 2, 1),
         ("step", 3, 0, ["SIGUSR1", "SIGTERM", "SIGINT"], 3, 2),
         ("evaluation", 2, 1, ["SIGINT", "SIGINT"], 2, 1),
+        ("evaluation", 10, 0, ["SIGTERM"], 4, 2),  # behind the last step
         ("save", 1, 0, ["SIGTERM", "SIGTERM"], 2, 1),  # is finished, and not repeated
         ("wait", 1, 1, ["SIGTERM"], 1, 1),
     ],
@@ -71,7 +72,12 @@ def test_a_stopped_run_goes_on_bitwise(
     assert (tmp_path / "out" / "latest").read_text() == checkpoint.name
     run(world(2), config, 2, resume="auto")
     assert losses_of(tmp_path / "out") == losses_of(whole)
+    assert evaluations_of(tmp_path / "out") == evaluations_of(whole)
     require_same_checkpoints(tmp_path / "out" / "checkpoint-step-4", whole / "checkpoint-step-4")
+
+
+def evaluations_of(folder: Path) -> dict[int, dict[str, float]]:
+    return {int(line["step"]): line for line in metrics_of(folder) if "eval/mrr" in line}
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ class TrainingLoop:
         evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
         step: Optimizer steps already done.
         saved: The checkpoint of ``step``, where it is one of this run's own.
+        evaluation_left: Whether the evaluation after ``step`` was left by a signal.
         signals: Whom the loader asks too while it waits; ``None``: nobody is asked there.
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
         attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
@@ -114,6 +115,7 @@ class TrainingLoop:
         evaluate: Callable[[], dict[str, float]] | None = None,
         step: int = 0,
         saved: Path | None = None,
+        evaluation_left: bool = False,
         signals: StopSignals | None = None,
         pin_memory: bool = False,
         attach: Callable[[Batch], Batch] = lambda batch: batch,
@@ -128,6 +130,7 @@ class TrainingLoop:
         self.teachers = teachers
         self.step = step
         self._newest, self._saved_step, self._saved_at = saved, step, time.monotonic()
+        self.evaluation_left = evaluation_left
         self._save_is_late, self._last_loss = False, torch.zeros(())
         self._signals = signals or StopSignals()
         self._pin_memory = pin_memory and engine.device.type != "cpu"
@@ -174,6 +177,10 @@ class TrainingLoop:
         metrics: dict[str, float] = {}
         if self.step == 0 and self.intervals.eval_on_start:
             metrics = self.evaluate()
+        elif self.evaluation_left:
+            metrics = self.evaluate()
+            if metrics and self._judge(self.step, metrics):
+                self.save()
         self.model.train()
         progress: tqdm[Any] = tqdm(
             initial=self.step,
@@ -305,11 +312,13 @@ class TrainingLoop:
         """Evaluate, log and return the metrics; the model is in training mode afterwards."""
         if self._evaluate is None:
             return {}
+        self.evaluation_left = True
         with self._clock_stopped(), phase(Kind.EVALUATION):
             self.model.eval()
             metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
             self.model.train()
             self._report(metrics)
+        self.evaluation_left = False
         return metrics
 
     def save(self) -> None:

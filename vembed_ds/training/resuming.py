@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "settings"
 CONFIGURED = "configured_batch_size"
+EVALUATION_LEFT = "evaluation_left"
 BATCH = "global_batch_size"
 _MEMORY = "; if that does not fit into memory, set use_gradient_cache: true"
 
@@ -98,6 +99,11 @@ class Resumption:
     def step(self) -> int:
         """Optimizer steps that it has done."""
         return int(self.state["step"])
+
+    @property
+    def evaluation_left(self) -> bool:
+        """Whether a signal stopped the run in the evaluation after this step."""
+        return bool(self.state.get(EVALUATION_LEFT))
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -226,7 +232,7 @@ def check_resumption(
         num_steps: Of the run.
 
     Returns:
-        Whether anything is left to train.
+        Whether anything is left to train or to evaluate.
 
     Raises:
         CheckpointError: A change that was not allowed.
@@ -246,7 +252,7 @@ def check_resumption(
         num_steps,
         describe_changes(changes, allowed=allowed) or "nothing",
     )
-    if resumption.step < num_steps:
+    if resumption.step < num_steps or resumption.evaluation_left:
         return True
     logger.warning("%s: the run is complete, nothing is left to train", resumption.folder)
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -63,6 +62,7 @@ from vembed_ds.training.output import (
 )
 from vembed_ds.training.resuming import (
     CONFIGURED,
+    EVALUATION_LEFT,
     SETTINGS,
     Resumption,
     check_judges,
@@ -217,6 +217,7 @@ def train(
         tracker=tracker,
         step=step,
         saved=_own_checkpoint(resumption, config),
+        evaluation_left=resumption is not None and resumption.evaluation_left,
         attach=vectors.attach,
         teachers=teachers,
     )
@@ -287,6 +288,7 @@ def build_loop(
     tracker: Tracker | None,
     step: int,
     saved: Path | None,
+    evaluation_left: bool,
     attach: Callable[[Batch], Batch],
     teachers: Teachers,
 ) -> TrainingLoop:
@@ -320,20 +322,21 @@ def build_loop(
         chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
         intervals=intervals,
         tracker=tracker,
-        save=functools.partial(
-            _save,
+        save=lambda step: _save(
             config,
             model,
             saver,
             data.processor,
-            state,
+            {**state, EVALUATION_LEFT: loop.evaluation_left},
             teachers,
+            step,
         ),
         judge=saver.judge,
         finish_saving=saver.finish,
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
         step=step,
         saved=saved,
+        evaluation_left=evaluation_left,
         signals=signals,
         pin_memory=loading.pin_memory,
         attach=attach,
