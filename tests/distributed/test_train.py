@@ -325,7 +325,7 @@ def test_a_diverged_run_stops_and_saves_nothing(
         scheduler_type="constant",
     )  # fmt: skip
     for answer in world(2).run(RUN, config=config, ds_config=ds_file(1)):
-        assert answer["error"].startswith("DivergedError: step 2: train/loss is nan")
+        assert answer["error"].startswith("DivergedError: step 2: the loss is nan on rank 0, nan")
     assert (tmp_path / "out" / "latest").read_text() == "checkpoint-step-1"
 
 

@@ -15,6 +15,7 @@ from tests.parity.family_reference import COMPOSED, NEGATIVES, RANK_SHARE, TEMPE
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
+from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.teacher_config import resolve_teacher_config
 from vembed_ds.losses import Distillation, Prefixes, alpha_schedule, build_loss
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -22,6 +23,7 @@ from vembed_ds.models.reach import mark_unreached
 from vembed_ds.teachers.ema import EmaTeacher
 from vembed_ds.teachers.teacher import Teacher, load_teacher
 from vembed_ds.training.loop import Intervals, TrainingLoop
+from vembed_ds.training.nonfinite import StepGuard
 from vembed_ds.training.teacher_sources import (
     EmaSource,
     LiveTeacher,
@@ -69,6 +71,8 @@ def train(
         intervals=Intervals(num_steps=4, steps_per_epoch=None, logging_steps=99),
         tracker=None,
         save=lambda step: Path(),
+        guard=StepGuard(engine, folder=Path()),
+        replicas=ReplicaCheck(engine, every=0),
         teachers=Teachers(sources, widths={}),
     )
     model.train()

@@ -385,7 +385,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Batch, length of the run, seed, gradient cache."""
+    """Batch, length of the run, seed, gradient cache, what is watched."""
 
     batch_size: PositiveInt = Field(
         default=32, description="Pairs per rank and step, all of them in one loss."
@@ -405,6 +405,21 @@ class TrainingConfig(Section):
     )
     gradient_self_test: bool = Field(
         default=True, description="At start, compare a chunked gradient with a whole one."
+    )
+    on_nonfinite: Literal["abort", "skip"] = Field(
+        default="abort",
+        description="What a step does whose loss or gradient is NaN or infinite on any rank: end the run, or leave the step out. Its records are written to nonfinite-step-N.json.",
+    )
+    max_nonfinite_steps: PositiveInt = Field(
+        default=10, description="Most steps in a row that on_nonfinite: skip leaves out."
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=10.0,
+        description="Warn, and write the records to spike-step-N.json, when loss or gradient norm is this many times the median of the last 100 steps; null: never.",
+    )
+    replica_check_steps: NonNegativeInt = Field(
+        default=100,
+        description="Steps between comparisons of what every rank holds whole; 0: only before checkpoints.",
     )
 
 

@@ -214,6 +214,10 @@ class PairDataset(PairEncoder, Dataset[Sample | VembedError]):
         """Number of rows."""
         return len(self._rows)
 
+    def row_number(self, index: int) -> int:
+        """Number of a record's row in the table, which has those too that are left out."""
+        return self._rows[index]
+
     def record(self, index: int) -> Record:
         """A record, not decoded; it has the number of its row in the table.
 

@@ -59,6 +59,12 @@ class Mixture(Dataset[Sample | VembedError]):
         member = bisect_right(self._starts, index) - 1
         return member, index - self._starts[member]
 
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the data set, and number of the row in it, of a record."""
+        member, row = self.place(index)
+        dataset = self.members[member]
+        return dataset.reader.origin, dataset.row_number(row)
+
     def record(self, index: int) -> Record:
         """The record, not decoded.
 

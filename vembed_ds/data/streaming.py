@@ -23,7 +23,7 @@ from vembed_ds.data.dataset import PairEncoder, Sample
 from vembed_ds.data.order import permutation
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import RecordReader
-from vembed_ds.data.sampler import StreamedRow, rank_slice
+from vembed_ds.data.sampler import ROW_BITS, StreamedRow, rank_slice
 from vembed_ds.data.shards import Shard, numbered_rows
 from vembed_ds.data.waiting import never, take
 from vembed_ds.errors import DataError, VembedError
@@ -286,6 +286,10 @@ class PairStream(PairEncoder, Dataset[Sample | VembedError]):
     def parts(self) -> set[Part]:
         """Whether any record may hold a text, an image, or both."""
         return self.reader.parts
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the shard, and number of the row in it, of ``StreamedRow.index``."""
+        return self._names[index >> ROW_BITS], index % (1 << ROW_BITS)
 
     def __getitem__(self, row: Any) -> Sample | VembedError:
         """Encodes one :class:`StreamedRow`; an error is returned, as by :class:`PairDataset`."""

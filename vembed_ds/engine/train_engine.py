@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.gradients import LocalGradients
 from vembed_ds.engine.loss_scale import LossScaleUpdates
+from vembed_ds.engine.reduced import Piece, norm_of, reduced_pieces
 
 
 class TrainEngine:
@@ -29,7 +30,8 @@ class TrainEngine:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine = engine
         self.zero_stage = int(engine.zero_optimization_stage())
-        self._trained = [p for p in engine.module.parameters() if p.requires_grad]
+        self._names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
+        self._trained = list(self._names)
         self._local = LocalGradients(self._trained)
         # At stage 0 fp16 is refused.
         scaled = engine.fp16_enabled() and self.zero_stage > 0
@@ -97,6 +99,40 @@ class TrainEngine:
             norm = torch.as_tensor(self.engine.get_global_grad_norm())
         return norm
 
+    def skip_step(self) -> None:
+        """Drop the gradient instead of stepping, and count as DeepSpeed does after an overflow.
+
+        Weights, optimizer, loss scale and schedule stay as they are; the step is counted.
+        """
+        self.discard_gradients()
+        engine = self.engine
+        engine.skipped_steps += 1
+        engine.global_steps += 1
+        engine.micro_steps += 1
+        engine.global_samples += engine.train_batch_size()
+
+    def partition_norm(self) -> Tensor:
+        """Norm of what this rank holds of the reduced gradient, float32, 0-dim. Local.
+
+        At stage 0 every rank holds the whole, above it a part of its own. NaN or infinite when a
+        number in it is. Only between :meth:`reduce_once` and :meth:`step`.
+        """
+        return norm_of(self._reduced_pieces()) / self.loss_scale
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters of whose reduced gradient this rank holds a NaN or an infinity.
+
+        Local; it waits for the device once per parameter. When as for :meth:`partition_norm`.
+        """
+        pieces = self._reduced_pieces()
+        return [self._names[p] for p, piece in pieces if not bool(piece.isfinite().all())]
+
+    @property
+    def overflow_is_normal(self) -> bool:
+        """fp16: whether an infinite gradient only says that the loss scale is too high still."""
+        scaler: Any = getattr(self.engine.optimizer, "loss_scaler", None)
+        return bool(getattr(scaler, "dynamic", False) and scaler.cur_scale > scaler.min_scale)
+
     def learning_rate(self) -> float:
         """Rate of the next update (of the first parameter group)."""
         return float(self.engine.get_lr()[0])
@@ -129,6 +165,13 @@ class TrainEngine:
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = None
             optimizer.micro_step_id = -1
+            # With an offloaded optimizer it remembers an overflow, and would skip the next step.
+            optimizer.reset_cpu_buffers()
+
+    def _reduced_pieces(self) -> list[Piece]:
+        return reduced_pieces(
+            self.engine.optimizer, zero_stage=self.zero_stage, trained=self._trained
+        )
 
     @property
     def _plain_optimizer(self) -> bool:

@@ -22,14 +22,16 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.waiting import WaitInterrupted
 from vembed_ds.distributed import comm, phases
 from vembed_ds.distributed.phases import Kind, phase
+from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import DivergedError, StoppedError
+from vembed_ds.errors import StoppedError
 from vembed_ds.losses import LossFunction
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.loss_inputs import loss_inputs
+from vembed_ds.training.nonfinite import StepGuard
 from vembed_ds.training.stopping import StopRequested, StopSignals, raise_agreed
 from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
@@ -66,6 +68,7 @@ class _Window:
     loss: Tensor | float = 0.0
     parts: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    summed: int = 0  # of these; the others had no finite loss or gradient
     skipped: int = 0
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -88,6 +91,8 @@ class TrainingLoop:
         judge: Whether an evaluation after a step calls for a checkpoint; collective.
         finish_saving: Waits for what is still being written; gives the newest checkpoint of this run,
             if it has any yet; collective.
+        guard: Decides whether a step may be made.
+        replicas: Compares what all ranks hold.
         evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
         step: Optimizer steps already done.
         saved: The checkpoint of ``step``, where it is one of this run's own.
@@ -110,6 +115,8 @@ class TrainingLoop:
         intervals: Intervals,
         tracker: Tracker | None,
         save: Callable[[int], Path | None],
+        guard: StepGuard,
+        replicas: ReplicaCheck,
         judge: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
         finish_saving: Callable[[], Path | None] = lambda: None,
         evaluate: Callable[[], dict[str, float]] | None = None,
@@ -127,11 +134,11 @@ class TrainingLoop:
         self.intervals, self.tracker = intervals, tracker
         self._save, self._evaluate, self._attach = save, evaluate, attach
         self._judge, self._finish_saving = judge, finish_saving
-        self.teachers = teachers
+        self.teachers, self.guard, self.replicas = teachers, guard, replicas
         self.step = step
         self._newest, self._saved_step, self._saved_at = saved, step, time.monotonic()
         self.evaluation_left = evaluation_left
-        self._save_is_late, self._last_loss = False, torch.zeros(())
+        self._save_is_late = False
         self._signals = signals or StopSignals()
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
@@ -166,7 +173,6 @@ class TrainingLoop:
         if self.step == 0:
             return "before the first step, so that there is nothing to save: start again"
         if self._newest is None or self._saved_step != self.step:
-            self.require_finite(comm.mean_over_ranks(self._last_loss))
             self.save()
         newest = self._finish_saving() or self._newest
         if newest is None:  # it could not be written, and on_save_error is "warn"
@@ -190,16 +196,17 @@ class TrainingLoop:
         self._progress = progress
         for batch in self.batches():
             result, rate = self.compute_gradient(batch), self.engine.learning_rate()
-            norm = self.engine.step()
-            self.step, self._last_loss = self.step + 1, result.loss
+            sound = self.guard.accept(result, batch, step=self.step + 1, learning_rate=rate)
+            norm = self.engine.step() if sound else None
+            self.step += 1
             self.teachers.after_step(self.step, updated=norm is not None)
-            self.log(result, norm, rate, num_pairs=len(batch.indices))
+            self.replicas.after_step(self.step)
+            self.log(result, norm, rate, num_pairs=len(batch.indices), sound=sound)
             is_best = False
             if self.intervals.due(self.intervals.eval_steps, self.step):
                 metrics = self.evaluate()
                 is_best = bool(metrics) and self._judge(self.step, metrics)
             if is_best or self._save_is_late or self.intervals.save_due(self.step):
-                self.require_finite(comm.mean_over_ranks(result.loss))
                 self.save()
         progress.close()
         self._finish_saving()
@@ -282,6 +289,7 @@ class TrainingLoop:
         """
 
         def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
+            self.guard.watch(rows)
             inputs = loss_inputs(batch, rows, learned, teachers=said, step=self.step)
             self._parts = inputs.parts
             return self.loss_functions[batch.member](inputs)
@@ -324,6 +332,7 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         with self._clock_stopped(), phase(Kind.SAVING, f"saving checkpoint-step-{self.step}"):
+            self.replicas.require_equal(self.step)
             self.teachers.before_save()
             self._newest = self._save(self.step) or self._newest
         self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -342,14 +351,22 @@ class TrainingLoop:
         self._window.started += time.perf_counter() - started
 
     def log(
-        self, result: StepResult, norm: Tensor | None, learning_rate: float, *, num_pairs: int
+        self,
+        result: StepResult,
+        norm: Tensor | None,
+        learning_rate: float,
+        *,
+        num_pairs: int,
+        sound: bool,
     ) -> None:
         """Add a step to the window; write the window when it is due (first and last step too)."""
         window = self._window
-        window.loss = window.loss + result.loss
-        for name, part in self._parts.items():
-            window.parts[name] = window.parts.get(name, torch.zeros_like(part)) + part
+        if sound:
+            window.loss = window.loss + result.loss
+            for name, part in self._parts.items():
+                window.parts[name] = window.parts.get(name, torch.zeros_like(part)) + part
         window.steps += 1
+        window.summed += sound
         window.skipped += norm is None
         if self._progress is not None:
             self._progress.update()
@@ -358,7 +375,7 @@ class TrainingLoop:
             return
         seconds = time.perf_counter() - window.started
         pairs = num_pairs * comm.world_size() * window.steps
-        loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / window.steps)
+        loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / (window.summed or math.nan))
         metrics = {
             "train/loss": float(loss),
             "train/lr": learning_rate,
@@ -368,7 +385,7 @@ class TrainingLoop:
             "train/skipped_steps": float(window.skipped),
         }
         for name, part in window.parts.items():
-            metrics[f"train/loss_{name}"] = float(comm.mean_over_ranks(part / window.steps))
+            metrics[f"train/loss_{name}"] = float(comm.mean_over_ranks(part / window.summed))
         if self.intervals.steps_per_epoch:
             metrics["train/epoch"] = self.step / self.intervals.steps_per_epoch
         if "logit_scale" in result.learned:
@@ -377,22 +394,6 @@ class TrainingLoop:
             metrics["train/logit_bias"] = float(result.learned["logit_bias"])
         self._window = _Window()
         self._report(metrics)
-        self.require_finite(loss)
-
-    def require_finite(self, loss: Tensor) -> None:
-        """Stop a run that can only get worse.
-
-        Args:
-            loss: Scalar, mean over the ranks: every rank stops, or none.
-
-        Raises:
-            DivergedError: The loss is NaN or infinite.
-        """
-        if not math.isfinite(float(loss)):
-            raise DivergedError(
-                f"step {self.step}: train/loss is {float(loss)}: the model has diverged; go back to "
-                "an earlier checkpoint and lower lr, set max_grad_norm, or use another precision"
-            )
 
     def _report(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is None:

@@ -26,6 +26,7 @@ from vembed_ds.data.workers import prepare_server
 from vembed_ds.distributed import comm, phases
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.extensions import prepare_extensions
+from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
@@ -52,6 +53,7 @@ from vembed_ds.training.loss_setup import (
 )
 from vembed_ds.training.memory_report import reports_memory
 from vembed_ds.training.model_setup import model_spec
+from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.output import (
     check_own,
     check_shared,
@@ -333,6 +335,8 @@ def build_loop(
         ),
         judge=saver.judge,
         finish_saving=saver.finish,
+        guard=step_guard(config, engine, Path(config.run.output_dir), locate=data.train.locate),
+        replicas=ReplicaCheck(engine, every=training.replica_check_steps),
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
         step=step,
         saved=saved,

@@ -16,6 +16,7 @@ from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config, RunConfig, default_of
 from vembed_ds.data.collators import Batch
 from vembed_ds.distributed import comm
+from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.teacher_engine import TeacherEngine
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError
@@ -29,6 +30,7 @@ from vembed_ds.training.data_utils import TensorBatch
 from vembed_ds.training.evaluator import Evaluator
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_distillation
+from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.teacher_loading import teacher_ds_config
 from vembed_ds.training.teacher_sources import NO_TEACHERS, SameInputs, Teachers
 from vembed_ds.training.tensor_batches import ItemizedBatch, TensorItems, itemize
@@ -111,6 +113,8 @@ class Trainer(TrainingLoop):
                 lambda: _tracker(self.config), doing=f"output_dir={self.config.run.output_dir!r}"
             ),
             save=functools.partial(_save, model, engine, config.get("processor"), self.config),
+            guard=step_guard(self.config, engine, Path(self.config.run.output_dir)),
+            replicas=ReplicaCheck(engine, every=training.replica_check_steps),
             evaluate=None if val_dataloader is None else lambda: self._val_loss(val_dataloader),
             pin_memory=self.config.data.pin_memory,
             teachers=teachers,

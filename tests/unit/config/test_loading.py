@@ -347,7 +347,7 @@ def random_value(name: str, default: Any, rng: random.Random) -> Any:
     if isinstance(default, int):
         return rng.randint(1, 10**6)
     if isinstance(default, float):
-        tiny = 1e-4 if name == "temperature" else 1e-15
+        tiny = {"temperature": 1e-4, "spike_factor": 1.001}.get(name, 1e-15)
         return rng.choice([rng.random() * 0.99 + tiny, rng.random() * 1e-12 + tiny])
     if name == "run_name":
         return rng.choice(TRICKY_TEXTS)
