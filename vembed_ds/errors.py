@@ -70,6 +70,10 @@ class PeerError(DistributedError):
     """Another rank died, hangs or never came, so that a restart may help."""
 
 
+class ReplicaError(DistributedError):
+    """Ranks hold different copies of what must be the same; the last checkpoint was compared."""
+
+
 class StoppedError(VembedError):
     """A signal stopped the run, which can go on from its checkpoint; no failure."""
 

@@ -13,7 +13,7 @@ from tests.parity.cases import make_engine, make_model, train_step
 from vembed_ds.distributed import comm
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import DistributedError
+from vembed_ds.errors import ReplicaError
 
 DAMAGED_RANK = 1
 DAMAGED_STEP = 3
@@ -46,7 +46,7 @@ def damage(
             if step == DAMAGED_STEP and comm.rank() == DAMAGED_RANK:
                 _damage(engine, what=what, name=name)
             replicas.after_step(step)
-    except DistributedError as found:
+    except ReplicaError as found:
         error = str(found)
     engine.engine.destroy()
     return error

@@ -111,7 +111,7 @@ def test_what_has_diverged_is_not_saved(
     )
     for answer in answers:
         assert answer["error"].startswith(
-            "DistributedError: step 2: the ranks no longer hold the same model: logit_scale, on rank 1"
+            "ReplicaError: step 2: the ranks no longer hold the same model: logit_scale, on rank 1"
         )
     assert (tmp_path / "out" / "latest").read_text() == "checkpoint-step-1"
     assert not (tmp_path / "out" / "checkpoint-step-2").exists()

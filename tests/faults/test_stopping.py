@@ -15,6 +15,7 @@ from vembed_ds.errors import (
     ConfigError,
     DivergedError,
     PeerError,
+    ReplicaError,
     StoppedError,
     VembedError,
     WorkerError,
@@ -137,6 +138,7 @@ def test_saving_by_time_counts_from_the_last_checkpoint(
         (DivergedError("step 2"), 2),
         (PeerError("rank 1 died"), 1),
         (WorkerError("loader process 1 of 2 was killed"), 1),
+        (ReplicaError("step 2"), 1),
         (StoppedError("stopped"), 75),
     ],
 )

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
 OLDEST_BUILD_SECONDS = 15 * 60
+QUIET_SECONDS = 10.0  # every start takes torch's lock for a moment
+POLL_SECONDS = 0.5
 _HELD: dict[Path, TextIO] = {}  # open for as long as the process lives
 
 
@@ -57,7 +59,7 @@ def _build(folder: Path, names: list[str]) -> None:
     if _hold(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
         remove_stale_locks(folder)
     else:
-        refuse_old_locks(folder)
+        wait_for_builds(folder)
     for name in names:
         get_accelerator().create_op_builder(name).load(verbose=False)
 
@@ -73,20 +75,35 @@ def _hold(folder: Path, kind: int) -> bool:
     return True
 
 
-def refuse_old_locks(folder: Path) -> None:
-    """Name a lock that no build can still be holding; torch would wait for it for ever.
+def wait_for_builds(folder: Path) -> None:
+    """Wait for what other jobs build, and say so; torch would wait without a word, and for ever.
 
     Raises:
         VembedError: A ``lock`` older than any compilation takes.
     """
-    for lock in folder.glob("**/lock"):
-        age = _age_seconds(lock)
-        if age is not None and age > OLDEST_BUILD_SECONDS:
+    started, told = time.monotonic(), False
+    while ages := _lock_ages(folder):
+        lock, age = max(ages.items(), key=lambda found: found[1])
+        if age > OLDEST_BUILD_SECONDS:
             raise VembedError(
                 f"{lock} is {age / 60:.0f} minutes old: a build was killed and left it, and DeepSpeed "
                 "would wait for it for ever; end the other jobs on this machine that are "
                 "starting, and remove the file"
             )
+        if not told and time.monotonic() - started > QUIET_SECONDS:
+            told = True
+            logger.warning(
+                "%s: waiting until another job has built this; if none is building, end the other "
+                "jobs on this machine and remove the file (it is given up at an age of %d minutes)",
+                *(lock, OLDEST_BUILD_SECONDS // 60),
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _lock_ages(folder: Path) -> dict[Path, float]:
+    """Torch's ``lock`` files, and how many seconds old they are."""
+    found = {lock: _age_seconds(lock) for lock in folder.glob("**/lock")}
+    return {lock: age for lock, age in found.items() if age is not None}
 
 
 def needed_extensions(ds_config: Mapping[str, Any]) -> list[str]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import DistributedError
+from vembed_ds.errors import ReplicaError
 
 # Elements at a time, as 64-bit numbers. What fits a processor's cache is ten times as fast as 32 MB;
 # an accelerator is kept busy by more.
@@ -53,16 +54,20 @@ class ReplicaCheck:
             step: Steps done, for the message.
 
         Raises:
-            DistributedError: On every rank, naming the first tensor that differs, and where.
+            ReplicaError: On every rank, naming the first tensor that differs, and where.
         """
         if step == self._step:
             return
+        with phase(Kind.WAITING, "comparing the replicas"):
+            self._compare(step)
+        self._step = step
+
+    def _compare(self, step: int) -> None:
         sums = _on_host({name: checksum(t) for name, t in _replicated(self._engine)})
         total = _fold(sums.values())
         highest, lowest = comm.all_max([total, ~total])
         if highest != ~lowest:
-            raise DistributedError(_describe(comm.all_gather_objects(sums), step))
-        self._step = step
+            raise ReplicaError(_describe(comm.all_gather_objects(sums), step))
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import DivergedError, one_line
 from vembed_ds.similarity import Embeddings
@@ -116,7 +117,8 @@ class StepGuard:
             self._finite = {}  # of this step
 
     def _judge(self, result: StepResult, batch: Batch, *, step: int, learning_rate: float) -> bool:
-        verdict = self._agree(result)
+        with phase(Kind.REDUCTION, "checking the gradient"):
+            verdict = self._agree(result)
         facts = {
             "step": step,
             "learning_rate": learning_rate,

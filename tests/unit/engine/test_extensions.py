@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
 from pathlib import Path
 
 import pytest
 
-from vembed_ds.engine.extensions import needed_extensions, refuse_old_locks, remove_stale_locks
-from vembed_ds.errors import VembedError
+from vembed_ds.engine.extensions import (
+    needed_extensions,
+    remove_stale_locks,
+    wait_for_builds,
+)
 
 SHIPPED = Path(__file__).parent.parent.parent.parent / "ds_configs"
 
@@ -48,15 +49,5 @@ def test_a_lock_that_its_owner_removes_meanwhile_is_no_error(
 ) -> None:
     gone = [tmp_path / "deepspeed_shm_comm" / "lock"]
     monkeypatch.setattr(Path, "glob", lambda *_: iter(gone))
-    refuse_old_locks(tmp_path)
+    wait_for_builds(tmp_path)
     assert remove_stale_locks(tmp_path) == gone
-
-
-def test_an_old_lock_is_refused_while_other_jobs_run(tmp_path: Path) -> None:
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    refuse_old_locks(tmp_path)  # a build may be running
-    os.utime(lock, (time.time() - 3600,) * 2)
-    with pytest.raises(VembedError, match="lock is 60 minutes old: a build was killed"):
-        refuse_old_locks(tmp_path)
