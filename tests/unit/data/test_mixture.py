@@ -58,6 +58,7 @@ def test_records_are_numbered_through(make: Make) -> None:
     assert len(mixture) == 5
     assert [mixture.place(index) for index in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert mixture.record(4).query.text == "b query 1"
+    assert mixture.locate(4) == ("b.jsonl", 1)
     found = sample(mixture[SampleKey(4, 2)])
     assert (found.index, found.member) == (4, 1)
 
@@ -127,6 +128,8 @@ def test_bad_records_are_found_and_left_out(make: Make, tmp_path: Path) -> None:
     good = dataset.without({record.row for record in bad})
     assert len(good) == 4
     assert [good.record(index).index for index in range(4)] == [0, 1, 3, 5]
+    places = map(Mixture([good, dataset]).locate, range(6))
+    assert [number for _, number in places] == [0, 1, 3, 5, 0, 1]
     assert not find_bad_records(good, num_threads=1)
     check_number(bad, limit=2, origin="pictures.jsonl", total=6)
     message = r"pictures.jsonl: 2 of 6 records cannot be used, and max_bad_records=1; the first: "

@@ -295,6 +295,17 @@ def test_results_do_not_depend_on_the_workers(
     ]
 
 
+def test_a_row_is_found_again_by_its_number(
+    folder: Path, minilm: str, image_settings: dict[str, Any]
+) -> None:
+    pytest.importorskip("kornia")
+    pairs, _ = opened(folder, minilm, image_settings)
+    row = StreamedRow(0, 7, 2, {})
+    assert pairs.locate(row.index) == (str(folder / "train.jsonl"), 7)
+    several = PairStream(["a", "b"], reader=pairs.reader, processor=pairs.processor, seed=1)
+    assert several.locate(StreamedRow(1, 3, 0, {}).index) == ("b", 3)
+
+
 def test_samples_are_those_of_the_table(
     folder: Path, minilm: str, image_settings: dict[str, Any]
 ) -> None:
