@@ -116,6 +116,9 @@ def make_model(folder: Path, kind: str) -> EmbeddingModel:
     if kind in ("shared", "gpt2"):
         source = BackboneSource(name=str(folder / ("gpt2" if kind == "gpt2" else "text")))
         return build_model(ModelSpec({"": source}, pooling={"": "mean"}))
+    if kind == "late":
+        source = BackboneSource(name=str(folder / "text"))
+        return build_model(ModelSpec({"": source}, pooling={"": "none"}, projection_dim=7))
     if kind == "tied":
         model = make_model(folder, "shared")
         layers = model.encoder.towers["text"].backbone.encoder.layer
@@ -201,7 +204,9 @@ def _train_step(engine: TrainEngine, inputs: dict[str, dict[str, Tensor]]) -> No
     """Pull the rows of the streams towards something different on each rank."""
     with engine.reduce_once():
         outputs = engine.embed(inputs)
-        rows = [functional.normalize(outputs[stream].float(), dim=1) for stream in inputs]
+        pooled = [outputs[stream].float() for stream in inputs]
+        pooled = [rows.mean(dim=1) if rows.dim() == 3 else rows for rows in pooled]
+        rows = [functional.normalize(one, dim=1) for one in pooled]
         logits = rows[0] @ rows[-1].T * outputs.get("logit_scale", torch.tensor([2.3])).exp()
         target = torch.arange(len(logits)).roll(1 + comm.rank())
         engine.backward(functional.cross_entropy(logits.float(), target))
@@ -209,11 +214,11 @@ def _train_step(engine: TrainEngine, inputs: dict[str, dict[str, Tensor]]) -> No
 
 
 def _embed(engine: TrainEngine, inputs: dict[str, dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """Unit rows of every stream, in evaluation mode."""
+    """Unit rows of every stream, in evaluation mode; of late interaction one per token."""
     engine.module.eval()
     with torch.no_grad():
         outputs = engine.embed(inputs)
-    return {s: functional.normalize(outputs[s].float(), dim=1).cpu().numpy() for s in inputs}
+    return {s: functional.normalize(outputs[s].float(), dim=-1).cpu().numpy() for s in inputs}
 
 
 def _held(engine: TrainEngine) -> dict[str, Tensor]:

@@ -20,12 +20,18 @@ from tests.parity.conftest import ds_config
 from tests.worlds import World
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.consolidate import load_consolidated
-from vembed_ds.checkpointing.export import export_model
+from vembed_ds.checkpointing.export import Options, export_model
+from vembed_ds.checkpointing.files import resolve_checkpoint
+from vembed_ds.checkpointing.verifying import require_equal, verify_export
 
 STAGES = [0, 1, 2, 3]
 TOLERANCE = 1e-6  # absolute, on unit vectors
 
 pytestmark = [pytest.mark.distributed(2)]
+
+
+def slow(*values: Any) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,41 @@ def test_embeddings(train: Callable[..., Any], tmp_path: Path, kind: str, stage:
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
         by_hand = functional.normalize(plain[stream], dim=1).numpy()
         np.testing.assert_allclose(by_hand, expected, rtol=0, atol=TOLERANCE)
+    check_verified(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 3, *slow(1, 2)])
+@pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
+def test_late_interaction(
+    train: Callable[..., Any], tmp_path: Path, stage: int, dtype: str
+) -> None:
+    trained = train("late", stage)["after"]["text"]
+    export_model(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    if dtype == "float32":
+        rows = Encoder(tmp_path / "out", device="cpu").encode_text(cases.TEXTS, batch_size=2)
+        for got, expected in zip(rows, trained, strict=True):
+            assert got.shape[1:] == (7,)
+            np.testing.assert_allclose(got, expected[: len(got)], rtol=0, atol=TOLERANCE)
+    check_verified(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", [*slow(*cases.KINDS)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_formats(
+    train: Callable[..., Any], tmp_path: Path, kind: str, stage: int, dtype: str
+) -> None:
+    train(kind, stage)
+    export_model(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    check_verified(tmp_path, dtype=dtype)
+
+
+def check_verified(tmp_path: Path, **options: Any) -> None:
+    """By this package and by sentence-transformers."""
+    checkpoint = resolve_checkpoint(tmp_path / "run")
+    found = verify_export(checkpoint, tmp_path / "out", Options(**options))
+    assert len(found) == 2
+    require_equal(found, tmp_path / "out")
 
 
 def check_weights(state: dict[str, torch.Tensor], trained: dict[str, Any]) -> None:

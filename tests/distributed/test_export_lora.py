@@ -16,7 +16,14 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from tests.distributed import export_cases as cases
-from tests.distributed.test_export import PLAIN, TOLERANCE, pixels_of, tokens_of
+from tests.distributed.test_export import (
+    PLAIN,
+    TOLERANCE,
+    check_verified,
+    pixels_of,
+    slow,
+    tokens_of,
+)
 from tests.parity.conftest import ds_config
 from tests.worlds import World
 from vembed_ds import Encoder
@@ -101,6 +108,7 @@ def test_merged(
     for stream, rows in PLAIN[kind](tmp_path / "out").items():  # transformers alone
         by_hand = functional.normalize(rows, dim=1).numpy()
         np.testing.assert_allclose(by_hand, trained["after"][stream], rtol=0, atol=TOLERANCE)
+    check_verified(tmp_path)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -194,6 +202,16 @@ def test_adapters_of_a_composed_encoder(train: Callable[..., Any], tmp_path: Pat
     assert (out / "text_encoder" / "model.safetensors").is_file()
     assert (out / "text_projection.safetensors").is_file()
     check_encoder(out, trained)
+
+
+@pytest.mark.parametrize("stage", [0, 3, *slow(1, 2)])
+def test_late_interaction(train: Callable[..., Any], tmp_path: Path, stage: int) -> None:
+    trained = train("late", stage)["after"]["text"]
+    export_model(tmp_path / "run", tmp_path / "out")
+    rows = Encoder(tmp_path / "out", device="cpu").encode_text(cases.TEXTS)
+    for got, expected in zip(rows, trained, strict=True):
+        np.testing.assert_allclose(got, expected[: len(got)], rtol=0, atol=TOLERANCE)
+    check_verified(tmp_path)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

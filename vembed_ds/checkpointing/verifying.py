@@ -180,21 +180,29 @@ def _by_sentence_transformers(
         return None
     kinds = [entry["type"] for entry in json.loads(modules.read_text(encoding="utf-8"))]
     own = any(kind.startswith("vembed_ds.") for kind in kinds)
-    if "none" in read_settings(folder).get("pooling", {}).values():
-        return None  # token embeddings, of which its versions give different parts
-    from sentence_transformers import SentenceTransformer
-
-    trusted = own or options.trust_remote_code
-    model: Any = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trusted)
+    late = "none" in read_settings(folder).get("pooling", {}).values()
+    model = _load_by_sentence_transformers(
+        folder, late=late and not own, trusted=own or options.trust_remote_code
+    )
+    given = {"output_value": "token_embeddings"} if late and own else {}
     rows: list[Array] = []
     places: list[int] = []
     for kind in ("text", "image"):
         chosen = [i for i, item in enumerate(items) if _only(item) == kind]
         if chosen:
             inputs = [getattr(items[place], kind) for place in chosen]
-            rows += list(model.encode(inputs, normalize_embeddings=True, batch_size=len(inputs)))
+            found = model.encode(inputs, batch_size=len(inputs), **given)
+            rows += [np.asarray(row) for row in found]
             places += chosen
     return rows, places
+
+
+def _load_by_sentence_transformers(folder: Path, *, late: bool, trusted: bool) -> Any:
+    import sentence_transformers
+
+    kind = "MultiVectorEncoder" if late else "SentenceTransformer"
+    load = getattr(sentence_transformers, kind)
+    return load(str(folder), device="cpu", trust_remote_code=trusted)
 
 
 def _only(item: Item) -> str | None:

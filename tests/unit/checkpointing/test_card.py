@@ -93,6 +93,8 @@ def test_the_code_gives_the_embeddings(
     exec(code_of(card, "vembed_ds"), ours)
     plain: dict[str, Any] = {}
     exec(code_of(card, "transformers"), plain)
+    theirs: dict[str, Any] = {}
+    exec(code_of(card, "sentence-transformers"), theirs)
     encoder = Encoder(out, device="cpu")
     expected: dict[str, Any] = {}
     if "text" in encoder.model.parts:
@@ -100,12 +102,12 @@ def test_the_code_gives_the_embeddings(
     if "image" in encoder.model.parts:
         expected["image"] = encoder.encode_image([Image.open("a.jpg"), Image.open("b.jpg")])
     for stream, rows in expected.items():
-        for row, own, by_hand in zip(
-            rows, ours[f"{stream}_embeddings"], plain[f"{stream}_embeddings"], strict=True
-        ):
+        found = [made[f"{stream}_embeddings"] for made in (ours, plain, theirs)]
+        for row, own, by_hand, by_them in zip(rows, *found, strict=True):
             np.testing.assert_array_equal(own, row)
             by_hand = by_hand.numpy()[: len(row)] if row.ndim == 2 else by_hand.numpy()
             np.testing.assert_allclose(by_hand, row, rtol=0, atol=2e-6)
+            np.testing.assert_allclose(by_them, row, rtol=0, atol=2e-6)
     assert expected
 
 
@@ -125,7 +127,7 @@ def test_front_matter_and_figures(backbones: Path, save: Save, tmp_path: Path) -
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert card.data.to_dict() == {
         "base_model": "some-org/tiny-bert",
-        "library_name": "transformers",
+        "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "tags": ["vembed_ds", "embeddings", "feature-extraction", "text"],
     }

@@ -43,8 +43,13 @@ def lora_model(backbones: Path, kind: str, **options: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *[(name, "float32") for name in MODELS],
+        *[(name, "bfloat16") for name in ("mean", "composed", "adapter")],
+    ],
+)
 def test_a_conversion_that_is_right(
     backbones: Path, save: Save, tmp_path: Path, name: str, dtype: str
 ) -> None:
@@ -54,7 +59,7 @@ def test_a_conversion_that_is_right(
     export_model(saved, tmp_path / "out", **options)
     found = verify_export(saved, tmp_path / "out", Options(**options))
     require_equal(found, tmp_path / "out")
-    assert found[0].reader == "vembed_ds"
+    assert [one.reader for one in found] == ["vembed_ds", "sentence-transformers"]
     assert found[0].num_items == {"clip": 10, "composed": 10, "convnext": 4}.get(kind, 6) + (
         kind in ("clip", "composed")
     )
@@ -64,17 +69,23 @@ def test_a_conversion_that_is_right(
         assert found[0].rounding > 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
-@pytest.mark.parametrize("kind", ["shared", "gpt2", "clip"])
+@pytest.mark.parametrize(
+    ("kind", "options", "dtype"),
+    [
+        ("shared", {}, "float32"),
+        ("shared", {"use_rslora": True}, "float16"),
+        ("gpt2", {"use_dora": True}, "float32"),
+        ("clip", {"use_dora": True}, "bfloat16"),
+    ],
+)
 def test_merged_adapters(
     backbones: Path, save: Save, tmp_path: Path, kind: str, options: dict[str, Any], dtype: str
 ) -> None:
     saved = save(lora_model(backbones, kind, **options), kind)
     export_model(saved, tmp_path / "out", dtype=dtype)
-    (found,) = verify_export(saved, tmp_path / "out", Options(dtype=dtype))
-    require_equal([found], tmp_path / "out")
-    assert found.limit == (LIMIT_MERGED if dtype == "float32" else LIMIT_MERGED_16_BIT)
+    found = verify_export(saved, tmp_path / "out", Options(dtype=dtype))
+    require_equal(found, tmp_path / "out")
+    assert found[0].limit == (LIMIT_MERGED if dtype == "float32" else LIMIT_MERGED_16_BIT)
 
 
 def add_to(file: Path, name: str) -> None:
@@ -134,14 +145,25 @@ def test_an_adapter_merged_wrongly(
 
     monkeypatch.setattr(adapters, "merged_weight", doubled)
     export_model(saved, tmp_path / "out")
-    (found,) = verify_export(saved, tmp_path / "out", Options())
+    found, *_ = verify_export(saved, tmp_path / "out", Options())
     assert found.difference > 1e-4
 
 
 def test_a_wrong_format(checkpoint: Path, tmp_path: Path) -> None:
     export_model(checkpoint, tmp_path / "out", dtype="bfloat16")
-    (found,) = verify_export(checkpoint, tmp_path / "out", Options(dtype="float16"))
+    found, *_ = verify_export(checkpoint, tmp_path / "out", Options(dtype="float16"))
     assert found.difference > 1e-4
+
+
+def test_what_another_reader_finds_wrong(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_model(checkpoint, out)
+    modes = {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+    change(out / "1_Pooling" / "config.json", **modes)
+    found = verify_export(checkpoint, out, Options())
+    assert found[0].difference <= LIMIT
+    with pytest.raises(CheckpointError, match=r"its embeddings by sentence-transformers differ"):
+        require_equal(found, out)
 
 
 def test_no_number_is_a_difference(tmp_path: Path) -> None:
