@@ -33,7 +33,7 @@ ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that peft gives a model's only adapter
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_MERGED_AT_A_TIME = 1 << 21  # values; some copies of so many in float64 are in memory
+_MERGED_AT_A_TIME = 1 << 18  # values; some copies of so many in float64 are in memory
 
 
 @dataclass(frozen=True)
