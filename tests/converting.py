@@ -78,6 +78,8 @@ def adapted(model: EmbeddingModel, **options: Any) -> EmbeddingModel:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
+            elif "lora_magnitude" in name:
+                parameter.mul_(1.0 + torch.rand_like(parameter))
     return model
 
 

@@ -25,6 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vembed_ds.models.lora import ADAPTER_CONFIG
+
 OWN_MODULE = "vembed_ds.sentence_transformers_module.EncoderModule"
 _THEIRS = "sentence_transformers.models."  # names that all its versions have for the same classes
 _SENTENCE, _TOKENS = "sentence_embedding", "token_embeddings"
@@ -59,9 +61,7 @@ def write_sentence_transformers(
         adapter: Whether it holds adapters and not the weights.
     """
     unit = _normalize(_TOKENS if _gives_tokens(settings) else _SENTENCE)
-    # transformers finds no base model of an adapter in a folder below the first.
-    own = adapter and settings["encoder_mode"] == "composed"
-    routes = {} if own else _routes(folder, settings)
+    routes = {} if adapter and _own_adapter(folder) else _routes(folder, settings)
     if not routes:
         _write_chain(folder, [_Module(OWN_MODULE, {}), unit])
     elif "" in routes:
@@ -81,6 +81,15 @@ def sentence_transformers_call(folder: Path, settings: Mapping[str, Any]) -> str
         return f"MultiVectorEncoder({str(folder)!r})"
     tokens = ".encode(items, output_value='token_embeddings')" if _gives_tokens(settings) else ""
     return f"SentenceTransformer({str(folder)!r}{trusted}){tokens}"
+
+
+def _own_adapter(folder: Path) -> bool:
+    """Whether transformers (5.23) does not load an adapter as peft does.
+
+    It finds no base model below the first folder, and leaves out the lengths that DoRA trains.
+    """
+    config = folder / ADAPTER_CONFIG
+    return not config.is_file() or json.loads(config.read_text(encoding="utf-8"))["use_dora"]
 
 
 def _routes(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[_Module]]:

@@ -143,16 +143,19 @@ def test_the_similarity_is_the_cosine(family: Callable[..., Path]) -> None:
     assert SentenceTransformer(str(family("clip")), device="cpu").similarity_fn_name == "cosine"
 
 
-@pytest.mark.parametrize("name", ["bert", "dinov2", "clip", "composed"])
+@pytest.mark.parametrize(
+    ("name", "dora"),
+    [("bert", False), ("bert", True), ("dinov2", False), ("clip", False), ("composed", False)],
+)
 @pytest.mark.parametrize("adapter", [False, True])
-def test_adapters(tmp_path: Path, name: str, adapter: bool) -> None:
+def test_adapters(tmp_path: Path, name: str, dora: bool, adapter: bool) -> None:
     if name == "composed":
         model, processor = composed_model(tmp_path)
     else:
         model, processor = family_model(tmp_path / name, name, projection_dim=6)
     before = Encoder(convert(tmp_path / "plain", model, processor), device="cpu")
-    folder = convert(tmp_path, adapted(model), processor, adapter=adapter)
-    trusted = adapter and name == "composed"
+    folder = convert(tmp_path, adapted(model, use_dora=dora), processor, adapter=adapter)
+    trusted = adapter and (dora or name == "composed")
     read = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trusted)
     check(folder, read)
     for part in before.model.parts:

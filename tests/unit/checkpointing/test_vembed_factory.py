@@ -66,12 +66,16 @@ SAID_ONLY: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def converted(tmp_path: Path, name: str, options: dict[str, Any], *, lora: bool = False) -> Path:
+def converted(
+    tmp_path: Path, name: str, options: dict[str, Any], *, lora: dict[str, Any] | None = None
+) -> Path:
     if name == "composed":
         model, processor = composed_model(tmp_path, **options)
     else:
         model, processor = family_model(tmp_path / name, name, **options)
-    return convert(tmp_path, adapted(model) if lora else model, processor, adapter=lora)
+    if lora is None:
+        return convert(tmp_path, model, processor)
+    return convert(tmp_path, adapted(model, **lora), processor, adapter=True)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -104,9 +108,11 @@ def test_embeddings(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # it hands an adapted model to peft
-@pytest.mark.parametrize("name", ["modernbert", "clip"])
-def test_adapters(tmp_path: Path, name: str) -> None:
-    folder = converted(tmp_path, name, {"projection_dim": 6}, lora=True)
+@pytest.mark.parametrize(
+    ("name", "dora"), [("modernbert", False), ("modernbert", True), ("clip", False)]
+)
+def test_adapters(tmp_path: Path, name: str, dora: bool) -> None:
+    folder = converted(tmp_path, name, {"projection_dim": 6}, lora={"use_dora": dora})
     assert (folder / "adapter_model.safetensors").is_file()
     assert difference(folder) < 1e-6
 
