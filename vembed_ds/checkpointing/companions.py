@@ -16,6 +16,7 @@ from vembed_ds.checkpointing.vembed_factory_layout import (
     predictor_problems,
     write_vembed_factory,
 )
+from vembed_ds.errors import CheckpointError
 from vembed_ds.models.saved_folder import SETTINGS_FILE
 
 
@@ -30,7 +31,15 @@ def write_companions(folder: Path, *, settings: Mapping[str, Any], adapter: bool
             ``vembed_config.json``.
         settings: Content of that ``vembed_config.json``.
         adapter: Whether adapters were written instead of merged weights.
+
+    Raises:
+        CheckpointError: The checkpoint does not say what the files have to.
     """
+    if lacking := sorted({"backbones", "image_inputs"} - settings.keys()):
+        raise CheckpointError(
+            f"{SETTINGS_FILE} of the checkpoint: has no {lacking[0]}, so an earlier version of "
+            "vembed_ds wrote it; convert with that version"
+        )
     write_sentence_transformers(folder, settings, adapter=adapter)
     write_vembed_factory(folder, settings)
 

@@ -141,12 +141,10 @@ def _pooling(method: str, width: int) -> _Module:
 
 
 def _two_towers(settings: Mapping[str, Any]) -> _Module:
-    """A CLIP-like backbone; its texts and images alone if it has no processor for the other."""
-    has = {"text": settings["max_seq_length"], "image": settings["image_inputs"]}
+    """A CLIP-like backbone."""
     ways = {
         stream: {"method": f"get_{stream}_features", "method_output_name": "pooler_output"}
         for stream in settings["streams"]
-        if has[stream]
     }
     return _Module("Transformer", _inputs(settings, list(ways)) | _outputs(ways, _SENTENCE))
 

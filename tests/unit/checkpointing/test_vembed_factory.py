@@ -16,8 +16,10 @@ from tests.distributed import export_cases as cases
 from tests.predictor import Predictor
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.companions import describe_readers
+from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.vembed_factory_layout import predictor_problems
 from vembed_ds.convert import main
+from vembed_ds.errors import CheckpointError
 
 TEXTS = ["a dog", "the sun " * 20, "rain", "a red apple on a wooden table"]
 IMAGES = cases.images()
@@ -170,6 +172,17 @@ def test_both_files_of_a_projection_hold_the_same(tmp_path: Path) -> None:
         ours = load_file(folder / f"{name}.safetensors")
         assert stored.keys() == ours.keys()
         assert all(torch.equal(stored[key], ours[key]) for key in ours)
+
+
+def test_a_checkpoint_that_says_too_little(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path, *family_model(tmp_path / "bert", "bert"))
+    path = checkpoint / "model" / "vembed_config.json"
+    settings = json.loads(path.read_text())
+    del settings["backbones"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"has no backbones, so an earlier version .* wrote"):
+        export_model(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_convert_says_how_others_read_the_folder(
