@@ -76,9 +76,10 @@ def sentence_transformers_call(folder: Path, settings: Mapping[str, Any]) -> str
     """The expression that loads a converted folder, or that embeds where loading says too little."""
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     own = modules[0]["type"] == OWN_MODULE
-    trusted = ", trust_remote_code=True" if own else ""
+    code = any("auto_map" in path.read_text("utf-8") for path in folder.rglob("config.json"))
+    trusted = ", trust_remote_code=True" if own or code else ""
     if _gives_tokens(settings) and not own:
-        return f"MultiVectorEncoder({str(folder)!r})"
+        return f"MultiVectorEncoder({str(folder)!r}{trusted})"
     tokens = ".encode(items, output_value='token_embeddings')" if _gives_tokens(settings) else ""
     return f"SentenceTransformer({str(folder)!r}{trusted}){tokens}"
 

@@ -102,9 +102,16 @@ def test_nothing_runs_unless_it_is_asked_for(
     assert trace.exists()
 
 
-def test_the_converted_model_is_the_saved_one(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # sentence-transformers' own
+def test_the_converted_model_is_the_saved_one(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sentence_transformers import SentenceTransformer  # takes seconds
+
     out = tmp_path / "out"
     assert convert.main([str(checkpoint), str(out), "--trust_remote_code"]) == 0
+    call = f"SentenceTransformer({str(out)!r}, trust_remote_code=True)"
+    assert f"sentence-transformers: {call}\n" in capsys.readouterr().out
     encoder = Encoder(out, device="cpu", trust_remote_code=True)
     backbone = encoder.model.encoder.tower("text").backbone
     assert type(backbone).__name__ == "OwnModel"
@@ -113,3 +120,5 @@ def test_the_converted_model_is_the_saved_one(checkpoint: Path, tmp_path: Path) 
         assert torch.equal(value, saved[f"encoder.towers.text.backbone.{name}"]), name
     rows = encoder.encode_text(cases.TEXTS)
     assert np.abs(rows[0] - rows[1]).max() > 1e-3
+    theirs = SentenceTransformer(str(out), device="cpu", trust_remote_code=True)
+    np.testing.assert_allclose(theirs.encode(cases.TEXTS), rows, rtol=0, atol=1e-6)
