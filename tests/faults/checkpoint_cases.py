@@ -102,7 +102,7 @@ def save_steps(*, out: str, stage: int, steps: int) -> None:
     engine.engine.destroy()
 
 
-def save_and_die(*, out: str, point: str) -> None:
+def save_and_die(*, out: str, point: str, background: bool = False) -> None:
     """Save after step 1 and 2; get killed while saving the second."""
     engine = make_engine(2)
     train_step(engine, 1)
@@ -111,7 +111,12 @@ def save_and_die(*, out: str, point: str) -> None:
     if point == "between the renames":
         save(engine, out, 2)
     _arm(point)
-    save(engine, out, 2)
+    if not background:
+        save(engine, out, 2)
+        return
+    saver = make_saver(engine, out, background=True, timeout_minutes=1.0)
+    save_by(saver, 2)
+    saver.finish()
 
 
 def _die(*_: Any, **__: Any) -> None:

@@ -54,15 +54,20 @@ def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     return read
 
 
-@pytest.mark.parametrize("point", KILL_POINTS)
+@pytest.mark.parametrize(
+    ("point", "background"),
+    [(point, False) for point in KILL_POINTS]
+    + [("shard of rank 1", True), ("before rename", True)],
+)
 def test_f3_killed_while_saving(
     doomed_ranks: Callable[..., list[int | None]],
     tmp_path: Path,
     warned: Callable[[], str],
     point: str,
+    background: bool,
 ) -> None:
     out = tmp_path / "out"
-    codes = doomed_ranks(f"{CASES}save_and_die", out=str(out), point=point)
+    codes = doomed_ranks(f"{CASES}save_and_die", out=str(out), point=point, background=background)
     killed = 1 if point == "shard of rank 1" else 0
     assert codes[killed] == -signal.SIGKILL
     assert codes[1 - killed] not in (0, None)
