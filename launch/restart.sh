@@ -58,9 +58,10 @@ kill_all() {
   local tries
   for tries in {1..60}; do
     [[ -n $(processes) ]] || return 0
-    [[ $tries -gt 1 ]] || say "killing what is left of the run: $(processes | tr '\n' ' ')"
-    signal_all KILL
     sleep 0.5
+    [[ $tries -ge 4 ]] || continue # the servers of loader processes end by themselves
+    [[ $tries -gt 4 ]] || say "killing what is left of the run: $(processes | tr '\n' ' ')"
+    signal_all KILL
   done
   say "cannot be killed: $(processes | tr '\n' ' ')"
   exit 1
