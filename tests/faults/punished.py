@@ -33,10 +33,14 @@ def train(config: str, *, stage: int = 2) -> list[str]:
 
 
 class Punished:
-    """The restart loop around ``command``; its temporary files and its log lie in ``folder``."""
+    """The restart loop around ``command``, which trains into ``output``.
 
-    def __init__(self, command: Sequence[str], *, folder: Path) -> None:
-        self.command, self.folder = list(command), folder
+    Its temporary files and its log lie in ``folder``.
+    """
+
+    def __init__(self, command: Sequence[str], *, folder: Path, output: Path) -> None:
+        self.command, self.folder, self.output = list(command), folder, output
+        self._attempt, self._begun_with = "", 0
         folder.mkdir(exist_ok=True)
         self.log = folder / "log"
         self.environment = {
@@ -50,7 +54,7 @@ class Punished:
         """Run the loop once: until the training is complete, stopped or given up."""
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                ["bash", "launch/restart.sh", "2", *self.command],
+                ["bash", "launch/restart.sh", "9", *self.command],
                 cwd=ROOT,
                 env=self.environment,
                 stderr=log,
@@ -59,8 +63,14 @@ class Punished:
             )
 
     def trains(self) -> bool:
-        """Whether an attempt has begun to train."""
-        return any("pid " in path.read_text() for path in self.folder.glob("vembed-status-*"))
+        """Whether an attempt has made its first step."""
+        told = "".join(path.read_text() for path in self.folder.glob("vembed-status-*"))
+        attempt = next((line for line in told.splitlines() if line.startswith("pid ")), "")
+        metrics = self.output / "metrics.jsonl"
+        lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        if attempt != self._attempt:
+            self._attempt, self._begun_with = attempt, lines
+        return bool(attempt) and lines > self._begun_with
 
     def processes(self) -> dict[str, list[int]]:
         """What belongs to the attempt that runs now."""
@@ -148,7 +158,7 @@ def _disturb(run: Punished, loop: int, choose: random.Random) -> str:
 
 
 @contextmanager
-def nothing_left(run: Punished, output: Path) -> Iterator[None]:
+def nothing_left(run: Punished) -> Iterator[None]:
     """Whatever happens inside leaves no folder, process or shared memory behind."""
     before = {path.name for path in Path("/dev/shm").iterdir()}
     yield
@@ -157,5 +167,5 @@ def nothing_left(run: Punished, output: Path) -> Iterator[None]:
     port = run.command[run.command.index("--master_port") + 1]
     new = {path.name for path in Path("/dev/shm").iterdir()} - before
     assert not [name for name in new if port in name], new
-    hidden = [path.name for path in output.iterdir() if path.name.startswith(".")]
-    assert not hidden, f"left in {output}: {hidden}"
+    hidden = [path.name for path in run.output.iterdir() if path.name.startswith(".")]
+    assert not hidden, f"left in {run.output}: {hidden}"

@@ -49,12 +49,14 @@ def test_random_kills_change_no_weight(make_config: Callable[..., str], tmp_path
         )
         return train(config)
 
-    clean = Punished(command("clean"), folder=tmp_path / "of-clean")
+    clean = Punished(command("clean"), folder=tmp_path / "of-clean", output=tmp_path / "clean")
     assert clean.start().wait(timeout=LIMIT / 2) == 0, clean.log.read_text()[-5000:]
 
-    run = Punished(command("punished"), folder=tmp_path / "of-punished")
+    run = Punished(
+        command("punished"), folder=tmp_path / "of-punished", output=tmp_path / "punished"
+    )
     started = time.monotonic()
-    with nothing_left(run, tmp_path / "punished"):
+    with nothing_left(run):
         done = punish(run, seconds=SECONDS, seed=SEED)
     report = {"seconds": round(time.monotonic() - started), "steps": steps, **done}
     (tmp_path / "report.json").write_text(json.dumps(report))
