@@ -65,13 +65,17 @@ class Ranks:
             "MASTER_PORT": str(self.port),
         }
 
-    def wait_for_line(self, rank: int, *, seconds: float) -> None:
-        """Until the rank has written a line to its standard output."""
+    def wait_for(self, text: str, *, rank: int, seconds: float) -> None:
+        """Until the rank has written something to its standard output."""
         output = self.processes[rank].stdout
         assert output is not None
-        ready, _, _ = select.select([output], [], [], seconds)
-        if not ready:
-            raise TimeoutError(f"rank {rank} has not come so far")
+        deadline, written = time.monotonic() + seconds, b""
+        while text.encode() not in written:
+            ready, _, _ = select.select([output], [], [], deadline - time.monotonic())
+            found = os.read(output.fileno(), 4096) if ready else b""
+            if not found:
+                raise TimeoutError(f"rank {rank} has not come so far: {written!r}")
+            written += found
 
     def wait(self, ranks: Sequence[int], *, seconds: float) -> dict[int, Ended]:
         """How these ranks end, all of them within so many seconds."""

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
 MINUTES = 0.1
 LIMIT_SECONDS = 60 * MINUTES
 # How long it takes to find out who hangs, and for rank 0 to keep the store for the others, does
-# not grow with the limit. It is 20 % of a limit of half a minute.
-AT_MOST_SECONDS = LIMIT_SECONDS + 8
+# not grow with the limit: 2 to 5 s, and more on a busy machine.
+AT_MOST_SECONDS = LIMIT_SECONDS + 14
 START_SECONDS = 30
 
 
@@ -25,7 +25,7 @@ def ended(*, size: int, victim: int, fault: str) -> dict[int, Ended]:
     """How the other ranks end when one hangs, timed from about then."""
     command = ["-m", "tests.faults.ranks", "100000", str(MINUTES), str(victim), fault]
     with ranks(command, size=size) as running:
-        running.wait_for_line(victim, seconds=START_SECONDS)
+        running.wait_for("step 3", rank=victim, seconds=START_SECONDS)
         started = time.monotonic()
         others = [rank for rank in range(size) if rank != victim]
         found = running.wait(others, seconds=AT_MOST_SECONDS)
@@ -86,12 +86,12 @@ def test_a_training_with_a_stopped_rank_ends_and_names_it(
     arguments = ["--config", config, "--ds_config", str(ROOT / "ds_configs" / "zero3.json")]
     command = ["-m", "tests.faults.trainer", "stop", "1", "2", "3", *arguments]
     with ranks(command, size=2) as running:
-        running.wait_for_line(1, seconds=180)
+        running.wait_for("step 2: embedding", rank=1, seconds=180)
         found = running.wait([0], seconds=1.2 * 60 * minutes)[0]
     assert found.code == 1
     expected = (
         r"vembed_ds: rank 0: PeerError: rank 1 \(.*\) gave no sign of life for \d\d s, last seen in "
-        r"'step 2: .*' \(limit: timeout_minutes=0.5\): stopped, .*; this rank was in 'step 2: .*'"
+        r"'step [12]: .*' \(limit: timeout_minutes=0.5\): stopped, .*; this rank was in 'step 2: .*'"
     )
     assert re.search(expected, found.stderr), found.stderr
     assert "Traceback" not in found.stderr

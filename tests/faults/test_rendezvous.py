@@ -78,7 +78,7 @@ def test_ranks_that_never_come_are_named() -> None:
 def test_two_jobs_on_one_port_stay_apart() -> None:
     forever = ["-m", "tests.faults.ranks", "100000", "5"]
     with ranks(forever, size=2) as running:
-        running.wait_for_line(0, seconds=SECONDS)
+        running.wait_for("step 3", rank=0, seconds=SECONDS)
         with (
             ranks(COMMAND, size=2, port=running.port, started=[1]) as other,
             ranks(COMMAND, size=3, port=running.port, started=[2]) as third,

@@ -129,11 +129,15 @@ def shutdown(timeout_seconds: float | None = None) -> bool:
     global _heartbeat
     if not dist.is_initialized():
         return True
+    alone = False
     leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
     leaving.start()
     if _heartbeat is not None:
         _heartbeat.leave()
+        alone = _heartbeat.ends_by_peer
         _heartbeat = None
+    if alone:  # nobody to leave with; with broken groups even the end of Python took 8 s
+        return False
     leaving.join(timeout_seconds)
     return not leaving.is_alive()
 

@@ -119,6 +119,9 @@ class Heartbeat:
 
     def _find_out(self, *, timed_out: bool) -> Verdict:
         started = time.monotonic()
+        # After a timeout rank 0 has long seen who is silent; the others only have to say that they
+        # wait as well.
+        enough = 2 * self._interval if timed_out and self._rank == 0 else self._grace
         while (waited := time.monotonic() - started) < _EXPLAINING:
             time.sleep(self._interval / 4)
             if self._verdict.words:
@@ -134,9 +137,9 @@ class Heartbeat:
                     describe_silent(gone, limit=self._limit) if timed_out else describe_gone(gone)
                 )
                 return Verdict(words, EXIT_PEER)
-            if waited > self._grace and (left := describe_left(peers)):
+            if waited > enough and (left := describe_left(peers)):
                 return Verdict(left, EXIT_PEER)
-            if waited > self._grace and timed_out:
+            if waited > enough and timed_out:
                 return Verdict(describe_doings(peers, limit=self._limit), EXIT_PEER)
         return Verdict(
             "an exchange between the ranks broke, though all of them are alive: look at the network "
@@ -154,6 +157,11 @@ class Heartbeat:
         """
         self._ending.acquire(blocking=False)  # from here on this rank ends by itself
         self._say(Beat(words=words, code=code, by_peer=by_peer))
+
+    @property
+    def ends_by_peer(self) -> bool:
+        """Whether this rank has said that it ends because of another one."""
+        return self._last is not None and self._last.by_peer
 
     def leave(self) -> None:
         """Say goodbye and stop; rank 0 keeps the store until the others have too, or are gone."""
@@ -268,6 +276,7 @@ class Heartbeat:
         error = _as_error(verdict, doing=doing)
         sys.stderr.write(f"vembed_ds: rank {self._rank}: {type(error).__name__}: {error}\n")
         sys.stderr.flush()
+        self._say(Beat(words=verdict.words, code=verdict.code, by_peer=True))
         time.sleep(3 * self._interval)  # the launcher ends all when one exits: let all say it
         self._end_process(verdict.code)
 
