@@ -35,7 +35,10 @@ def ended(*, size: int, victim: int, fault: str) -> dict[int, Ended]:
 
 @pytest.mark.parametrize(
     ("size", "victim"),
-    [pytest.param(3, 1, id="one of three"), pytest.param(2, 0, id="the one that keeps the store")],
+    [
+        pytest.param(3, 1, id="one of three"),
+        pytest.param(2, 0, id="the one that keeps the store", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_rank_is_named(size: int, victim: int) -> None:
     for found in ended(size=size, victim=victim, fault="kill").values():

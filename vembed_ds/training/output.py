@@ -55,7 +55,7 @@ _WRITTEN = (
 
 
 def open_output(path: str) -> Path:
-    """The run's folder, made if need be. Rank 0 only.
+    """The run's folder, made if need be. One rank of a disk.
 
     Raises:
         ConfigError: It cannot be one, or nothing can be written there.
@@ -175,14 +175,15 @@ def check_own(folder: Path, disk: Disk) -> None:
     Collective, before anything else is written there.
 
     Raises:
-        ConfigError: On every rank, when one sees what a rank with another disk wrote.
+        ConfigError: On every rank, when one sees what a rank with another disk wrote, or cannot
+            write there.
     """
     doing = f"output_dir={str(folder)!r}"
     probe = folder / f"{_PROBE}-{disk.name}"
 
     def write() -> None:
         if disk.leads:
-            folder.mkdir(parents=True, exist_ok=True)
+            open_output(str(folder))
             probe.write_text("")
 
     def look() -> None:
@@ -202,6 +203,7 @@ def check_own(folder: Path, disk: Disk) -> None:
     finally:
         if disk.leads:
             probe.unlink()
+    comm.run_together(lambda: _try_writing(folder), doing=doing)
 
 
 def _find(probe: Path, token: str) -> None:
