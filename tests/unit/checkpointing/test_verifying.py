@@ -20,7 +20,7 @@ from vembed_ds.checkpointing.export import Options, export_model
 from vembed_ds.checkpointing.verifying import (
     LIMIT,
     LIMIT_MERGED,
-    LIMIT_MERGED_16_BIT,
+    LIMITS_MERGED_16_BIT,
     Comparison,
     require_equal,
     verify_export,
@@ -85,7 +85,7 @@ def test_merged_adapters(
     export_model(saved, tmp_path / "out", dtype=dtype)
     found = verify_export(saved, tmp_path / "out", Options(dtype=dtype))
     require_equal(found, tmp_path / "out")
-    assert found[0].limit == (LIMIT_MERGED if dtype == "float32" else LIMIT_MERGED_16_BIT)
+    assert found[0].limit == LIMITS_MERGED_16_BIT.get(dtype, LIMIT_MERGED)
 
 
 def add_to(file: Path, name: str) -> None:
