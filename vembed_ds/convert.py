@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vembed_ds.errors import VembedError
 
 if TYPE_CHECKING:
-    from vembed_ds.checkpointing.export import Options, Plan
+    from vembed_ds.checkpointing.planning import Options, Plan
 
 _EXIT_ERROR = 2
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -70,10 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from vembed_ds.checkpointing.companions import describe_readers
-    from vembed_ds.checkpointing.export import Options, export_model, plan_export
+    from vembed_ds.checkpointing.export import export_model
     from vembed_ds.checkpointing.files import resolve_checkpoint
     from vembed_ds.checkpointing.manifest import reading
     from vembed_ds.checkpointing.names import best_checkpoint
+    from vembed_ds.checkpointing.planning import Options, plan_export
 
     place = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
     wanted: dict[str, Any] = {

@@ -20,8 +20,9 @@ from tests.parity.conftest import ds_config
 from tests.worlds import World
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.consolidate import load_consolidated
-from vembed_ds.checkpointing.export import Options, export_model
+from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.files import resolve_checkpoint
+from vembed_ds.checkpointing.planning import Options
 from vembed_ds.checkpointing.verifying import require_equal, verify_export
 
 STAGES = [0, 1, 2, 3]

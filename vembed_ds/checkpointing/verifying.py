@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from vembed_ds.checkpointing.export import DTYPES, Options
 from vembed_ds.checkpointing.files import MODEL_FOLDER
+from vembed_ds.checkpointing.planning import DTYPES, Options
 from vembed_ds.checkpointing.shards import open_checkpoint
 from vembed_ds.checkpointing.trained_model import merge_by_peft, rebuild_trained, round_to
 from vembed_ds.data.processors import ItemProcessor

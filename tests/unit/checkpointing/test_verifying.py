@@ -16,7 +16,8 @@ from tests.distributed import export_cases as cases
 from tests.unit.checkpointing.test_card import MODELS
 from vembed_ds import convert
 from vembed_ds.checkpointing import adapters, export
-from vembed_ds.checkpointing.export import Options, export_model
+from vembed_ds.checkpointing.export import export_model
+from vembed_ds.checkpointing.planning import Options
 from vembed_ds.checkpointing.verifying import (
     LIMIT,
     LIMIT_MERGED,
