@@ -258,7 +258,9 @@ def test_the_converted_model_scores_as_the_trained_one(
     command = ["--model", str(out / "model"), "--data_path", str(pairs), "--output", str(report)]
     assert evaluate.main([*command, "--config_override", "num_workers=0"]) == 0
     scores = json.loads(report.read_text())["metrics"]
-    assert {f"eval/{name}": value for name, value in scores.items()} == pytest.approx(trained)
+    found = {f"eval/{name}": value for name, value in scores.items()}
+    # Two documents may be closer than rounding, and ranked either way (one pair, on some CPUs).
+    assert found == pytest.approx(trained, rel=2e-3)
     card = (out / "model" / "README.md").read_text()
     assert "not recorded" not in card
     assert f"on 2 ranks |\n| ZeRO stage | {stage} |" in card
