@@ -10,7 +10,8 @@
 #
 # Ends with   0   the run is complete
 #             2   something is to be mended first: not started again
-#             75  stopped: by a signal that the run got, or that this script got
+#             75  stopped: by a signal that the ranks got, or that this script got (whoever kills the
+#                 launcher alone gets a restart)
 #             any other code that the last attempt ended with, when there were too many
 #
 # SIGTERM, SIGINT and SIGUSR1 stop the run with a checkpoint, however long that takes: a rank is
@@ -92,6 +93,9 @@ outcome() {
   said=$(told exit)
   if [[ $1 -eq 2 ]]; then
     echo 2
+  elif [[ $said -eq 75 && ($1 -eq 0 || ($1 -gt 128 && $1 -lt 160)) ]]; then
+    say "the launcher was killed; the ranks noticed and stopped"
+    echo 1
   elif [[ -n $said ]]; then
     echo "$said"
   elif [[ $1 -eq 0 ]]; then

@@ -92,6 +92,14 @@ def test_what_a_rank_said_counts_and_not_what_the_launcher_made_of_it(folder: Pa
         assert restart(3, command)[0] == code
 
 
+@pytest.mark.parametrize("end", ["exit 0", "kill -KILL $$", "kill -TERM $$"])
+def test_ranks_that_stopped_because_their_launcher_was_killed(folder: Path, end: str) -> None:
+    body = f"echo exit 75 >> $VEMBED_STATUS_FILE\n{end}\n"
+    code, said = restart(3, attempts(folder, body, leave(0)))
+    assert (code, count(folder)) == (0, 2)
+    assert "the launcher was killed; the ranks noticed and stopped" in said
+
+
 def test_a_launcher_that_ends_with_0_is_not_believed(folder: Path) -> None:
     code, said = restart(3, attempts(folder, "exit 0\n", leave(0)))
     assert (code, count(folder)) == (0, 2)
