@@ -196,7 +196,7 @@ def test_an_allowed_name_must_exist() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint that is found whole."""
-    monkeypatch.setattr(resuming, "find_checkpoint", lambda resume, output_dir: tmp_path)
+    monkeypatch.setattr(resuming, "find_checkpoint", lambda *place, **options: tmp_path)
     return tmp_path
 
 
