@@ -26,6 +26,7 @@ os.environ.setdefault(
 import pytest
 import torch
 
+from tests.faults.matrix import MATRIX
 from tests.worlds import World
 
 torch.set_num_threads(1)
@@ -36,7 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, or what has too many cases, unless asked for it."""
+    """Mark the fault matrix; leave out what is slow, or has too many cases, unless asked for it."""
+    matrix = {test for tests in MATRIX.values() for test in tests}
+    for item in items:
+        if item.nodeid.partition("[")[0] in matrix:
+            item.add_marker("faults")
     if config.getoption("--all"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

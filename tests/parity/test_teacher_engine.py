@@ -16,10 +16,10 @@ from tests.parity.families import FAMILIES
 from tests.parity.test_families import make_items, random_heads
 from tests.tokenizers import word_tokenizer
 from tests.worlds import World
-from vembed_ds.checkpointing.adapters import describe_adapter, read_adapter_config, write_adapter
+from vembed_ds.checkpointing.adapters import adapter_names, describe_adapter, read_adapter_config
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import Item
-from vembed_ds.models.lora import LoraSpec, add_adapters
+from vembed_ds.models.lora import ADAPTER_WEIGHTS, LoraSpec, add_adapters
 from vembed_ds.teachers.items import Instructions
 
 CASES = "tests.parity.teacher_cases"
@@ -64,7 +64,11 @@ def save_adapted(folder: Path) -> None:
     describe_adapter(folder, backbone)
     config = read_adapter_config(folder)
     assert config is not None
-    write_adapter(folder, backbone.state_dict(), config)
+    state = backbone.state_dict()
+    named = adapter_names(state.keys(), config, place=str(folder))
+    save_file(
+        {theirs: state[own].clone() for theirs, own in named.items()}, folder / ADAPTER_WEIGHTS
+    )
 
 
 @pytest.fixture(scope="module")
