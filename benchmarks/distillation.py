@@ -208,6 +208,8 @@ def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]
         {},
         tracker=None,
         step=0,
+        saved=None,
+        evaluation_left=False,
         attach=lambda batch: batch,
         teachers=teachers,
     )
