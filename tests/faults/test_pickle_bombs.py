@@ -18,6 +18,7 @@ import torch
 from tests.parity.conftest import ds_config, save_models
 from tests.worlds import World
 from vembed_ds.checkpointing.export import export_model
+from vembed_ds.checkpointing.manifest import seal
 from vembed_ds.errors import CheckpointError, ConfigError
 from vembed_ds.models.foreign import read_tensors
 
@@ -68,6 +69,8 @@ def test_of_a_checkpoint(
         shutil.copytree(saved["place"], places[name])
         whole = torch.load(places[name] / name, weights_only=False)
         torch.save(whole | {"bomb": Bomb(trace)}, places[name] / name)
+        # Whoever plants it can also write a manifest.
+        seal(places[name], step=1, world_size=2, zero_stage=stage)
     words = "holds posix.system, which is not loaded, because it could run code"
     found = world(2).run(
         "tests.distributed.restore_cases:refuse",
