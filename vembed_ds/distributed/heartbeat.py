@@ -355,8 +355,8 @@ def _is_own(line: str) -> bool:
 
 
 def _line(file: str, number: int) -> str:
-    for folder in sys.path:
-        if folder and file.startswith(folder + os.sep):
-            file = file[len(folder) + 1 :]
-            break
+    """Without the folder that it was imported from, the innermost: an environment may lie in another."""
+    folders = [folder for folder in sys.path if folder and file.startswith(folder + os.sep)]
+    if folders:
+        file = file[len(max(folders, key=len)) + 1 :]
     return f"{file}:{number}"
