@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.frozen import link_frozen_weights
 from vembed_ds.checkpointing.names import LATEST
+from vembed_ds.checkpointing.publish import new_folder, refuse_filled
 from vembed_ds.checkpointing.restore import load_checkpoint as _load
 from vembed_ds.checkpointing.saving import save_checkpoint as _save
 from vembed_ds.checkpointing.store import find_checkpoint
@@ -24,6 +26,7 @@ from vembed_ds.training.facts import training_facts
 from vembed_ds.training.run import export_settings
 
 STATE_FOLDER = "training_state"
+_MADE = ".model"
 
 
 def save_checkpoint(
@@ -53,7 +56,7 @@ def save_checkpoint(
         CheckpointError: The folder holds something.
     """
     path = Path(path)
-    comm.run_together(lambda: _require_empty(path), doing=f"writing {path}")
+    comm.run_together(lambda: refuse_filled(path), doing=f"writing {path}")
     found = None if config is None else as_config(config)
     items = _item_processor(processor)
 
@@ -101,15 +104,18 @@ def load_checkpoint(path: str | Path, engine: TrainEngine) -> int:
     return int(engine.engine.global_steps)
 
 
-def _require_empty(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists and is not an empty folder; give a new one")
-
-
 def _finish(saved: Path, state: Path, path: Path, *, trust_remote_code: bool) -> None:
-    if comm.is_main():
-        export_model(saved, path, trust_remote_code=trust_remote_code)
-        state.replace(path / STATE_FOLDER)
+    """Model folder and state get the name together."""
+    if not comm.is_main():
+        return
+    with new_folder(path) as folder:
+        # Under the name that the model card shows.
+        made = folder / _MADE / path.name
+        export_model(saved, made, trust_remote_code=trust_remote_code)
+        for entry in made.iterdir():
+            entry.replace(folder / entry.name)
+        shutil.rmtree(folder / _MADE)
+        state.replace(folder / STATE_FOLDER)
 
 
 def _item_processor(processor: Any) -> ItemProcessor:

@@ -103,6 +103,8 @@ class TrainingLoop:
         teachers: Whom the student follows.
     """
 
+    how_to_go_on = "start again with --resume auto"
+
     def __init__(
         self,
         *,
@@ -177,7 +179,7 @@ class TrainingLoop:
         newest = self._finish_saving() or self._newest
         if newest is None:  # it could not be written, and on_save_error is "warn"
             return f"at step {self.step}, which is not saved: start again"
-        return f"at step {self.step}, checkpoint {newest}: to go on, start again with --resume auto"
+        return f"at step {self.step}, checkpoint {newest}: to go on, {self.how_to_go_on}"
 
     def _train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

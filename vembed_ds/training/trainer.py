@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vembed_ds.checkpointing.names import checkpoint_name, checkpoints
 from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config, RunConfig, default_of
 from vembed_ds.data.collators import Batch
@@ -19,7 +20,7 @@ from vembed_ds.distributed import comm
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.teacher_engine import TeacherEngine
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import CheckpointError, ConfigError
 from vembed_ds.losses import LossFunction, with_distillation
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.steps.gradient_cache import StepResult
@@ -63,7 +64,10 @@ class Trainer(TrainingLoop):
     Raises:
         ConfigError: A teacher of another make, or another than is configured; a distillation loss
             of one's own; or a schedule that the engine does not have.
+        CheckpointError: ``output_dir`` holds checkpoints of an earlier run.
     """
+
+    how_to_go_on = "load_checkpoint(path, engine), and train into another output_dir"
 
     def __init__(
         self,
@@ -110,7 +114,8 @@ class Trainer(TrainingLoop):
             chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
             intervals=intervals,
             tracker=comm.run_together(
-                lambda: _tracker(self.config), doing=f"output_dir={self.config.run.output_dir!r}"
+                lambda: _open_output(self.config),
+                doing=f"output_dir={self.config.run.output_dir!r}",
             ),
             save=functools.partial(_save, model, engine, config.get("processor"), self.config),
             guard=step_guard(self.config, engine, Path(self.config.run.output_dir)),
@@ -265,9 +270,19 @@ def _items_of(
         epoch += 1
 
 
-def _tracker(config: Config) -> Tracker | None:
+def _open_output(config: Config) -> Tracker | None:
+    """The trackers, which begin anew; on rank 0 only.
+
+    Raises:
+        CheckpointError: An earlier run's checkpoints are in the way of this run's.
+    """
     if not comm.is_main():
         return None
+    if there := checkpoints(Path(config.run.output_dir)):
+        raise CheckpointError(
+            f"{min(there)}: an earlier run's checkpoint, and the class Trainer overwrites none; give "
+            "another output_dir, or move it away"
+        )
     return build_tracker(
         config.run.report_to,
         folder=config.run.output_dir,
@@ -279,13 +294,14 @@ def _tracker(config: Config) -> Tracker | None:
 def _save(
     model: EmbeddingModel, engine: TrainEngine, processor: Any, config: Config, step: int
 ) -> Path:
-    folder = Path(config.run.output_dir) / f"checkpoint-step-{step}"
+    folder = Path(config.run.output_dir) / checkpoint_name(step)
     return save_checkpoint(folder, model, engine, processor=processor, config=config)
 
 
 def _check_saving(run: RunConfig) -> None:
     """Keys that vembed_ds.train alone follows: they would be ignored here."""
-    for key in ("save_total_limit", "best_metric", "save_async", "on_save_error"):
+    keys = ("save_total_limit", "best_metric", "save_async", "on_save_error", "node_local_output")
+    for key in keys:
         value = getattr(run, key)
         if value != default_of(key):
             raise ConfigError(

@@ -15,10 +15,12 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import vembed_ds.training as published
-from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.errors import CheckpointError, ConfigError, DataError
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.training import checkpoint, trainer
+from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.model_builder import _groups, _schedule
 from vembed_ds.training.model_setup import check_family
 from vembed_ds.training.tensor_batches import TensorItems, itemize
@@ -321,6 +323,7 @@ def test_a_teacher_that_a_trainer_cannot_follow_is_refused(
         ("best_metric", "mrr"),
         ("save_async", True),
         ("on_save_error", "warn"),
+        ("node_local_output", True),
     ],
 )
 def test_the_class_trainer_refuses_keys_of_checkpoints(
@@ -337,6 +340,56 @@ def test_the_class_trainer_refuses_keys_of_checkpoints(
             engine=None,
             config={"model_name": str(clip_folder), **settings},
         )
+
+
+def test_the_class_trainer_overwrites_no_checkpoint(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before training, and before the earlier run's metrics are begun anew."""
+    (tmp_path / "checkpoint-step-7").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(trainer.comm, "run_together", lambda work, doing: work())
+    with pytest.raises(CheckpointError, match=r"checkpoint-step-7: an earlier run's.*another outp"):
+        published.Trainer(
+            published.build_model({"model_name": str(clip_folder)}),
+            optimizer=None,
+            dataloader=[{}],
+            criterion=None,
+            engine=None,
+            config={"model_name": str(clip_folder), "output_dir": str(tmp_path)},
+        )
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_the_class_trainer_says_how_it_goes_on() -> None:
+    """It has no ``--resume``."""
+    stopped = object.__new__(published.Trainer)
+    stopped.step = stopped._saved_step = 3
+    stopped._newest, stopped._finish_saving = Path("out/checkpoint-step-3"), lambda: None
+    assert stopped._place_to_go_on() == (
+        "at step 3, checkpoint out/checkpoint-step-3: to go on, load_checkpoint(path, engine), and "
+        "train into another output_dir"
+    )
+    assert "--resume auto" in TrainingLoop.how_to_go_on
+
+
+def test_model_and_state_get_their_name_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(saved: Path, out: Path, **options: Any) -> None:
+        assert out.name == "final", "the model card shows it"
+        out.mkdir(parents=True)
+        (out / "config.json").touch()
+
+    monkeypatch.setattr(checkpoint, "export_model", export)
+    state, path = tmp_path / ".final.training_state", tmp_path / "final"
+    with pytest.raises(CheckpointError, match="nothing of final was left there"):
+        checkpoint._finish(state, state, path, trust_remote_code=False)  # there is no state
+    assert not list(tmp_path.iterdir())
+    state.mkdir()
+    checkpoint._finish(state, state, path, trust_remote_code=False)
+    assert sorted(entry.name for entry in path.iterdir()) == ["config.json", "training_state"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_teacher_of_other_inputs_than_the_students_is_refused(
