@@ -22,7 +22,9 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
 
 from vembed_ds.distributed import phases
+from vembed_ds.distributed.notices import Notices
 from vembed_ds.distributed.phases import Kind, Status
+from vembed_ds.distributed.places import place_of, place_of_main_thread
 from vembed_ds.distributed.verdict import (
     Beat,
     Peer,
@@ -80,6 +82,8 @@ class Heartbeat:
         self._beats = [Beat() for _ in names]
         self._seen = [time.monotonic() for _ in names]  # when the beat was a new one
         self._reads_all, self._has_read_all = rank == 0, False
+        # The others know rank 0 only; one of them tells when that one is silent.
+        self._notices = Notices(limit=limit) if rank in (0, 1) else None
         self._verdict = _NOBODY  # rank 0's, as it is in the store
         self._published = _NOBODY  # what rank 0 puts there
         self._stop, self._wake, self._told = (threading.Event() for _ in range(3))
@@ -225,7 +229,7 @@ class Heartbeat:
 
     def _tell(self) -> None:
         self._number += 1
-        beat = self._last or _beat_of_phase(phases.current(), place=_place_of_main_thread())
+        beat = self._last or _beat_of_phase(phases.current(), place=place_of_main_thread())
         self._store.set(_key(self._rank), json.dumps(beat._replace(number=self._number)))
         if self._rank == 0:
             self._store.set(_VERDICT, json.dumps(self._published))
@@ -251,6 +255,8 @@ class Heartbeat:
             if now - before > min(5.0, self._limit / 2):  # this process itself was stopped
                 self._seen = [now for _ in self._seen]
             before = now
+            if self._notices is not None and not self._ending.locked():
+                self._notices.look(self._peers())
             verdict = self._judge()
             if verdict.words and self._ending.acquire(blocking=False):
                 self._end(verdict)
@@ -272,7 +278,7 @@ class Heartbeat:
     def _end(self, verdict: Verdict) -> None:
         if self._rank == 0:
             self._publish(verdict)
-        doing = f"'{phases.current()}' (at {_place_of_main_thread()})"
+        doing = f"'{phases.current()}' (at {place_of_main_thread()})"
         error = _as_error(verdict, doing=doing)
         sys.stderr.write(f"vembed_ds: rank {self._rank}: {type(error).__name__}: {error}\n")
         sys.stderr.flush()
@@ -316,47 +322,10 @@ def _key(rank: int) -> str:
 
 def _beat_of(error: BaseException) -> Beat:
     """What this rank was doing when an exchange failed; its phases have been left since."""
-    found, lines = error.__traceback__, list[str]()
-    while found is not None:
-        lines.append(_line(found.tb_frame.f_code.co_filename, found.tb_lineno))
-        found = found.tb_next
-    return _beat_of_phase(phases.status_of(error), place=_place(list(reversed(lines))))
+    return _beat_of_phase(phases.status_of(error), place=place_of(error))
 
 
 def _beat_of_phase(status: Status, *, place: str) -> Beat:
     kind = status.phases[-1].kind if status.phases else Kind.OTHER
     seconds = time.monotonic() - status.since
     return Beat(doing=str(status), kind=kind, seconds=seconds, place=place)
-
-
-def _place_of_main_thread() -> str:
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    lines = []
-    while frame is not None:
-        lines.append(_line(frame.f_code.co_filename, frame.f_lineno))
-        frame = frame.f_back
-    return _place(lines)
-
-
-def _place(lines: Sequence[str]) -> str:
-    """The innermost line, and the line of this package that led there.
-
-    Args:
-        lines: Of a stack, the innermost first.
-    """
-    own = next((line for line in lines if _is_own(line)), "")
-    innermost = lines[0] if lines else "?"
-    return innermost if own in ("", innermost) else f"{own}, in {innermost}"
-
-
-def _is_own(line: str) -> bool:
-    elsewhere = ("vembed_ds/distributed/", "vembed_ds/command.py")
-    return line.startswith("vembed_ds/") and not line.startswith(elsewhere)
-
-
-def _line(file: str, number: int) -> str:
-    """Without the folder that it was imported from, the innermost: an environment may lie in another."""
-    folders = [folder for folder in sys.path if folder and file.startswith(folder + os.sep)]
-    if folders:
-        file = file[len(max(folders, key=len)) + 1 :]
-    return f"{file}:{number}"

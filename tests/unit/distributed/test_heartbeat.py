@@ -72,6 +72,18 @@ def test_a_silent_rank_ends_the_other(
     )
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_silent_rank_is_named_once_long_before(
+    ranks: Ranks, victim: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    silence(ranks.hearts[victim])
+    assert ranks.code(1 - victim, seconds=0.8 * LIMIT) is None
+    (found,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert found.getMessage().startswith(
+        f"rank {victim} (host a, pid {victim + 1}) gave no sign of life for "
+    )
+
+
 def test_nobody_ends_while_all_give_signs_of_life(ranks: Ranks) -> None:
     time.sleep(2 * LIMIT)
     assert ranks.code(0, seconds=0.1) is None
@@ -137,10 +149,3 @@ def test_who_ends_an_exchange_that_only_timed_out_is_the_one_who_does_not_come(
 )
 def test_what_an_exchange_raises(error: Exception, expected: bool) -> None:
     assert is_exchange_error(error) is expected
-
-
-def test_a_place_is_the_innermost_line_and_the_package_s_own() -> None:
-    lines = ["torch/c10d.py:7", "vembed_ds/distributed/comm.py:9", "vembed_ds/training/loop.py:3"]
-    assert heartbeat._place(lines) == "vembed_ds/training/loop.py:3, in torch/c10d.py:7"
-    assert heartbeat._place(["data.py:7"]) == "data.py:7"
-    assert heartbeat._place([]) == "?"
