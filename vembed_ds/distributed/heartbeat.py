@@ -83,7 +83,7 @@ class Heartbeat:
         self._seen = [time.monotonic() for _ in names]  # when the beat was a new one
         self._reads_all, self._has_read_all = rank == 0, False
         # The others know rank 0 only; one of them tells when that one is silent.
-        self._notices = Notices(limit=limit) if rank in (0, 1) else None
+        self._notices = Notices(rank=rank, limit=limit) if rank <= 1 else None
         self._verdict = _NOBODY  # rank 0's, as it is in the store
         self._published = _NOBODY  # what rank 0 puts there
         self._stop, self._wake, self._told = (threading.Event() for _ in range(3))

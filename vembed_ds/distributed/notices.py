@@ -26,18 +26,21 @@ class Notices:
     """Warns once per stall, in the log.
 
     Args:
+        rank: Of this process.
         limit: Seconds after which the job ends.
     """
 
-    def __init__(self, *, limit: float) -> None:
+    def __init__(self, *, rank: int, limit: float) -> None:
         self._limit, self._said = limit, ""
+        self._level = logging.ERROR if rank else logging.WARNING  # all that others than rank 0 show
 
     def look(self, peers: Peers) -> None:
         """Warn if there is reason to, and none was given yet."""
         kind, words = notice(peers, limit=self._limit)
         if kind and kind != self._said:
             # Whoever waits for the log's lock, or for a full pipe, is not the thread that watches.
-            threading.Thread(target=logger.warning, args=("%s", words), daemon=True).start()
+            arguments = (self._level, "%s", words)
+            threading.Thread(target=logger.log, args=arguments, daemon=True).start()
         self._said = kind
 
 

@@ -65,7 +65,7 @@ def test_a_short_limit_is_halved() -> None:
 
 
 def test_every_stall_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    notices = Notices(limit=LIMIT)
+    notices = Notices(rank=0, limit=LIMIT)
     stalls = {0: peer(0), 1: LOADS}, {0: peer(0, seconds=1), 1: LOADS}
     for peers in (stalls[0], stalls[0], stalls[1], stalls[0], {0: peer(0), 1: peer(1, silent=60)}):
         notices.look(peers)
