@@ -5,8 +5,10 @@
 #     --ds_config ds_configs/zero2.json --config my.yaml --resume auto
 #
 # The first argument is how many restarts in a row may fail to write a newer checkpoint; whoever
-# gets on may be restarted for ever. Before each restart what is left of the run is killed, and
-# 5 s are waited, then 10, 20, 40 and 60 (VEMBED_RESTART_SECONDS: another beginning).
+# gets on may be restarted for ever. Newer is what is beyond all that this script has seen: a run that
+# fell back, because its newest checkpoint is damaged, has to pass that one first. Before each restart
+# what is left of the run on this machine is killed (on others: their launcher's task), and 5 s are
+# waited, then 10, 20, 40 and 60 (VEMBED_RESTART_SECONDS: another beginning).
 #
 # Ends with   0   the run is complete
 #             2   something is to be mended first: not started again
@@ -68,6 +70,9 @@ kill_all() {
   exit 1
 }
 
+# Whether process $1 is a rank of this attempt, and not somebody else who has its number now.
+is_rank() { [[ -n $1 ]] && grep -qszFx "VEMBED_STATUS_FILE=$status" "/proc/$1/environ"; }
+
 signals=0
 stop() {
   local rank
@@ -76,7 +81,7 @@ stop() {
   if [[ $signals -ge 3 ]]; then
     say "SIG$1 again: killing the run"
     signal_all KILL
-  elif [[ $signals -eq 1 && -n $rank ]] && kill -TERM "$rank" 2> /dev/null; then
+  elif [[ $signals -eq 1 ]] && is_rank "$rank" && kill -TERM "$rank" 2> /dev/null; then
     say "SIG$1: asking the run to stop with a checkpoint"
   else
     say "SIG$1: ending the run"

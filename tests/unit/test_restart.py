@@ -188,6 +188,25 @@ def test_a_signal_between_two_attempts(folder: Path, monkeypatch: pytest.MonkeyP
     assert (process.returncode, count(folder)) == (75, 1)
 
 
+def test_a_signal_between_two_attempts_hits_nobody_who_has_a_ranks_number_now(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VEMBED_RESTART_SECONDS", "60")
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        told = f"echo pid $(uname -n) {stranger.pid} >> $VEMBED_STATUS_FILE\n"
+        process = start(3, attempts(folder, f"{told}echo > up; exit 1\n"))
+        wait_for(folder / "up")
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGTERM)
+        process.communicate(timeout=10)
+        assert (process.returncode, count(folder)) == (75, 1)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 def test_a_third_signal_kills_what_does_not_end(folder: Path) -> None:
     (folder / "rank.py").write_text(
         "import signal\nsignal.signal(15, signal.SIG_IGN)\n"
