@@ -16,6 +16,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "tests/faults/test_hang.py::test_a_rank_that_gives_no_sign_of_life_is_named",
         "tests/faults/test_hang.py::test_a_rank_that_lives_and_does_not_come_is_named_with_what_it_does",
         "tests/faults/test_hang.py::test_a_training_with_a_stopped_rank_ends_and_names_it",
+        "tests/unit/distributed/test_notices.py::test_a_rank_that_others_wait_for_is_named",
+        "tests/unit/distributed/test_notices.py::test_a_silent_rank_is_named",
     ),
     "F3": ("tests/faults/test_saving.py::test_f3_killed_while_saving",),
     "F4": ("tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",),
@@ -33,6 +35,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "F10": (
         "tests/faults/test_saving.py::test_f10_disk_full",
         "tests/faults/test_saving.py::test_a_file_that_one_rank_cannot_write_fails_all",
+        "tests/faults/test_saver.py::test_an_error_in_the_background_is_everybodys_at_the_next_save",
         "tests/faults/test_run_lock.py::test_a_full_disk_is_refused",
     ),
     "F11": (
@@ -98,6 +101,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "F24": (
         "tests/faults/test_pickle_bombs.py::test_of_a_checkpoint",
         "tests/faults/test_pickle_bombs.py::test_of_a_head",
+        "tests/faults/test_pickle_bombs.py::test_of_a_teacher_and_a_model",
         "tests/unit/models/test_module_state.py::test_a_state_runs_no_code",
     ),
     "F25": (

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.parity.conftest import ds_config, save_models
 from tests.worlds import World
 from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.manifest import seal
 from vembed_ds.errors import CheckpointError, ConfigError
+from vembed_ds.models.backbones import BackboneSource, load_backbone
 from vembed_ds.models.foreign import read_tensors
+from vembed_ds.teachers.teacher import _prepare
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
 
@@ -92,4 +95,24 @@ def test_of_a_head(tmp_path: Path) -> None:
     torch.save({"0.weight": torch.ones(2, 2), "bomb": Bomb(trace)}, path)
     with pytest.raises(ConfigError, match=r"projection_head.pt: .*posix.system.*, which could run"):
         read_tensors(path)
+    assert not trace.exists()
+
+
+def test_of_a_teacher_and_a_model(models: Path, tmp_path: Path) -> None:
+    """A teacher's weights are read from safetensors only; transformers unpickles a student's."""
+    folder, trace = tmp_path / "text", tmp_path / "ran"
+    shutil.copytree(models / "text", folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights | {"bomb": Bomb(trace)}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"teacher big: .*pytorch_model.bin only, which cannot be"
+    ):
+        _prepare(str(folder), "big", seed=0, trust_remote_code=False, processor=None)
+    with pytest.raises(
+        ConfigError, match=r"text: cannot be loaded: .* hold posix.system, which is"
+    ):
+        load_backbone(
+            BackboneSource(name=str(folder)), attn_implementation=None, trust_remote_code=False
+        )
     assert not trace.exists()

@@ -5,6 +5,7 @@ A family is told by the ``model_type`` of its config, never by the name or path 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,12 @@ def loading_problem(error: Exception) -> str:
         return (
             "it brings Python code of its own, which runs only when trust_remote_code is set; read "
             "that code first"
+        )
+    if "Weights only load failed" in str(error):  # and torch goes on with how to run it after all
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return (
+            f"its weights are damaged, or hold {found[1] if found else 'more than tensors'}, which is "
+            "not loaded, because it could run code; get them as safetensors"
         )
     return one_line(error)
 
