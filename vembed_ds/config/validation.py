@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from vembed_ds.config.distillation import teacher_entries
+from vembed_ds.config.datasets import dataset_name, merged_loss
 from vembed_ds.config.distillation_rules import DISTILLATION_KEYS, distillation_problems
 from vembed_ds.config.fields import ScratchModel
 from vembed_ds.config.loss_rules import LOSS_KEYS, loss_problems
-from vembed_ds.config.schema import ALIASES, Config, DataConfig, DatasetEntry, LossConfig
+from vembed_ds.config.run_rules import RUN_RULES
+from vembed_ds.config.schema import Config, DataConfig, DatasetEntry
 from vembed_ds.references import reference_problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
@@ -162,88 +160,6 @@ def _workers(config: Config) -> Iterator[str]:
             )
 
 
-def _loader_timeout(config: Config) -> Iterator[str]:
-    seconds, minutes = config.data.loader_timeout_seconds, config.run.timeout_minutes
-    if seconds is not None and seconds >= 60 * minutes:
-        yield (
-            f"loader_timeout_seconds={seconds:g}: must be below timeout_minutes={minutes:g} "
-            f"({60 * minutes:g} s), or the other ranks give up first and nobody says why; lower it"
-        )
-
-
-def _evaluation(config: Config) -> Iterator[str]:
-    if config.run.eval_steps and not _has_validation_data(config):
-        yield (
-            f"eval_steps={config.run.eval_steps}: there is nothing to evaluate on; "
-            "set val_data_path, or eval_steps=0"
-        )
-
-
-def _best_metric(config: Config) -> Iterator[str]:
-    name = config.run.best_metric
-    if name is None:
-        return
-    if not _has_validation_data(config):
-        yield f"best_metric={name!r}: there is nothing to evaluate on; set val_data_path, or remove it"
-        return
-    known = _metric_names(config)
-    if name.removeprefix("eval/") not in known:
-        near = get_close_matches(name.removeprefix("eval/"), known, n=1, cutoff=0.0)[0]
-        yield (
-            f"best_metric={name!r}: the evaluation gives no such metric; the nearest is {near} (also "
-            f"known: {', '.join(other for other in known if other != near)})"
-        )
-
-
-def _metric_names(config: Config) -> list[str]:
-    """Of an evaluation, as metrics.jsonl has them behind ``eval/``; the higher, the better."""
-    plain = [*(f"recall@{k}" for k in config.run.eval_recall_k), "mrr"]
-    dims = config.loss.mrl_dims if config.loss.use_mrl else ()
-    suffixes = ["", *(f"_d{dim}" for dim in dims)]
-    entries = config.data.datasets
-    prefixes = [f"{dataset_name(entry, place)}/" for place, entry in enumerate(entries)] or [""]
-    return [f"{p}{name}{s}" for p in prefixes for s in suffixes for name in plain]
-
-
-def _has_validation_data(config: Config) -> bool:
-    entries = config.data.datasets
-    return any([config.data.val_data_path, *(entry.val_data_path for entry in entries)])
-
-
-def _save_epochs(config: Config) -> Iterator[str]:
-    if config.run.save_epochs and config.data.streaming:
-        yield (
-            f"save_epochs={config.run.save_epochs}: streaming does not know when an epoch ends; set "
-            "save_steps instead"
-        )
-
-
-def _node_local(config: Config) -> Iterator[str]:
-    """What is stored once in ``output_dir`` and read by all ranks."""
-    if not config.run.node_local_output:
-        return
-    model, guides = config.model, [config.loss.guide_model_name]
-    guides += [entry.loss.get("guide_model_name") for entry in config.data.datasets]
-    modes = {entry.mode for entry in teacher_entries(config.distillation) if entry.model_name}
-    stored = {
-        "guide_model_name": next((guide for guide in guides if guide is not None), None),
-        "cache_frozen_encoder": model.freeze_text_encoder and model.cache_frozen_encoder,
-        "teacher_mode": next(iter(modes & {"cached", "first_epoch"}), None),
-    }
-    for key, value in stored.items():
-        if value:
-            yield (
-                f"node_local_output=True: {key}={value!r} stores vectors that all ranks read; "
-                f"give a shared output_dir, or change {key}"
-            )
-
-
-def _recall(config: Config) -> Iterator[str]:
-    values = config.run.eval_recall_k
-    if repeated := {k for k in values if values.count(k) > 1}:
-        yield f"eval_recall_k={list(values)}: {min(repeated)} stands there twice; keep one"
-
-
 def _training_data(config: Config) -> Iterator[str]:
     data = config.data
     if not data.data_path and not data.datasets:
@@ -288,25 +204,6 @@ def _own_loss(config: Config, entry: DatasetEntry) -> Iterator[str]:
             yield f"{'.'.join(map(str, found['loc']))}={found['input']!r}: {found['msg']}"
         return
     yield from loss_problems(config.model_copy(update={"loss": own}))
-
-
-def merged_loss(shared: LossConfig, own: Mapping[str, Any]) -> LossConfig:
-    """A data set's loss settings over those of all.
-
-    Raises:
-        ValidationError: A key is unknown, or a value is wrong.
-    """
-    stated = shared.model_dump(include=shared.model_fields_set)
-    named = {ALIASES.get(key, key): value for key, value in own.items()}
-    return LossConfig.model_validate(stated | named)
-
-
-def dataset_name(entry: DatasetEntry, place: int) -> str:
-    """The name of one of several data sets: given, or its file's."""
-    if entry.name is not None:
-        return entry.name
-    path = entry.data_path if isinstance(entry.data_path, str) else entry.data_path[0]
-    return Path(path).stem or str(place)
 
 
 def _inner_layers(config: Config) -> Iterator[str]:
@@ -401,17 +298,6 @@ def _image_root(config: Config) -> Iterator[str]:
         yield f"image_root={root!r}: no such folder; check the path"
 
 
-def _output(config: Config) -> Iterator[str]:
-    path = Path(config.run.output_dir)
-    if path.parts[:1] == ("~",):
-        yield f"output_dir={str(path)!r}: only a shell replaces ~; write the whole path"
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        yield f"output_dir={str(path)!r}: {existing} is a file; give a folder"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"output_dir={str(path)!r}: cannot write in {existing}; give another folder"
-
-
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = (
     ((*MODEL_KEYS, "encoder_mode"), _encoders),
     (MODEL_KEYS, _references),
@@ -440,21 +326,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
         distillation_problems,
     ),
     (("num_workers", "prefetch_factor", "persistent_workers"), _workers),
-    (("loader_timeout_seconds", "timeout_minutes"), _loader_timeout),
-    (("eval_steps", "val_data_path", "datasets"), _evaluation),
-    (("eval_recall_k",), _recall),
-    (
-        ("best_metric", "eval_recall_k", "val_data_path", "datasets", "use_mrl", "mrl_dims"),
-        _best_metric,
-    ),
-    (("save_epochs", "streaming"), _save_epochs),
-    (
-        (
-            *("node_local_output", "guide_model_name", "datasets", *DISTILLATION_KEYS),
-            *("freeze_text_encoder", "cache_frozen_encoder"),
-        ),
-        _node_local,
-    ),
+    *RUN_RULES,
     (("data_path", "datasets"), _training_data),
     (("datasets", "batching", "pooling_method", *LOSS_KEYS), _datasets),
     (("batching", "datasets"), _batching),
@@ -468,6 +340,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
     ),
     (("val_data_path",), _validation_data),
     (("image_root",), _image_root),
-    (("output_dir",), _output),
 )
 """The keys each rule reads, and the rule."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import datasets
 
+from vembed_ds.config.datasets import dataset_name
 from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config, DataConfig, DatasetEntry
-from vembed_ds.config.validation import dataset_name
 from vembed_ds.data.dataset import PairDataset, PairEncoder
 from vembed_ds.data.fingerprint import fingerprint
 from vembed_ds.data.images import first_missing_image

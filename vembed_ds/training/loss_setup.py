@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vembed_ds.config.datasets import merged_loss
 from vembed_ds.config.distillation import DistillationConfig, teacher_entries
 from vembed_ds.config.schema import Config, DatasetEntry, LossConfig
-from vembed_ds.config.validation import merged_loss
 from vembed_ds.data.dataset import PairEncoder
 from vembed_ds.data.records import RecordReader
 from vembed_ds.errors import ConfigError
