@@ -15,7 +15,7 @@ from vembed_ds.models.families import VISION_LANGUAGE
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)(?:\[([^\]]+)\])?`")
-LATER = {7, 43, 45}  # rows that say what they wait for
+LATER = {7}  # rows that say what they wait for
 
 
 def tables(name: str) -> list[list[str]]:
