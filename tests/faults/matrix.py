@@ -139,6 +139,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "tests/unit/tracking/test_trackers.py::test_wandb_that_cannot_start",
         "tests/unit/tracking/test_trackers.py::test_wandb_that_is_not_installed",
         "tests/unit/tracking/test_trackers.py::test_a_line_is_on_disk_as_soon_as_it_is_logged",
+        "tests/faults/test_trackers.py::test_offline_wandb_keeps_a_run_of_its_own",
+        "tests/faults/test_trackers.py::test_wandb_that_reaches_no_server_ends_the_run_before_it_begins",
     ),
     "F32": (
         "tests/faults/test_dead_worker.py::test_a_killed_loader_process_ends_a_training",

@@ -11,8 +11,6 @@ from vembed_ds.distributed.notices import Notices, notice
 from vembed_ds.distributed.phases import Kind
 from vembed_ds.distributed.verdict import Peer
 
-pytestmark = pytest.mark.faults
-
 LIMIT = 1800.0
 LOADS = peer(1, "start: loading the model", Kind.LOADING)
 
