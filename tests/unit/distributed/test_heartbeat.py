@@ -103,7 +103,7 @@ def test_the_error_of_another_rank_ends_one_that_does_not_end_by_itself(
     monkeypatch.setattr(heartbeat, "_OWN_END", 0.2)
     ranks.hearts[1].say_last_words("DataError: x", code=2, by_peer=False)
     ranks.hearts[1].leave()
-    assert ranks.code(0, seconds=LIMIT) == 2
+    assert ranks.code(0, seconds=3 * LIMIT) == 2
     assert "DistributedError: rank 1 (host a, pid 2) ended: DataError: x" in capsys.readouterr().err
 
 
