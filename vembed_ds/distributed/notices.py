@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
-from vembed_ds.distributed.phases import Kind
 from vembed_ds.distributed.verdict import (
+    WAITING,
     Peers,
     describe_doings,
     describe_silent,
@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 NOTICE_SECONDS = 60.0
 # Where an exchange may be hidden in work, a chunk that is only long looks the same.
 STALL_SECONDS = 300.0
-_EXCHANGES = frozenset({Kind.WAITING, Kind.REDUCTION})
 
 
 class Notices:
@@ -69,5 +68,5 @@ def _is_awaited(peers: Peers, *, seconds: float) -> bool:
     beats = [peer.beat for peer in peers.values()]
     if any(beat.words or beat.left for beat in beats):
         return False
-    waiting = [beat for beat in beats if beat.kind in _EXCHANGES]
+    waiting = [beat for beat in beats if beat.kind in WAITING]
     return len(waiting) < len(beats) and any(beat.seconds >= seconds for beat in waiting)

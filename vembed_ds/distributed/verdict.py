@@ -8,8 +8,8 @@ from typing import NamedTuple
 from vembed_ds.distributed.phases import Kind
 
 # Innermost phases in which a rank may be waiting for the others; in the first it does nothing else.
-_WAITING = frozenset({Kind.WAITING, Kind.REDUCTION})
-_MEETING = _WAITING | {Kind.EMBEDDING, Kind.REPLAY, Kind.OPTIMIZER, Kind.SAVING, Kind.TEACHER}
+WAITING = frozenset({Kind.WAITING, Kind.REDUCTION})
+_MEETING = WAITING | {Kind.EMBEDDING, Kind.REPLAY, Kind.OPTIMIZER, Kind.SAVING, Kind.TEACHER}
 _NAMED = 4  # ranks that a message describes; it counts the others
 _HINT = "if nobody ended it, look for the kernel's out-of-memory killer (dmesg) on its machine"
 
@@ -137,7 +137,7 @@ def describe_stall(peers: Peers, *, limit: float) -> str | None:
 def describe_doings(peers: Peers, *, limit: float) -> str:
     """Who is where, those first who do not wait for others."""
     setting = f"(limit: timeout_minutes={limit / 60:g})"
-    waiting = {rank: peer for rank, peer in peers.items() if peer.beat.kind in _WAITING}
+    waiting = {rank: peer for rank, peer in peers.items() if peer.beat.kind in WAITING}
     awaited = [peer for rank, peer in peers.items() if rank not in waiting]
     if not waiting or not awaited:
         return f"the ranks do not meet: {_groups(peers)} {setting}"
