@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from vembed_ds.distributed.comm import local_rank
+
+logger = logging.getLogger(__name__)
 
 STATUS_FILE = "VEMBED_STATUS_FILE"  # the environment's name for it
 
@@ -18,20 +21,33 @@ def tell(word: str, value: object) -> None:
     """Say to ``launch/restart.sh`` what launchers do not pass on; nothing without it.
 
     The first rank of each machine speaks. torchrun makes 1 of every exit code, DeepSpeed's
-    launcher makes 0 of its own death.
+    launcher makes 0 of its own death. A file that cannot be written is warned of, once: it must
+    not end one rank of a run.
 
     Args:
         word: ``pid`` (machine and process to signal for a stop with a checkpoint), ``saved`` (of which step), or
             ``exit`` (with which code).
         value: Its value.
-
-    Raises:
-        OSError: The file cannot be written.
     """
     path = os.environ.get(STATUS_FILE)
-    if path and local_rank() == 0:
+    if not path or local_rank() != 0:
+        return
+    try:
         with Path(path).open("a") as file:
             file.write(f"{word} {value}\n")
+    except OSError as error:
+        if path not in _unwritable:
+            _unwritable.add(path)
+            logger.warning(
+                "%s=%s: cannot be written (%s), so launch/restart.sh does not hear what this run "
+                "does; make room, or let TMPDIR name another disk when it is started",
+                STATUS_FILE,
+                path,
+                error.strerror or error,
+            )
+
+
+_unwritable: set[str] = set()
 
 
 class Launcher:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vembed_ds.distributed.launcher import Launcher
+from vembed_ds.distributed.launcher import Launcher, tell
 
 ROOT = Path(__file__).parents[3]
 # As `deepspeed` does: a program that starts a module that starts the rank.
@@ -81,3 +81,18 @@ def test_a_shell_that_started_the_launcher_may_end(programs: Path) -> None:
 
 def test_without_a_launcher_nothing_is_gone() -> None:
     assert not Launcher().gone
+
+
+def test_a_file_that_cannot_be_written_ends_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VEMBED_STATUS_FILE", str(tmp_path / "gone" / "status"))
+    tell("saved", 1)
+    tell("exit", 0)
+    (record,) = caplog.records
+    assert f"VEMBED_STATUS_FILE={tmp_path / 'gone' / 'status'}: cannot be written (No such" in (
+        record.getMessage()
+    )
+    monkeypatch.setenv("VEMBED_STATUS_FILE", "/dev/full")
+    tell("exit", 0)
+    assert "No space left on device" in caplog.text
