@@ -36,8 +36,8 @@ _PROBE_SECONDS = 20
 _WRITE_PROBE = ".written-by-rank-"
 _WRITE_PROBE_BYTES = 65536
 _OWN_SECONDS = 3
+# What stays: run.lock, which this run holds, and teacher_cache, which knows its teacher.
 _WRITTEN = (
-    CONFIG_FILE,
     DS_CONFIG_FILE,
     "metrics.jsonl",
     "tensorboard",
@@ -51,6 +51,9 @@ _WRITTEN = (
     "guide-*",
     FROZEN_FILE,
     SKIPPED_FILE,
+    "nonfinite-step-*.json",
+    "spike-step-*.json",
+    CONFIG_FILE,  # last: without it nobody would set aside what a crash left of the others
 )
 
 
