@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from vembed_ds.config.schema import Config
 
-# With a traceback; or a rank or loader process died or hung, or replicas differ: a restart may help.
+# With a traceback; or a rank or loader process died or hung, replicas differ, or a disk or file
+# server failed in a way that may pass: a restart may help.
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2  # a problem the user can mend: a restart does not help
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be gone on with
 EXIT_CODES = """exit codes:
   0    done
-  1    unexpected, or a rank or loader process died or hung, or the ranks' models differ: starting again
-       with --resume auto may help
+  1    unexpected, or a rank or loader process died or hung, the ranks' models differ, or a disk or file
+       server gave an input/output error: starting again with --resume auto may help
   2    something is to be mended first; the message says what
   75   stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint: to go on, start again with --resume auto
 """
@@ -105,13 +106,14 @@ def exit_code(error: BaseException | None) -> int:
         PeerError,
         ReplicaError,
         StoppedError,
+        StorageError,
         VembedError,
         WorkerError,
     )
 
     if isinstance(error, StoppedError):
         return EXIT_STOPPED
-    if isinstance(error, PeerError | WorkerError | ReplicaError):
+    if isinstance(error, PeerError | WorkerError | ReplicaError | StorageError):
         return EXIT_UNEXPECTED
     if isinstance(error, DistributedError) and isinstance(error.__cause__, VembedError):
         return exit_code(error.__cause__)

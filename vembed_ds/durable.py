@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -19,6 +19,11 @@ _FULL = {
     errno.EDQUOT: "disk quota exceeded",
     errno.EFBIG: "larger than a file may be here",
 }
+# A device or a file server that did not answer may answer again; a full disk needs a person.
+_PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,26 @@ def describe_write_error(error: OSError, place: Path, *, needed: int | None = No
         return f"{path}: {error.strerror or error}"
     wanted = "" if needed is None else f"{needed:,} bytes were to be written, "
     return f"{path}: {reason}: {wanted}{_free_bytes(path.parent)} free"
+
+
+class WriteFailure(NamedTuple):
+    """What went wrong with a file, for other ranks to hear of.
+
+    Attributes:
+        text: In words.
+        passing: Whether it may work in a while, without anybody doing anything.
+    """
+
+    text: str
+    passing: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def write_failure(error: OSError, place: Path, *, needed: int | None = None) -> WriteFailure:
+    """What went wrong; the arguments are :func:`describe_write_error`'s."""
+    return WriteFailure(describe_write_error(error, place, needed=needed), error.errno in _PASSING)
 
 
 def _free_bytes(folder: Path) -> str:

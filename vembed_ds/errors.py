@@ -54,6 +54,10 @@ class SaveError(CheckpointError):
     """A checkpoint that could not be written; the same on every rank, and training is untouched."""
 
 
+class StorageError(SaveError):
+    """The device or file server failed in a way that may pass, so that a restart may help."""
+
+
 class GradientError(VembedError):
     """The gradient self-test found that chunking changes the gradient."""
 

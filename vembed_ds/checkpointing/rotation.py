@@ -84,6 +84,8 @@ def delete_checkpoint(folder: Path) -> None:
 def put_in_place(partial: Path, folder: Path) -> None:
     """Give a finished checkpoint its name, which an older one may have. Rank 0.
 
+    :func:`confirm` must follow.
+
     Raises:
         OSError: It cannot be renamed.
     """
@@ -94,9 +96,21 @@ def put_in_place(partial: Path, folder: Path) -> None:
         folder.rename(older)
     # A crash here leaves the older one under its other name, and put_back gives it back.
     partial.rename(folder)
+
+
+def confirm(folder: Path) -> None:
+    """Flush a checkpoint's new name to the disk, and delete the one that had it before. Rank 0.
+
+    Raises:
+        OSError: The name did not get there.
+    """
     sync_folder(folder.parent)
-    if older.exists():
-        shutil.rmtree(older)
+    older = folder.with_name(replaced_name(folder.name))
+    try:
+        if older.exists():
+            shutil.rmtree(older)
+    except OSError as error:
+        _warn_of_leftover(older, error)
 
 
 def put_back(output_dir: Path) -> None:
@@ -111,18 +125,40 @@ def put_back(output_dir: Path) -> None:
             logger.warning("%s: was being replaced when a run crashed; it has its name back", name)
 
 
-def remove_leftovers(output_dir: Path) -> None:
+def remove_leftovers(output_dir: Path, *, needed: str | None = None) -> None:
     """Report and remove what crashed runs left unfinished. Rank 0 of the run that has the folder.
 
+    What cannot be removed (NFS keeps files that somebody has open) is warned of and stays.
+
+    Args:
+        output_dir: The run's folder.
+        needed: Name of a folder that must be gone afterwards.
+
     Raises:
-        OSError: Something cannot be removed.
+        OSError: That one cannot be removed, or a checkpoint not get its name back.
     """
     put_back(output_dir)
     for path, name, state in leftovers(output_dir):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if path.name == needed:
+                raise
+            _warn_of_leftover(path, error)
+            continue
         what = {
             "partial": "a checkpoint that a run had not finished when it ended",
             "replaced": "an older checkpoint of the same step",
             "deleted": "a checkpoint that was being deleted when a run ended",
         }[state]
         logger.warning("%s: removed %s (%s)", output_dir, path.name, what.format(name=name))
+
+
+def _warn_of_leftover(path: Path, error: OSError) -> None:
+    logger.warning(
+        "%s: cannot be removed (%s: %s), and is in nobody's way; it is tried again at the next "
+        "checkpoint",
+        path,
+        error.filename or path.name,
+        error.strerror or error,
+    )

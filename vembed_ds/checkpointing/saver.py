@@ -90,6 +90,7 @@ class Saver:
         self._group: Any = None
         self._unfinished: tuple[Future[Path], Best | None] | None = None
         self._newest: Path | None = None
+        self._failure: SaveError | None = None
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation is the best so far, so that it is to be saved now.
@@ -142,6 +143,7 @@ class Saver:
                 written, and ``on_error`` is ``"fail"``.
         """
         self.finish()
+        self._failure = None
         best = self.best
         if self.policy.best_metric is not None:
             state = {**state, "best": None if best is None else asdict(best)}
@@ -177,6 +179,16 @@ class Saver:
             self._settle(future.result, best)
         return self._newest
 
+    def failure(self) -> SaveError | None:
+        """Why the last checkpoint was not saved, as far as this rank knows. Local.
+
+        It is the same on every rank behind :meth:`finish`.
+        """
+        if self._unfinished is not None and self._unfinished[0].done():
+            error = self._unfinished[0].exception()
+            return error if isinstance(error, SaveError) else None
+        return self._failure
+
     def close(self) -> None:
         """Wait for what is being written, and say what became of it; for a run that ends anyway."""
         if self._unfinished is not None:
@@ -202,13 +214,15 @@ class Saver:
 
     def _settle(self, action: Callable[[], Path], best: Best | None) -> None:
         """See whether a checkpoint was written; the ranks agree on that already."""
+        self._failure = None
         try:
             self._newest = action()
         except SaveError as error:
+            self._failure = error
             if self.best == best:  # it lies nowhere
                 self.best = self._saved_best
             if self.policy.on_error == "fail":
-                raise
+                raise type(error)(f"{error}, or let on_save_error: warn train on") from error
             if comm.is_main():
                 logger.warning("on_save_error=warn: training goes on although %s", error)
         else:

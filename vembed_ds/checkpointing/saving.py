@@ -32,18 +32,19 @@ from vembed_ds.checkpointing.names import (
     partial_name,
 )
 from vembed_ds.checkpointing.random_state import save_random_state
-from vembed_ds.checkpointing.rotation import put_in_place, remove_leftovers
+from vembed_ds.checkpointing.rotation import confirm, put_in_place, remove_leftovers
 from vembed_ds.checkpointing.store import STATE
 from vembed_ds.distributed import comm
 from vembed_ds.durable import (
     FileRecord,
-    describe_write_error,
+    WriteFailure,
     hash_file,
     sync_file,
     sync_folder,
+    write_failure,
 )
 from vembed_ds.engine.checkpoint_files import CheckpointFiles, save_engine
-from vembed_ds.errors import SaveError, VembedError, one_line
+from vembed_ds.errors import SaveError, StorageError, VembedError, one_line
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ class Snapshot:
     config_digest: str | None
     disk: Disk
     files: CheckpointFiles
-    error: str | None
+    error: WriteFailure | None
 
 
 def save_checkpoint(
@@ -197,12 +198,12 @@ def commit(snapshot: Snapshot, *, best: bool = False) -> Path:
         The checkpoint's folder.
 
     Raises:
-        SaveError: On every rank; the partial folder is gone then.
+        SaveError: On every rank. The partial folder is gone then; or the checkpoint is whole and
+            ``latest`` does not name it, so that nobody would take it by himself.
     """
     folder, partial = snapshot.folder, snapshot.partial
     snapshot.files.write_deferred()
-    error = None if snapshot.files.error is None else str(snapshot.files.error)
-    error = error or snapshot.error
+    error = snapshot.files.error or snapshot.error
     own: dict[str, FileRecord] = {}
 
     def flush_own_files() -> None:
@@ -220,12 +221,18 @@ def commit(snapshot: Snapshot, *, best: bool = False) -> Path:
     def publish() -> None:
         if snapshot.disk.leads:
             put_in_place(partial, folder)
+
+    def point() -> None:
+        if snapshot.disk.leads:
+            confirm(folder)
             move_pointer(folder.parent, LATEST, folder)
             if best:
                 move_pointer(folder.parent, BEST, folder)
 
+    # No machine goes ahead of the others.
     _agree(None, _attempt(seal, partial), snapshot)
-    _agree(None, _attempt(publish, partial), snapshot)  # no machine goes ahead of the others
+    _agree(None, _attempt(publish, partial), snapshot)
+    _agree(None, _attempt(point, folder), snapshot, named=True)
     return folder
 
 
@@ -257,35 +264,50 @@ def _seal(snapshot: Snapshot, parts: Sequence[_Part]) -> None:
     write_manifest(partial, manifest)
 
 
-def _agree(own: T, error: str | None, snapshot: Snapshot) -> list[T]:
-    """What every rank has; or the same error on every rank when any has one. Collective."""
-    answers = comm.all_gather_objects((own, error))
-    failed = [(rank, found) for rank, (_, found) in enumerate(answers) if found is not None]
-    if failed:
-        if snapshot.disk.leads:
-            shutil.rmtree(snapshot.partial, ignore_errors=True)
-        rank, found = failed[0]
-        raise SaveError(
-            f"{snapshot.folder.name} was not saved: rank {rank}: {found}; earlier checkpoints are "
-            "untouched. Make room or mend the folder, or let on_save_error: warn train on"
-        )
-    return [answer for answer, _ in answers]
+def _agree(
+    own: T, failure: WriteFailure | None, snapshot: Snapshot, *, named: bool = False
+) -> list[T]:
+    """What every rank has; or the same error on every rank when any has one. Collective.
+
+    Args:
+        own: What this rank has.
+        failure: What went wrong on this rank.
+        snapshot: What is being saved.
+        named: Whether it has its name already.
+    """
+    answers = comm.all_gather_objects((own, failure))
+    failed = {rank: found for rank, (_, found) in enumerate(answers) if found is not None}
+    if not failed:
+        return [answer for answer, _ in answers]
+    if snapshot.disk.leads and not named:
+        shutil.rmtree(snapshot.partial, ignore_errors=True)
+    rank, found = next(iter(failed.items()))
+    name, outcome = snapshot.folder.name, "was not saved"
+    left = "earlier checkpoints are untouched"
+    if named:
+        outcome = "is whole, but could not be made the latest"
+        left = f"--resume auto goes on from what `latest` names; name {name} to go on from it"
+    # Only a failure that passes on every rank is over at the next start.
+    passing = all(one.passing for one in failed.values())
+    remedy = "It may pass: start again with --resume auto" if passing else "Make room"
+    kind = StorageError if passing else SaveError
+    raise kind(f"{name} {outcome}: rank {rank}: {found}; {left}. {remedy}, or mend the folder")
 
 
-def _attempt(action: Callable[[], None], folder: Path) -> str | None:
+def _attempt(action: Callable[[], None], folder: Path) -> WriteFailure | None:
     """Run what touches files; what went wrong, for the other ranks to hear of it."""
     try:
         action()
     except OSError as error:
-        return describe_write_error(error, folder)
+        return write_failure(error, folder)
     except (VembedError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        return f"{type(error).__name__}: {one_line(error)}"
+        return WriteFailure(f"{type(error).__name__}: {one_line(error)}")
     return None
 
 
 def _make_folder(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(partial.parent)
+    remove_leftovers(partial.parent, needed=partial.name)
     partial.mkdir()
 
 

@@ -15,7 +15,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from vembed_ds.durable import FileRecord, HashedFile, describe_write_error, write_hashed
+from vembed_ds.durable import FileRecord, HashedFile, WriteFailure, write_failure, write_hashed
 from vembed_ds.errors import CheckpointError, one_line
 
 
@@ -35,7 +35,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         self.name = type(self).__name__
         self.deferred = deferred
         self.records: dict[Path, FileRecord] = {}
-        self.error: CheckpointError | None = None
+        self.error: WriteFailure | None = None
         self._waiting: list[tuple[Path, Any]] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -88,9 +88,9 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
             action()
         except OSError as error:
             wanted = None if needed is None else needed()
-            self.error = CheckpointError(describe_write_error(error, path, needed=wanted))
+            self.error = write_failure(error, path, needed=wanted)
         except RuntimeError as error:
-            self.error = CheckpointError(f"{path}: cannot be written: {one_line(error)}")
+            self.error = WriteFailure(f"{path}: cannot be written: {one_line(error)}")
 
 
 def _save(state: Any, file: HashedFile) -> None:

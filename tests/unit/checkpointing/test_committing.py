@@ -1,0 +1,133 @@
+"""What cannot be removed, renamed or pointed to while a checkpoint gets its name."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vembed_ds.checkpointing import rotation, saving
+from vembed_ds.checkpointing.disks import Disk
+from vembed_ds.checkpointing.manifest import verify
+from vembed_ds.checkpointing.rotation import remove_leftovers
+from vembed_ds.checkpointing.saving import Snapshot, commit
+from vembed_ds.checkpointing.store import find_checkpoint
+from vembed_ds.command import exit_code
+from vembed_ds.engine.checkpoint_files import CheckpointFiles
+from vembed_ds.errors import SaveError, StorageError
+
+
+def begin(out: Path, step: int) -> Snapshot:
+    """A checkpoint with one file, as :func:`take_snapshot` leaves it."""
+    partial = out / f".checkpoint-step-{step}.partial"
+    saving._make_folder(partial)
+    (partial / "file").write_text(str(step))
+    return Snapshot(
+        folder=out / f"checkpoint-step-{step}",
+        partial=partial,
+        step=step,
+        zero_stage=0,
+        config_digest=None,
+        disk=Disk(0, 0, 1),
+        files=CheckpointFiles(deferred=False),
+        error=None,
+    )
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """``busy(folder)`` cannot be removed any more, as with a file that NFS keeps."""
+    kept: list[Path] = []
+    remove = shutil.rmtree
+
+    def rmtree(path: Path, **options: Any) -> None:
+        if path in kept:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(rotation.shutil, "rmtree", rmtree)
+    return kept.append
+
+
+def test_what_cannot_be_removed_costs_no_checkpoint(
+    tmp_path: Path, busy: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (".checkpoint-step-1.partial", ".checkpoint-step-2.deleted"):
+        (tmp_path / name).mkdir()
+    busy(tmp_path / ".checkpoint-step-1.partial")
+    remove_leftovers(tmp_path)
+    assert not (tmp_path / ".checkpoint-step-2.deleted").exists()
+    assert ".checkpoint-step-1.partial: cannot be removed (" in caplog.text
+    assert "Directory not empty), and is in nobody's way" in caplog.text
+    verify(commit(begin(tmp_path, 2)))
+    with pytest.raises(OSError, match="Directory not empty"):
+        begin(tmp_path, 1)
+
+
+def test_an_older_one_that_cannot_be_removed_costs_no_checkpoint(
+    tmp_path: Path, busy: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    written = verify(commit(begin(tmp_path, 1))).written_at
+    busy(tmp_path / ".checkpoint-step-1.replaced")
+    assert verify(commit(begin(tmp_path, 1))).written_at > written
+    assert (tmp_path / "latest").read_text() == "checkpoint-step-1"
+    assert ".checkpoint-step-1.replaced: cannot be removed" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["rotation.sync_folder", "saving.move_pointer"])
+@pytest.mark.parametrize(
+    ("number", "kind", "code", "remedy"),
+    [
+        (errno.ENOSPC, SaveError, 2, "Make room, or mend the folder"),
+        (errno.EIO, StorageError, 1, "It may pass: start again with --resume auto, or mend"),
+        (errno.ESTALE, StorageError, 1, "It may pass: start again with --resume auto, or mend"),
+    ],
+)
+def test_a_whole_checkpoint_that_is_not_the_latest(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    number: int,
+    kind: type[SaveError],
+    code: int,
+    remedy: str,
+) -> None:
+    first = commit(begin(tmp_path, 1))
+    snapshot = begin(tmp_path, 2)
+
+    def fail(*_: Any) -> None:
+        raise OSError(number, "failed", "the file")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(f"vembed_ds.checkpointing.{place}", fail)
+        with pytest.raises(SaveError) as raised:
+            commit(snapshot)
+    assert type(raised.value) is kind
+    assert exit_code(raised.value) == code
+    message = str(raised.value)
+    assert "checkpoint-step-2 is whole, but could not be made the latest: rank 0: " in message
+    assert f"name checkpoint-step-2 to go on from it. {remedy}" in message
+    verify(snapshot.folder)
+    assert find_checkpoint("auto", tmp_path) == first
+    assert find_checkpoint(str(snapshot.folder), tmp_path) == snapshot.folder
+    assert find_checkpoint("auto", commit(begin(tmp_path, 2)).parent) == snapshot.folder
+
+
+def test_without_an_earlier_one_the_first_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saving, "move_pointer", fail)
+    with pytest.raises(StorageError):
+        commit(begin(tmp_path, 1))
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint-step-1"
+    assert "latest: missing" in caplog.text
