@@ -40,7 +40,13 @@ from vembed_ds.checkpointing.card import read_evaluations, read_facts, write_car
 from vembed_ds.checkpointing.companions import write_companions
 from vembed_ds.checkpointing.describe import write_json
 from vembed_ds.checkpointing.files import resolve_checkpoint
-from vembed_ds.checkpointing.manifest import MANIFEST, find_damage, read_manifest, reading
+from vembed_ds.checkpointing.manifest import (
+    MANIFEST,
+    extra_files,
+    find_damage,
+    read_manifest,
+    reading,
+)
 from vembed_ds.checkpointing.planning import (
     DTYPES,
     Options,
@@ -130,6 +136,17 @@ def _compare_with_manifest(checkpoint: Path, *, show_progress: bool) -> None:
         )
         return
     manifest = read_manifest(checkpoint)
+    if manifest.num_disks > 1:
+        more = extra_files(checkpoint, manifest)
+        logger.warning(
+            "%s: lists the files of one of %d machines (node_local_output), so %d of %d files are "
+            "compared with what was written; not compared: %s",
+            checkpoint / MANIFEST,
+            manifest.num_disks,
+            len(manifest.files),
+            len(manifest.files) + len(more),
+            ", ".join(more) or "none, so those of the other machines are missing",
+        )
     with _progress(manifest.num_bytes, "checking", shown=show_progress) as progress:
         for name, record in manifest.files.items():
             if damage := find_damage(checkpoint, {name: record}):

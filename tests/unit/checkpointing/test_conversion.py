@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from vembed_ds import Encoder, convert
 from vembed_ds.checkpointing import export, parts
 from vembed_ds.checkpointing.consolidate import load_consolidated, read_parameters
 from vembed_ds.checkpointing.export import export_model
-from vembed_ds.checkpointing.manifest import seal
+from vembed_ds.checkpointing.manifest import seal, write_manifest
 from vembed_ds.checkpointing.publish import new_folder
 from vembed_ds.checkpointing.tensor_files import TensorFile
 from vembed_ds.errors import CheckpointError
@@ -294,6 +295,20 @@ def test_a_checkpoint_without_a_manifest_is_told(
     seal(checkpoint, step=1, world_size=1, zero_stage=0)
     export_model(checkpoint, tmp_path / "new")
     assert "manifest" not in caplog.text
+
+
+def test_one_machines_manifest_of_several_is_told(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = seal(checkpoint, step=1, world_size=2, zero_stage=0)
+    files = {name: record for name, record in manifest.files.items() if name.startswith("model/")}
+    write_manifest(checkpoint, dataclasses.replace(manifest, files=files, num_disks=2))
+    export_model(checkpoint, tmp_path / "new")
+    assert (
+        f"manifest.json: lists the files of one of 2 machines (node_local_output), so {len(files)} "
+        f"of {len(manifest.files)} files are compared with what was written; not compared: "
+        f"{', '.join(sorted(manifest.files.keys() - files.keys()))}"
+    ) in caplog.text
 
 
 @pytest.mark.faults
