@@ -6,19 +6,22 @@ import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from vembed_ds.errors import ConfigError, VembedError
+from vembed_ds.durable import write_failure
+from vembed_ds.errors import ConfigError, StorageError, VembedError
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_run_id.txt"
 CHOICES = ("none", "tensorboard", "wandb", "all")
+MOST_WAITING = 10_000  # lines that are kept while they cannot be written
 
 
 class Sink(Protocol):
@@ -33,7 +36,7 @@ class Sink(Protocol):
 
 @dataclass
 class Tracker:
-    """Hands metrics to the file, whose failures stop the run, and to sinks, whose do not.
+    """Hands metrics to the file, whose failures may stop the run, and to sinks, whose do not.
 
     Args:
         file: Writes ``metrics.jsonl``.
@@ -52,7 +55,7 @@ class Tracker:
             step: Global step, the number of optimizer steps made.
 
         Raises:
-            VembedError: When ``metrics.jsonl`` cannot be written.
+            VembedError: When ``metrics.jsonl`` cannot be written, unless it is patient.
         """
         self.file.write(metrics, step=step)
         for name, sink in self.sinks.items():
@@ -60,6 +63,7 @@ class Tracker:
 
     def close(self) -> None:
         """Finish every sink; call it once, when the run ends."""
+        self.file.close()
         for name, sink in self.sinks.items():
             self._guarded(name, sink.close)
 
@@ -84,6 +88,7 @@ def build_tracker(
     run_name: str | None,
     config: Mapping[str, Any],
     resume_step: int = 0,
+    patient: bool = False,
 ) -> Tracker:
     """Opens the trackers of a run. Rank 0 alone calls it.
 
@@ -95,6 +100,7 @@ def build_tracker(
         config: Resolved settings, shown beside the metrics.
         resume_step: Steps already made by the checkpoint that the run resumes from; what was
             logged for later steps is removed. 0 starts afresh: earlier metrics are removed.
+        patient: As of :class:`MetricsFile`.
 
     Raises:
         ConfigError: When a tracker is unknown, not installed or does not start.
@@ -104,7 +110,7 @@ def build_tracker(
         raise ConfigError(f"report_to={report_to!r}: expected one of {', '.join(CHOICES)}")
     folder = Path(folder)
     name = run_name or folder.absolute().name
-    file = MetricsFile(folder / METRICS_FILE, resume_step=resume_step)
+    file = MetricsFile(folder / METRICS_FILE, resume_step=resume_step, patient=patient)
     sinks: dict[str, Sink] = {}
     if report_to in ("wandb", "all"):
         sinks["wandb"] = WandbSink(
@@ -123,13 +129,18 @@ class MetricsFile:
     Args:
         path: The file; its folder is made when it is missing.
         resume_step: Lines of later steps are removed; 0 removes all.
+        patient: Keep lines that cannot be written, and write them with a later one.
 
     Raises:
         VembedError: When the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resume_step: int, patient: bool = False) -> None:
+        self.path, self.patient = path, patient
+        self._waiting: deque[str] = deque(maxlen=MOST_WAITING)
+        self._lost = 0
+        self._failed = False
+        self._whole_bytes: int | None = None  # behind them half a line may lie
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = _kept_lines(path, resume_step) if resume_step and path.exists() else []
@@ -141,17 +152,55 @@ class MetricsFile:
         """Append one line; a value that JSON lacks (NaN, infinity) becomes null.
 
         Raises:
-            VembedError: When the disk is full or gone.
+            VembedError: When the disk is full or gone, unless the file is patient.
         """
         values = {"step": step} | {key: _finite(key, v, step=step) for key, v in metrics.items()}
+        self._lost += len(self._waiting) == MOST_WAITING
+        self._waiting.append(json.dumps(values, allow_nan=False) + "\n")
         try:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values, allow_nan=False) + "\n")
+            self._append("".join(self._waiting))
         except OSError as error:
-            raise self._failure(error) from error
+            if not self.patient:
+                raise self._failure(error) from error
+            self._warn(error)
+            return
+        self._waiting.clear()
+        self._failed = False
+
+    def close(self) -> None:
+        """Try once more to write what could not be written; what is lost is told, not raised."""
+        if self.patient and self._waiting:
+            try:
+                self._append("".join(self._waiting))
+            except OSError as error:
+                self._lost += len(self._waiting)
+                logger.error("%s: still cannot be written (%s)", self.path, error)
+        if self._lost:
+            logger.error("%s: %d lines are lost", self.path, self._lost)
+
+    def _append(self, text: str) -> None:
+        with self.path.open("ab") as stream:
+            if self._whole_bytes is None:
+                self._whole_bytes = stream.tell()
+            else:
+                stream.truncate(self._whole_bytes)
+            stream.write(text.encode())
+        self._whole_bytes = None
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            logger.warning(
+                "on_save_error=warn: training goes on although %s: cannot be written (%s); up to "
+                "%d lines are kept, and written as soon as there is room",
+                self.path,
+                error,
+                MOST_WAITING,
+            )
+        self._failed = True
 
     def _failure(self, error: OSError) -> VembedError:
-        return VembedError(
+        kind = StorageError if write_failure(error, self.path).passing else VembedError
+        return kind(
             f"{self.path}: cannot be written ({error}); free space or choose another output_dir"
         )
 

@@ -24,7 +24,7 @@ from vembed_ds.distributed import comm, phases
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.errors import StoppedError
+from vembed_ds.errors import SaveError, StoppedError, VembedError
 from vembed_ds.losses import LossFunction
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
@@ -32,6 +32,7 @@ from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradie
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.loss_inputs import loss_inputs
 from vembed_ds.training.nonfinite import StepGuard
+from vembed_ds.training.saves import Saves
 from vembed_ds.training.stopping import StopRequested, StopSignals, raise_agreed
 from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
@@ -86,11 +87,10 @@ class TrainingLoop:
         chunk_size: Items of each stream per chunk; ``None``: the standard step.
         intervals: When to log, evaluate, save and stop.
         tracker: Gets the metrics; ``None`` on all ranks but 0.
-        save: Writes a checkpoint after a step, and gives its folder unless that is still being written;
-            collective.
+        save: ``write`` of :class:`Saves`; collective.
         judge: Whether an evaluation after a step calls for a checkpoint; collective.
-        finish_saving: Waits for what is still being written; gives the newest checkpoint of this run,
-            if it has any yet; collective.
+        finish_saving: ``finish`` of :class:`Saves`; collective.
+        save_failure: ``failure`` of :class:`Saves`.
         guard: Decides whether a step may be made.
         replicas: Compares what all ranks hold.
         evaluate: Retrieval metrics of the validation data; collective; ``None``: no data.
@@ -121,6 +121,7 @@ class TrainingLoop:
         replicas: ReplicaCheck,
         judge: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
         finish_saving: Callable[[], Path | None] = lambda: None,
+        save_failure: Callable[[], SaveError | None] = lambda: None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         step: int = 0,
         saved: Path | None = None,
@@ -134,11 +135,16 @@ class TrainingLoop:
         self.loader, self.chunk_size = loader, chunk_size
         self.loss_functions = list(loss_functions)
         self.intervals, self.tracker = intervals, tracker
-        self._save, self._evaluate, self._attach = save, evaluate, attach
-        self._judge, self._finish_saving = judge, finish_saving
+        self._judge, self._evaluate, self._attach = judge, evaluate, attach
         self.teachers, self.guard, self.replicas = teachers, guard, replicas
         self.step = step
-        self._newest, self._saved_step, self._saved_at = saved, step, time.monotonic()
+        self._saves = Saves(
+            write=save,
+            finish=finish_saving,
+            failure=save_failure,
+            minutes=intervals.save_minutes,
+            newest=saved,
+        )
         self.evaluation_left = evaluation_left
         self._save_is_late = False
         self._signals = signals or StopSignals()
@@ -147,6 +153,7 @@ class TrainingLoop:
         self._parts: dict[str, Tensor] = {}  # of the last loss
         self._window = _Window()
         self._progress: tqdm[Any] | None = None
+        self._error: VembedError | None = None  # of this rank, until all hear of it
 
     def train(self) -> dict[str, float]:
         """Run to the last step. Collective.
@@ -174,12 +181,12 @@ class TrainingLoop:
         """Save what is not saved yet, and say how to go on. Collective."""
         if self.step == 0:
             return "before the first step, so that there is nothing to save: start again"
-        if self._newest is None or self._saved_step != self.step:
+        self._save_unless_saved()
+        return self._saves.place_to_go_on(self.step, how=self.how_to_go_on)
+
+    def _save_unless_saved(self) -> None:
+        if not self._saves.has(self.step):
             self.save()
-        newest = self._finish_saving() or self._newest
-        if newest is None:  # it could not be written, and on_save_error is "warn"
-            return f"at step {self.step}, which is not saved: start again"
-        return f"at step {self.step}, checkpoint {newest}: to go on, {self.how_to_go_on}"
 
     def _train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -211,7 +218,9 @@ class TrainingLoop:
             if is_best or self._save_is_late or self.intervals.save_due(self.step):
                 self.save()
         progress.close()
-        self._finish_saving()
+        self._save_unless_saved()
+        self._saves.require(self.step)
+        comm.raise_together(self._error)
         return metrics
 
     def batches(self) -> Iterator[Batch]:
@@ -267,17 +276,19 @@ class TrainingLoop:
         The ranks also agree here whether a signal stops them, and whether it is time to save.
 
         Raises:
-            VembedError: On every rank, when any rank's batch could not be read.
+            VembedError: On every rank, when any rank's batch could not be read, or what it logged
+                could not be written.
             StopRequested: On every rank, when any was asked to stop.
         """
         streams = self.model.streams
-        failed = int(batch.error is not None)
-        flags = [failed, self._signals.flag(), int(comm.is_main() and self._is_save_late())]
+        error = batch.error or self._error
+        failed = int(error is not None)
+        flags = [failed, self._signals.flag(), int(comm.is_main() and self._saves.is_late())]
         # One host-side reduction tells all.
         agreed = comm.all_max([*flags, *count_streams(batch.roles, streams)])
         any_failed, stop, save_is_late, *counts = agreed
         if any_failed:
-            comm.raise_together(batch.error)
+            comm.raise_together(error)
         raise_agreed(stop)
         self._save_is_late = bool(save_is_late)
         return dict(zip(streams, counts, strict=True))
@@ -336,14 +347,8 @@ class TrainingLoop:
         with self._clock_stopped(), phase(Kind.SAVING, f"saving checkpoint-step-{self.step}"):
             self.replicas.require_equal(self.step)
             self.teachers.before_save()
-            self._newest = self._save(self.step) or self._newest
-        self._saved_step, self._saved_at = self.step, time.monotonic()
+            self._saves.write(self.step)
         self._save_is_late = False
-
-    def _is_save_late(self) -> bool:
-        """Whether ``save_minutes`` have passed, by this rank's clock."""
-        minutes = self.intervals.save_minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -400,7 +405,10 @@ class TrainingLoop:
     def _report(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is None:
             return
-        self.tracker.log(metrics, step=self.step)
+        try:
+            self.tracker.log(metrics, step=self.step)
+        except VembedError as error:
+            self._error = self._error or error
         if self._progress is not None and "train/loss" in metrics:
             shown = ("loss", "lr", "grad_norm", "samples_per_second")
             self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})

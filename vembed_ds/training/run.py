@@ -335,6 +335,7 @@ def build_loop(
         ),
         judge=saver.judge,
         finish_saving=saver.finish,
+        save_failure=saver.failure,
         guard=step_guard(config, engine, Path(config.run.output_dir), locate=data.train.locate),
         replicas=ReplicaCheck(engine, every=training.replica_check_steps),
         evaluate=None if not data.val else lambda: _evaluate(config, data, loop),
@@ -447,6 +448,7 @@ def _open_output(
         run_name=run.run_name,
         config=config.model_dump(mode="json"),
         resume_step=resumption.step if resumption is not None else 0,
+        patient=run.on_save_error == "warn",
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import resource
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vembed_ds.errors import ConfigError, VembedError
+from vembed_ds.errors import ConfigError, StorageError, VembedError
 from vembed_ds.tracking.trackers import Tracker, build_tracker
 
 
@@ -81,6 +84,82 @@ def test_a_full_disk_stops_the_run(tmp_path: Path) -> None:
     tracker.file.path = Path("/dev/full")
     with pytest.raises(VembedError, match=r"/dev/full: cannot be written \(.*No space left"):
         tracker.log({"train/loss": 1.0}, step=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EDQUOT, VembedError), (errno.EIO, StorageError)]
+)
+def test_a_failing_file_server_is_worth_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[VembedError]
+) -> None:
+    tracker = start(tmp_path)
+
+    def fail(text: str) -> None:
+        raise OSError(number, "failed")
+
+    monkeypatch.setattr(tracker.file, "_append", fail)
+    with pytest.raises(VembedError) as raised:
+        tracker.log({"train/loss": 1.0}, step=1)
+    assert type(raised.value) is kind
+
+
+@pytest.fixture
+def full() -> Iterator[Callable[[int | None], None]]:
+    """``full(size)``: no file may be larger any more; ``None``: as before."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual if size is None else (size, usual[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_a_patient_file_waits_for_room(
+    tmp_path: Path, full: Callable[[int | None], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(tmp_path, patient=True)
+    tracker.log({"loss": 1.0}, step=1)
+    full(40)  # room for half of the second line
+    for step in (2, 3):
+        tracker.log({"loss": 1.0}, step=step)
+    half = (tmp_path / "metrics.jsonl").read_text()
+    full(None)
+    assert len(half) == 40
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "on_save_error=warn: training goes on although " in warning
+    assert "metrics.jsonl: cannot be written (" in warning
+    tracker.log({"loss": 1.0}, step=4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    full(40)
+    tracker.log({"loss": 1.0}, step=5)
+    full(None)
+    tracker.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert len(caplog.records) == 2
+
+
+def test_what_a_patient_file_loses_is_told(
+    tmp_path: Path,
+    full: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("vembed_ds.tracking.trackers.MOST_WAITING", 3)
+    tracker = start(tmp_path, patient=True)
+    full(0)
+    for step in range(1, 6):
+        tracker.log({"loss": 1.0}, step=step)
+    full(None)
+    tracker.log({"loss": 1.0}, step=6)
+    assert [line["step"] for line in lines(tmp_path)] == [4, 5, 6]
+    full(0)
+    tracker.log({"loss": 1.0}, step=7)
+    tracker.close()
+    full(None)
+    assert [line["step"] for line in lines(tmp_path)] == [4, 5, 6]
+    assert "metrics.jsonl: still cannot be written (" in caplog.text
+    assert "metrics.jsonl: 4 lines are lost" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
