@@ -21,7 +21,10 @@ MATRIX: dict[str, tuple[str, ...]] = {
     ),
     "F3": ("tests/faults/test_saving.py::test_f3_killed_while_saving",),
     "F4": ("tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",),
-    "F5": ("tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",),
+    "F5": (
+        "tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",
+        "tests/faults/test_stopping.py::test_saving_in_the_background_too",
+    ),
     "F6": ("tests/faults/test_saving.py::test_f6_truncated",),
     "F7": (
         "tests/faults/test_saving.py::test_f7_flipped_byte",
@@ -36,6 +39,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "tests/faults/test_saving.py::test_f10_disk_full",
         "tests/faults/test_saving.py::test_a_file_that_one_rank_cannot_write_fails_all",
         "tests/faults/test_saver.py::test_an_error_in_the_background_is_everybodys_at_the_next_save",
+        "tests/faults/test_save_errors.py::test_a_full_disk_costs_checkpoints_and_not_the_run",
+        "tests/faults/test_save_errors.py::test_the_last_step_must_be_saved",
         "tests/faults/test_run_lock.py::test_a_full_disk_is_refused",
     ),
     "F11": (

@@ -452,7 +452,7 @@ class RunConfig(Section):
     )
     on_save_error: Literal["fail", "warn"] = Field(
         default="fail",
-        description="A checkpoint that cannot be written (full disk): end the run, or warn and train on.",
+        description="A checkpoint or metrics.jsonl that cannot be written (full disk): end the run, or warn and train on; the last step must be saved.",
     )
     save_every_minutes: PositiveFloat | None = Field(
         default=None,
