@@ -6,8 +6,10 @@ import importlib
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,26 @@ from tests.distributed.conftest import make_config, pairs
 __all__ = ["make_config", "pairs"]
 
 _LIMIT_SECONDS = 90
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Two MB in memory, or what the test's parameter says."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size={getattr(request, 'param', '2m')}",
+        "tmpfs",
+        str(place),
+    ]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

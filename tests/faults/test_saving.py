@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -290,18 +289,6 @@ def test_a_file_that_one_rank_cannot_write_fails_all(
         assert answer["left"] == ["checkpoint-step-1", "latest"]
     assert find_checkpoint("auto", tmp_path / "out") == tmp_path / "out" / "checkpoint-step-3"
     verify(tmp_path / "out" / "checkpoint-step-1")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Two MB in memory."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_f10_disk_full(world: Callable[[int], World], small_disk: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.distributed.conftest import tiny_config
 from tests.distributed.test_train import ds_file, losses_of, metrics_of, run
 from tests.faults.checkpoints_alike import require_same_checkpoints
 from tests.worlds import World
+from vembed_ds.checkpointing.manifest import verify
 from vembed_ds.errors import (
     ConfigError,
     DivergedError,
@@ -75,6 +77,67 @@ def test_a_stopped_run_goes_on_bitwise(
     assert losses_of(tmp_path / "out") == losses_of(whole)
     assert evaluations_of(tmp_path / "out") == evaluations_of(whole)
     require_same_checkpoints(tmp_path / "out" / "checkpoint-step-4", whole / "checkpoint-step-4")
+
+
+@pytest.mark.parametrize(
+    ("moment", "call", "signals", "step", "saves"),
+    [
+        ("save", 1, ["SIGTERM", "SIGTERM"], 2, 1),  # the copy is made, and written before the end
+        ("write", 1, ["SIGTERM", "SIGUSR1"], 3, 2),  # while the step behind it is computed
+    ],
+)
+def test_saving_in_the_background_too(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    tmp_path: Path,
+    whole: Path,
+    moment: str,
+    call: int,
+    signals: list[str],
+    step: int,
+    saves: int,
+) -> None:
+    config = make_config(**CHANGES, save_async=True)
+    stop = {"moment": moment, "call": call, "rank": 1, "signals": signals}
+    results = world(2).run(STOPPED, config=config, ds_config=ds_file(2), **stop)
+    check_stopped(results, tmp_path / "out", step=step, saves=saves)
+    if moment == "write":
+        verify(tmp_path / "out" / "checkpoint-step-2")
+    check_resumed(world(2), config, tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("save_async", [False, True])
+def test_what_could_not_be_saved_is_saved_at_the_stop(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    tmp_path: Path,
+    whole: Path,
+    save_async: bool,
+) -> None:
+    config = make_config(**CHANGES, save_async=save_async, on_save_error="warn")
+    stop = {"moment": "save", "rank": 1, "signals": ["SIGTERM"], "failing": 1}
+    results = world(2).run(STOPPED, config=config, ds_config=ds_file(2), **stop)
+    check_stopped(results, tmp_path / "out", step=2, saves=2)
+    check_resumed(world(2), config, tmp_path / "out", whole)
+
+
+def check_stopped(results: list[dict[str, Any]], out: Path, *, step: int, saves: int) -> None:
+    """Stopped by the first signal to rank 1, behind a step that is saved."""
+    for result in results:
+        assert result["error"] == (
+            f"StoppedError: stopped by SIGTERM on rank 1 at step {step}, checkpoint "
+            f"{out / f'checkpoint-step-{step}'}: to go on, start again with --resume auto"
+        )
+        assert result["saves"] == saves
+    verify(out / f"checkpoint-step-{step}")
+
+
+def check_resumed(world: World, config: str, out: Path, whole: Path) -> None:
+    """The resumed run is the uninterrupted one."""
+    run(world, config, 2, resume="auto")
+    assert losses_of(out) == losses_of(whole)
+    assert evaluations_of(out) == evaluations_of(whole)
+    require_same_checkpoints(out / "checkpoint-step-4", whole / "checkpoint-step-4")
 
 
 def evaluations_of(folder: Path) -> dict[int, dict[str, float]]:
