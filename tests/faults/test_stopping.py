@@ -80,10 +80,10 @@ def test_a_stopped_run_goes_on_bitwise(
 
 
 @pytest.mark.parametrize(
-    ("moment", "call", "signals", "step", "saves"),
+    ("moment", "rank", "step", "saves"),
     [
-        ("save", 1, ["SIGTERM", "SIGTERM"], 2, 1),  # the copy is made, and written before the end
-        ("write", 1, ["SIGTERM", "SIGUSR1"], 3, 2),  # while the step behind it is computed
+        ("save", 0, 2, 1),  # while it is copied; it is written before the end
+        ("write", 1, 3, 2),  # while it is written, and the step behind it is computed
     ],
 )
 def test_saving_in_the_background_too(
@@ -92,15 +92,14 @@ def test_saving_in_the_background_too(
     tmp_path: Path,
     whole: Path,
     moment: str,
-    call: int,
-    signals: list[str],
+    rank: int,
     step: int,
     saves: int,
 ) -> None:
     config = make_config(**CHANGES, save_async=True)
-    stop = {"moment": moment, "call": call, "rank": 1, "signals": signals}
+    stop = {"moment": moment, "rank": rank, "signals": ["SIGTERM", "SIGTERM"]}
     results = world(2).run(STOPPED, config=config, ds_config=ds_file(2), **stop)
-    check_stopped(results, tmp_path / "out", step=step, saves=saves)
+    check_stopped(results, tmp_path / "out", rank=rank, step=step, saves=saves)
     if moment == "write":
         verify(tmp_path / "out" / "checkpoint-step-2")
     check_resumed(world(2), config, tmp_path / "out", whole)
@@ -115,17 +114,19 @@ def test_what_could_not_be_saved_is_saved_at_the_stop(
     save_async: bool,
 ) -> None:
     config = make_config(**CHANGES, save_async=save_async, on_save_error="warn")
-    stop = {"moment": "save", "rank": 1, "signals": ["SIGTERM"], "failing": 1}
+    stop = {"moment": "save", "rank": 0, "signals": ["SIGTERM"], "failing": 1}
     results = world(2).run(STOPPED, config=config, ds_config=ds_file(2), **stop)
-    check_stopped(results, tmp_path / "out", step=2, saves=2)
+    check_stopped(results, tmp_path / "out", rank=0, step=2, saves=2)
     check_resumed(world(2), config, tmp_path / "out", whole)
 
 
-def check_stopped(results: list[dict[str, Any]], out: Path, *, step: int, saves: int) -> None:
-    """Stopped by the first signal to rank 1, behind a step that is saved."""
+def check_stopped(
+    results: list[dict[str, Any]], out: Path, *, rank: int, step: int, saves: int
+) -> None:
+    """Stopped by SIGTERM to ``rank``, behind a step that is saved."""
     for result in results:
         assert result["error"] == (
-            f"StoppedError: stopped by SIGTERM on rank 1 at step {step}, checkpoint "
+            f"StoppedError: stopped by SIGTERM on rank {rank} at step {step}, checkpoint "
             f"{out / f'checkpoint-step-{step}'}: to go on, start again with --resume auto"
         )
         assert result["saves"] == saves
