@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -229,3 +229,16 @@ def resume(*, config: str, ds_config: str, out: str) -> dict[str, Any]:
         "uninterrupted": uninterrupted,
         "resumed": resumed,
     }
+
+
+def load_what_one_rank_does_not_see(*, folder: str) -> str:
+    """The error of this rank, where only rank 0 has a checkpoint."""
+    place = Path(folder) / str(comm.rank())
+    if comm.is_main():
+        (place / "training_state").mkdir(parents=True)
+        (place / "training_state" / "latest").write_text("checkpoint-step-2")
+    try:
+        load_checkpoint(place, cast(TrainEngine, None))
+    except VembedError as error:
+        return str(error)
+    return ""

@@ -257,3 +257,11 @@ def test_what_was_saved_goes_on_as_if_it_had_not_stopped(
             n for n, v in result["halfway"].items() if not torch.equal(v, result["resumed"][n])
         ]
         assert moved
+
+
+def test_a_checkpoint_that_one_rank_does_not_see(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    errors = world(2).run(f"{CASE}load_what_one_rank_does_not_see", folder=str(tmp_path))
+    expected = f"{tmp_path}/1/training_state/latest: missing; give a folder that save_checkpoint"
+    assert all(expected in error for error in errors), errors

@@ -99,6 +99,24 @@ def test_a_run_that_is_just_ending_is_waited_for(
     RunLock(tmp_path).release()
 
 
+def test_a_disk_that_is_gone_does_not_hide_what_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(descriptor: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    @run_lock.frees_output
+    def train() -> None:
+        run_lock.lock_output(tmp_path)
+        monkeypatch.setattr(os, "fsync", stale)
+        raise ConfigError("the real one")
+
+    with pytest.raises(ConfigError, match="the real one"):
+        train()
+    monkeypatch.undo()
+    assert not run_lock._held
+
+
 def sleep_on() -> None:
     time.sleep(1000)
 

@@ -91,17 +91,21 @@ def load_checkpoint(path: str | Path, engine: TrainEngine) -> int:
         Optimizer steps that it had done.
 
     Raises:
-        CheckpointError: There is no such state, or it is damaged.
+        CheckpointError: On every rank: there is no such state, or it is damaged.
     """
     folder = Path(path) / STATE_FOLDER
-    if not (folder / LATEST).is_file():
-        raise CheckpointError(
-            f"{folder / LATEST}: missing; give a folder that save_checkpoint wrote, whole"
-        )
+    comm.run_together(lambda: _require_state(folder), doing=f"reading {folder}")
     checkpoint = find_checkpoint(str(folder), folder)
     assert checkpoint is not None  # only for "auto"
     _load(engine.engine, checkpoint)
     return int(engine.engine.global_steps)
+
+
+def _require_state(folder: Path) -> None:
+    if not (folder / LATEST).is_file():
+        raise CheckpointError(
+            f"{folder / LATEST}: missing; give a folder that save_checkpoint wrote, whole"
+        )
 
 
 def _finish(saved: Path, state: Path, path: Path, *, trust_remote_code: bool) -> None:

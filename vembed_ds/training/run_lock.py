@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -65,8 +66,11 @@ class RunLock:
         """Let others in. The file stays, empty: removing it would let two runs in at once."""
         if not self._free.is_set():
             self._free.set()
-            self._write("")
-            self._file.close()
+            # On a disk that is gone the next run finds out by itself; what ended this one is to be told.
+            with suppress(OSError):
+                self._write("")
+            with suppress(OSError):
+                self._file.close()
 
     def close(self) -> None:
         """Forget the file without a word: this process is a child, and the lock is the parent's."""
