@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def check_resumed(world: World, config: str, out: Path, whole: Path) -> None:
     assert losses_of(out) == losses_of(whole)
     assert evaluations_of(out) == evaluations_of(whole)
     require_same_checkpoints(out / "checkpoint-step-4", whole / "checkpoint-step-4")
+
+
+def test_an_evaluation_that_was_left_is_made_once(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config, out = make_config(**CHANGES), tmp_path / "out"
+    stop = {"moment": "evaluation", "call": 10, "rank": 0, "signals": ["SIGTERM"]}
+    world(2).run(STOPPED, config=config, ds_config=ds_file(2), **stop)
+    shutil.copytree(out, tmp_path / "copy")
+    assert all(result["metrics"] for result in run(world(2), config, 2, resume="auto"))
+    lines = metrics_of(out)
+    assert [line["step"] for line in lines if "eval/mrr" in line] == [2, 4]
+    # From here on the run is complete.
+    assert run(world(2), config, 2, resume="auto") == [{"metrics": {}}] * 2
+    assert metrics_of(out) == lines
+    # So is one that has nothing to evaluate any more.
+    changes = {"val_data_path": None, "eval_steps": None, "output_dir": str(tmp_path / "copy")}
+    config = make_config(**{**CHANGES, **changes})
+    assert run(world(2), config, 2, resume="auto") == [{"metrics": {}}] * 2
 
 
 def evaluations_of(folder: Path) -> dict[int, dict[str, float]]:

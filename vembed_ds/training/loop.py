@@ -194,8 +194,9 @@ class TrainingLoop:
             metrics = self.evaluate()
         elif self.evaluation_left:
             metrics = self.evaluate()
-            if metrics and self._judge(self.step, metrics):
-                self.save()
+            if metrics:
+                self._judge(self.step, metrics)
+                self.save()  # the same step again, or every later start would evaluate it again
         self.model.train()
         progress: tqdm[Any] = tqdm(
             initial=self.step,
@@ -332,6 +333,7 @@ class TrainingLoop:
     def evaluate(self) -> dict[str, float]:
         """Evaluate, log and return the metrics; the model is in training mode afterwards."""
         if self._evaluate is None:
+            self.evaluation_left = False
             return {}
         self.evaluation_left = True
         with self._clock_stopped(), phase(Kind.EVALUATION):

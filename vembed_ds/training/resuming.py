@@ -226,7 +226,7 @@ def run_settings(
 
 
 def check_resumption(
-    resumption: Resumption, settings: Mapping[str, Any], *, num_steps: int
+    resumption: Resumption, settings: Mapping[str, Any], *, num_steps: int, evaluates: bool
 ) -> bool:
     """Show what has changed, or refuse it; before a model is loaded.
 
@@ -234,6 +234,7 @@ def check_resumption(
         resumption: The checkpoint.
         settings: From :func:`run_settings`.
         num_steps: Of the run.
+        evaluates: Whether it has anything to evaluate.
 
     Returns:
         Whether anything is left to train or to evaluate.
@@ -256,7 +257,7 @@ def check_resumption(
         num_steps,
         describe_changes(changes, allowed=allowed) or "nothing",
     )
-    if resumption.step < num_steps or resumption.evaluation_left:
+    if resumption.step < num_steps or (evaluates and resumption.evaluation_left):
         return True
     logger.warning("%s: the run is complete, nothing is left to train", resumption.folder)
     return False

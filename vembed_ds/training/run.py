@@ -148,7 +148,7 @@ def train(
     intervals = plan_run(config, per_epoch=data.steps_per_epoch)
     settings = run_settings(config, ds_config, data, intervals)
     if resumption is not None and not check_resumption(
-        resumption, settings, num_steps=intervals.num_steps
+        resumption, settings, num_steps=intervals.num_steps, evaluates=bool(data.val)
     ):
         return {}
     step = 0 if resumption is None else resumption.step

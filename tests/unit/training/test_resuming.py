@@ -210,7 +210,7 @@ def test_other_spellings_of_a_key_are_known(folder: Path) -> None:
 def test_what_has_changed_is_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     found = resumption(settings(), "lr", "seed")
-    assert check_resumption(found, settings(lr=1.0, logging_steps=3), num_steps=20)
+    assert check_resumption(found, settings(lr=1.0, logging_steps=3), num_steps=20, evaluates=True)
     assert [record.getMessage() for record in caplog.records] == [
         "--allow_change seed: it has not changed",
         "resuming from out/checkpoint-step-7, step 7 of 20; changed since then: \n"
@@ -221,9 +221,17 @@ def test_what_has_changed_is_shown(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_run_that_is_complete(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert not check_resumption(resumption(settings()), settings(), num_steps=7)
+    found = resumption(settings())
+    assert not check_resumption(found, settings(), num_steps=7, evaluates=True)
     assert "step 7 of 7; changed since then: nothing" in caplog.text
     assert "the run is complete, nothing is left to train" in caplog.text
+
+
+def test_an_evaluation_that_a_signal_left_is_still_to_be_made() -> None:
+    found = resumption(settings())
+    left = Resumption(found.folder, {**found.state, "evaluation_left": True})
+    assert check_resumption(left, settings(), num_steps=7, evaluates=True)
+    assert not check_resumption(left, settings(), num_steps=7, evaluates=False)
 
 
 def test_another_judge() -> None:
@@ -233,7 +241,9 @@ def test_another_judge() -> None:
     with pytest.raises(CheckpointError, match=r'teacher\.big: "aa" -> "bb"'):
         check_judges(resumption(saved), {"teacher.big": "bb"})
     # It is known before the teacher is loaded, and then still unchanged.
-    assert check_resumption(resumption(saved, "teacher.big"), settings(), num_steps=20)
+    assert check_resumption(
+        resumption(saved, "teacher.big"), settings(), num_steps=20, evaluates=True
+    )
 
 
 @pytest.mark.parametrize(
