@@ -43,7 +43,8 @@ from vembed_ds.training.engine_setup import fill_ds_config, prepare_model, start
 from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
-from vembed_ds.training.run import build_loop, plan_run
+from vembed_ds.training.plan import plan_intervals
+from vembed_ds.training.run import build_loop
 from vembed_ds.training.teachers import join_student, load_teachers, prepare_teachers
 
 BATCH_SIZE, CHUNK_SIZE = 32, 8  # pairs of a rank; items of a chunk
@@ -182,7 +183,7 @@ def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]
     losses = loss_configs(config.loss, dataset_entries(config.data))
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
     data = setup_data(config, spec)
-    intervals = plan_run(config, per_epoch=data.steps_per_epoch)
+    intervals = plan_intervals(config, per_epoch=data.steps_per_epoch)
     prepare_extensions(ds_config)
     folder = Path(config.run.output_dir)
     loaded = load_teachers(config, data)
@@ -207,9 +208,7 @@ def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]
         Saver(engine.engine, output_dir=folder, policy=SavePolicy()),
         {},
         tracker=None,
-        step=0,
-        saved=None,
-        evaluation_left=False,
+        resumption=None,
         attach=lambda batch: batch,
         teachers=teachers,
     )

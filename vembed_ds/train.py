@@ -49,6 +49,7 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
             resume=arguments.resume,
             origins=origins,
             allow_change=arguments.allow_change,
+            process_ends=True,
         )
 
     return Prepared(config.run.timeout_minutes, work)

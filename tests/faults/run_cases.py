@@ -36,11 +36,11 @@ def run_out(*, kind: str, config: str, ds_config: str) -> str:
         return str(run_train(config=config, ds_config=ds_config)["error"])
 
 
-def run_without_model(*, config: str, ds_config: str) -> str:
+def run_without_model(*, config: str, ds_config: str, resume: str | None = None) -> str:
     """The error of a run that goes as far as the model."""
     missing = ConfigError("the model is loaded here")
     with mock.patch(PLACES[Kind.LOADING], mock.Mock(side_effect=missing)):
-        return str(run_train(config=config, ds_config=ds_config)["error"])
+        return str(run_train(config=config, ds_config=ds_config, resume=resume)["error"])
 
 
 def group_timeouts() -> tuple[float, float]:

@@ -31,7 +31,7 @@ def run_on_full_disk(
     """
     out = Path(load_config(Path(config), []).run.output_dir)
     filler = out / "filler"
-    compute, save = loop.compute_gradient, run._save
+    compute, save = loop.compute_gradient, run.save_step
     steps, tries = 0, 0
 
     def in_step(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ def run_on_full_disk(
 
     with (
         mock.patch.object(loop, "compute_gradient", in_step),
-        mock.patch.object(run, "_save", counted),
+        mock.patch.object(run, "save_step", counted),
     ):
         return _with_code(config=config, **arguments)
 

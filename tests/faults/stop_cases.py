@@ -23,7 +23,7 @@ from vembed_ds.data.waiting import take
 from vembed_ds.distributed import comm
 from vembed_ds.engine import checkpoint_files
 from vembed_ds.errors import StoppedError, VembedError
-from vembed_ds.training import loop, run, stopping
+from vembed_ds.training import loop, run, run_saving, stopping
 
 
 def send(*names: str) -> None:
@@ -64,7 +64,7 @@ def run_stopped(
 
         return wrapped
 
-    save = run._save
+    save = run.save_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal saves
@@ -86,14 +86,14 @@ def run_stopped(
     patches = {
         "step": (loop, "compute_gradient", then(loop.compute_gradient)),
         "evaluation": (loop.TrainingLoop, "embed", then(loop.TrainingLoop.embed)),
-        "save": (run, "describe_model", then(run.describe_model)),
+        "save": (run_saving, "describe_model", then(run_saving.describe_model)),
         "wait": (loop.TrainingLoop, "batches", _late(loop.TrainingLoop.batches, mine, signals)),
         "write": (saver, "commit", late_commit),
     }
     place, name, patched = patches[moment]
     with (
         mock.patch.object(loop, "compute_gradient", noted_step if moment == "write" else usual),
-        mock.patch.object(run, "_save", counted),
+        mock.patch.object(run, "save_step", counted),
         mock.patch.object(loop, "StoppedError", noted),
         mock.patch.object(place, name, patched),
     ):

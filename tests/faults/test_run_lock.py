@@ -99,6 +99,45 @@ def test_a_run_that_is_just_ending_is_waited_for(
     RunLock(tmp_path).release()
 
 
+def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
+    made = [tmp_path / "a" / "b", tmp_path / "a"]
+    made[0].mkdir(parents=True)
+    RunLock(made[0], made=made).release()
+    assert not made[1].exists()
+    RunLock(tmp_path).release()
+    assert not list(tmp_path.iterdir()), "the folder was there before"
+
+    made[0].mkdir(parents=True)
+    lock = RunLock(made[0], made=made)
+    lock.keep()
+    lock.release()
+    RunLock(made[0], made=made).release()
+    assert (made[0] / LOCK_FILE).read_text() == "", "an earlier run's file stays"
+
+
+def test_a_file_that_was_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "ENDING_SECONDS", 20.0)
+    first = RunLock(tmp_path)
+    opened, found = threading.Event(), list[RunLock]()
+
+    def wait() -> None:
+        found.append(RunLock(tmp_path))
+
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: opened.set())
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert opened.wait(10)
+    first.release()
+    waiting.join()
+    monkeypatch.setattr(run_lock, "ENDING_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match="another run is using it"):
+        RunLock(tmp_path)
+    found[0].release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_is_gone_does_not_hide_what_ended_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,19 +234,27 @@ def test_a_run_is_refused_on_every_rank_and_gives_the_folder_back(
 ) -> None:
     out = tmp_path / "out"
 
-    def errors(**changes: Any) -> list[str]:
+    def errors(*, resume: str | None = None, **changes: Any) -> list[str]:
         found = world(2).run(
             "tests.faults.run_cases:run_without_model",
             config=make_config(**changes),
             ds_config=str(ROOT / "ds_configs" / "zero2.json"),
+            resume=resume,
         )
         return [str(error) for error in found]
 
+    for error in errors(output_dir=str(tmp_path / "new" / "out"), batch_size=100):
+        assert "24 records do not fill one global batch of 200" in error
+        assert "the model is loaded here" not in error
+    assert not (tmp_path / "new").exists()
     assert errors() == ["ConfigError: the model is loaded here"] * 2
     RunLock(out).release()
     (out / "metrics.jsonl").write_text("of the other run")
+    # The other run is just replacing its checkpoint.
+    (out / ".checkpoint-step-2.replaced").mkdir()
     with other_run(out) as other:
-        own, told = errors()
+        own, told = errors(resume="auto")
+    assert (out / ".checkpoint-step-2.replaced").is_dir()
     refusal = (
         f"output_dir={str(out)!r}: another run is using it: host {platform.node()}, pid {other.pid}"
     )

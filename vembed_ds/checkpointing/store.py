@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vembed_ds.checkpointing.manifest import (
     extra_files,
     find_damage,
     read_manifest,
+    reading,
     share,
 )
 from vembed_ds.checkpointing.names import LATEST, checkpoints, leftovers, read_pointer, step_of
@@ -48,7 +50,9 @@ class _Choice:
     error: str = ""
 
 
-def find_checkpoint(resume: str, output_dir: Path, *, node_local: bool = False) -> Path | None:
+def find_checkpoint(
+    resume: str, output_dir: Path, *, node_local: bool = False, held: ExitStack | None = None
+) -> Path | None:
     """The checkpoint to resume from, every file of it compared with its manifest. Collective.
 
     Of a run's folder that is the one ``latest`` names or, with a warning, the newest that is
@@ -56,8 +60,10 @@ def find_checkpoint(resume: str, output_dir: Path, *, node_local: bool = False) 
 
     Args:
         resume: A checkpoint's folder, a run's folder, or ``"auto"`` (this run's folder).
-        output_dir: Folder of this run.
+        output_dir: Folder of this run, which no other run is in: a checkpoint that a crash left
+            without its name gets it back.
         node_local: Every machine has a part of it on a disk of its own.
+        held: While it is open no run deletes the checkpoint.
 
     Returns:
         The folder; ``None`` only for ``"auto"`` when the run has no checkpoint at all.
@@ -69,7 +75,8 @@ def find_checkpoint(resume: str, output_dir: Path, *, node_local: bool = False) 
     doing = f"--resume {resume}"
     disk = this_disk(node_local=node_local)
     place = output_dir if resume == "auto" else Path(resume)
-    comm.run_together(lambda: put_back(place) if disk.leads else None, doing=doing)
+    # Not in the folder of another run, which may be replacing a checkpoint at this moment.
+    comm.run_together(lambda: put_back(output_dir) if disk.leads else None, doing=doing)
     choice = comm.run_on_main(lambda: _choose(resume, place), doing=doing)
     if choice.error:
         raise CheckpointError(choice.error)
@@ -85,6 +92,8 @@ def find_checkpoint(resume: str, output_dir: Path, *, node_local: bool = False) 
     damaged: list[str] = []
     for name in choice.candidates:
         folder = place / name
+        if held is not None:
+            held.enter_context(reading(folder))
         damage = find_damage_together(folder, disk)
         if not damage:
             _report(doing, choice, damaged, taken=folder)

@@ -23,7 +23,7 @@ from vembed_ds.errors import CheckpointError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.training.config import as_config
 from vembed_ds.training.facts import training_facts
-from vembed_ds.training.run import export_settings
+from vembed_ds.training.run_saving import export_settings
 
 STATE_FOLDER = "training_state"
 _MADE = ".model"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,22 @@ class Resumption:
         """Whether it lies in this run's own folder, whose metrics then go on too."""
         return self.folder.resolve().parent == Path(output_dir).resolve()
 
+    def own_folder(self, output_dir: str) -> Path | None:
+        """Its folder, where it :meth:`belongs_to` this run."""
+        return self.folder if self.belongs_to(output_dir) else None
 
-def choose_checkpoint(
+
+@contextmanager
+def chosen_checkpoint(
     resume: str | None,
     *,
     output_dir: str,
     allowed: Sequence[str] = (),
     node_local: bool = False,
-) -> Resumption | None:
+) -> Iterator[Resumption | None]:
     """The checkpoint to go on from; ``None`` for a fresh start. Collective.
+
+    Nobody deletes it before the block is left; a run that still writes beside it might.
 
     Args:
         resume: A checkpoint, a run's folder, ``"auto"``, or ``None``.
@@ -142,13 +150,16 @@ def choose_checkpoint(
     if resume is None:
         if allowed:
             raise ConfigError(f"{ALLOW} {' '.join(allowed)}: only with --resume; remove it")
-        return None
-    folder = find_checkpoint(resume, Path(output_dir), node_local=node_local)
-    if folder is None:
-        logger.warning("--resume auto: %s has no checkpoint; starting fresh", output_dir)
-        return None
-    state = comm.run_together(lambda: _read(folder), doing=f"reading {folder}")
-    return Resumption(folder, state, tuple(ALIASES.get(name, name) for name in allowed))
+        yield None
+        return
+    with ExitStack() as held:
+        folder = find_checkpoint(resume, Path(output_dir), node_local=node_local, held=held)
+        if folder is None:
+            logger.warning("--resume auto: %s has no checkpoint; starting fresh", output_dir)
+            yield None
+            return
+        state = comm.run_together(lambda: _read(folder), doing=f"reading {folder}")
+        yield Resumption(folder, state, tuple(ALIASES.get(name, name) for name in allowed))
 
 
 def keep_global_batch(config: Config, resumption: Resumption) -> Config:

@@ -18,10 +18,10 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 from vembed_ds.errors import ConfigError
 
@@ -44,37 +44,62 @@ class RunLock:
 
     Args:
         folder: Of the run; exists.
+        made: Folders that were made for it, itself and above it, the innermost first.
 
     Raises:
         ConfigError: Another run is in the folder.
         OSError: The file cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, made: Sequence[Path] = ()) -> None:
         self.folder = folder
-        self._file = (folder / LOCK_FILE).open("a+")
+        self._made = made
+        self._kept = False
         self._free = threading.Event()
-        try:
-            self._take()
-            self._write(_this_run())
-        except BaseException:
-            self._file.close()
-            raise
+        while not self._open():
+            pass
         threading.Thread(target=self._touch, name="run.lock", daemon=True).start()
 
+    def keep(self) -> None:
+        """The run begins to write: what it made for the lock stays."""
+        self._kept = True
+
     def release(self) -> None:
-        """Let others in. The file stays, empty: removing it would let two runs in at once."""
-        if not self._free.is_set():
-            self._free.set()
-            # On a disk that is gone the next run finds out by itself; what ended this one is to be told.
-            with suppress(OSError):
-                self._write("")
-            with suppress(OSError):
-                self._file.close()
+        """Let others in; a run that never began leaves nothing behind."""
+        if self._free.is_set():
+            return
+        self._free.set()
+        # On a disk that is gone the next run finds out by itself; what ended this one is to be told.
+        with suppress(OSError):
+            self._write("")
+        with suppress(OSError):
+            if self._is_new and not self._kept:
+                (self.folder / LOCK_FILE).unlink()
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):  # somebody has put something there
+            for folder in () if self._kept else self._made:
+                folder.rmdir()
 
     def close(self) -> None:
         """Forget the file without a word: this process is a child, and the lock is the parent's."""
         self._file.close()
+
+    def _open(self) -> bool:
+        """Whether the file is now this run's, and not one that another has removed meanwhile."""
+        path = self.folder / LOCK_FILE
+        self._is_new = not path.exists()
+        self._file = path.open("a+")
+        try:
+            self._take()
+            if _is_same(self._file, path):
+                self._write(_this_run())
+                return True
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.close()
+        return False
 
     def _take(self) -> None:
         locks_work = self._lock()
@@ -163,14 +188,24 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def lock_output(folder: Path) -> None:
-    """Lock the folder of this run. Rank 0 only; :func:`frees_output` gives it back.
+def lock_output(folder: Path, *, made: Sequence[Path] = ()) -> None:
+    """Lock the folder of this run. One rank of a disk; :func:`frees_output` gives it back.
+
+    Args:
+        folder: Exists.
+        made: As of :class:`RunLock`.
 
     Raises:
         ConfigError: Another run is in the folder; names its host and process.
         OSError: The file cannot be written.
     """
-    _held.append(RunLock(folder))
+    _held.append(RunLock(folder, made=made))
+
+
+def keep_output() -> None:
+    """From here on the run leaves its folder and its lock file behind, whatever it ends by."""
+    for lock in _held:
+        lock.keep()
 
 
 def frees_output(work: Callable[P, T]) -> Callable[P, T]:
@@ -200,6 +235,13 @@ def _this_run() -> str:
 
 def _who(holder: dict[str, Any]) -> tuple[object, object]:
     return holder.get("host", "?"), holder.get("pid", "?")
+
+
+def _is_same(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _touched(folder: Path) -> int:

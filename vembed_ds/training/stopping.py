@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from vembed_ds.distributed import comm, launcher
 from vembed_ds.distributed.launcher import Launcher
+from vembed_ds.errors import StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,14 @@ class StopSignals:
     step, and in evaluation before each batch, so that all stop at the same place. A signal that
     comes later changes nothing more. What the caller ignores, as ``nohup`` and the background jobs
     of a shell do, stays ignored. The handlers that were there before are put back at the end.
+
+    Args:
+        process_ends: This process does nothing else: behind a stop the signals stay ignored, so that
+            none of them changes its exit code on the way out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, process_ends: bool = False) -> None:
+        self._process_ends = process_ends
         self._received: int | None = None
         self._repeated = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -68,8 +74,9 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        stopped = self._process_ends and isinstance(error, StoppedError)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
         self._previous.clear()
 
     def pending(self) -> bool:

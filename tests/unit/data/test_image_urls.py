@@ -25,7 +25,7 @@ from vembed_ds.data.processors import content_key
 from vembed_ds.data.records import Item, RecordReader
 from vembed_ds.errors import DataError
 from vembed_ds.training.data_setup import build_reader, dataset_entries
-from vembed_ds.training.run import export_settings
+from vembed_ds.training.run_saving import export_settings
 
 
 def png() -> bytes:

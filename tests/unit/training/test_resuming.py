@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vembed_ds import train
+from vembed_ds.checkpointing.manifest import deleting, seal
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF
 from vembed_ds.errors import CheckpointError, ConfigError
@@ -29,7 +30,7 @@ from vembed_ds.training.resuming import (
     batch_per_rank,
     check_judges,
     check_resumption,
-    choose_checkpoint,
+    chosen_checkpoint,
 )
 
 
@@ -200,11 +201,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_what_is_gone_on_from_is_not_deleted_before_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "out" / "checkpoint-step-2"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"step": 2, "settings": {}}')
+    seal(folder, step=2, world_size=1, zero_stage=0)
+    with chosen_checkpoint(str(folder), output_dir=str(tmp_path / "other")) as found:
+        assert found is not None
+        assert found.folder == folder
+        assert found.own_folder(str(tmp_path / "other")) is None
+        with deleting(folder) as free:
+            assert not free
+    with deleting(folder) as free:
+        assert free
+
+
 def test_other_spellings_of_a_key_are_known(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"step": 2, "settings": {}}')
-    found = choose_checkpoint("auto", output_dir="out", allowed=["learning_rate", "seed"])
-    assert found is not None
-    assert found.allowed == ("lr", "seed")
+    allowed = ["learning_rate", "seed"]
+    with chosen_checkpoint("auto", output_dir="out", allowed=allowed) as found:
+        assert found is not None
+        assert found.allowed == ("lr", "seed")
 
 
 def test_what_has_changed_is_shown(caplog: pytest.LogCaptureFixture) -> None:
@@ -278,9 +297,15 @@ def test_ranks_that_do_not_divide_the_global_batch() -> None:
 
 
 def test_changes_are_allowed_only_when_something_is_resumed() -> None:
-    with pytest.raises(ConfigError, match=r"--allow_change lr seed: only with --resume; remove it"):
-        choose_checkpoint(None, output_dir="out", allowed=["lr", "seed"])
-    assert choose_checkpoint(None, output_dir="out") is None
+    expected = r"--allow_change lr seed: only with --resume; remove it"
+    allowed = ["lr", "seed"]
+    with (
+        pytest.raises(ConfigError, match=expected),
+        chosen_checkpoint(None, output_dir="out", allowed=allowed),
+    ):
+        pass
+    with chosen_checkpoint(None, output_dir="out") as found:
+        assert found is None
 
 
 def test_the_flag_may_be_given_several_times() -> None:
@@ -292,5 +317,8 @@ def test_the_flag_may_be_given_several_times() -> None:
 
 def test_a_checkpoint_of_an_earlier_version(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"step": 2}')
-    with pytest.raises(CheckpointError, match="an earlier version wrote it"):
-        choose_checkpoint("auto", output_dir="out")
+    with (
+        pytest.raises(CheckpointError, match="an earlier version wrote it"),
+        chosen_checkpoint("auto", output_dir="out"),
+    ):
+        pass

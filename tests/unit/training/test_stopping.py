@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vembed_ds.errors import StoppedError
 from vembed_ds.training.stopping import SIGNALS, StopRequested, StopSignals, raise_agreed
 
 
@@ -62,6 +63,22 @@ def test_what_the_caller_ignores_stays_ignored() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert not signals.pending()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("process_ends", "error", "left"),
+    [
+        (True, StoppedError("stopped"), signal.SIG_IGN),
+        (False, StoppedError("stopped"), ours),  # the caller's process goes on
+        (True, ValueError("step"), ours),
+    ],
+)
+def test_behind_a_stop_a_command_hears_no_signal(
+    process_ends: bool, error: Exception, left: object
+) -> None:
+    with pytest.raises(type(error)), StopSignals(process_ends=process_ends):
+        raise error
+    assert all(signal.getsignal(number) is left for number in SIGNALS)
 
 
 def test_a_thread_cannot_listen_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

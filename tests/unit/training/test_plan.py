@@ -11,7 +11,7 @@ from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import Config
 from vembed_ds.errors import ConfigError
 from vembed_ds.training.engine_setup import inference_batch_size
-from vembed_ds.training.run import plan_run
+from vembed_ds.training.plan import plan_intervals
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,9 @@ def config(**values: Any) -> Config:
 
 def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
     long = config(epochs=2, batch_size=4, warmup_steps=6)
-    assert plan_run(long, per_epoch=4).num_steps == 8
+    assert plan_intervals(long, per_epoch=4).num_steps == 8
     with pytest.raises(ConfigError, match=r"warmup_steps=6: the run has 6 steps \(2 epochs of 3\)"):
-        plan_run(long, per_epoch=3)
+        plan_intervals(long, per_epoch=3)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_inference_takes_what_fits_in_training(values: dict[str, Any], expected:
 
 def test_checkpoints_by_steps_and_by_epochs() -> None:
     def saved(**values: Any) -> list[int]:
-        intervals = plan_run(config(epochs=3, batch_size=4, **values), per_epoch=4)
+        intervals = plan_intervals(config(epochs=3, batch_size=4, **values), per_epoch=4)
         return [step for step in range(1, 13) if intervals.save_due(step)]
 
     assert saved() == [12]
