@@ -39,7 +39,7 @@ from vembed_ds.distributed import comm
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.training.data_setup import dataset_entries, setup_data
-from vembed_ds.training.engine_setup import fill_ds_config, prepare_model, start_engine
+from vembed_ds.training.engine_setup import fill_ds_config, prepare_model, read_model, start_engine
 from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
@@ -196,7 +196,8 @@ def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]
         "preparation_forwards": sum(found.teacher.forwards for found in loaded),
         "cache_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
     }
-    model, width = prepare_model(config, spec, data, folder, zero_stage=stage)
+    model = read_model(config, spec, data, zero_stage=stage)
+    width = prepare_model(config, model, data, folder)
     join_student(teachers, model, config, width=width, mrl_dims=())
     engine = start_engine(config, model, ds_config, intervals)
     loop = build_loop(

@@ -27,9 +27,9 @@ def run_and_listen(**options: Any) -> dict[str, Any]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    built = mock.Mock(wraps=run_module.prepare_model)
+    built = mock.Mock(wraps=run_module.read_model)
     try:
-        with mock.patch.object(run_module, "prepare_model", built):
+        with mock.patch.object(run_module, "read_model", built):
             answer = run_train(**options)
     finally:
         logger.removeHandler(handler)

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
+from tests.distributed.conftest import tiny_config
 from tests.distributed.test_train import ds_file, losses_of, metrics_of
 from tests.worlds import World
+from vembed_ds.checkpointing.frozen import FROZEN_FILE
 
 pytestmark = pytest.mark.faults
 
@@ -140,6 +144,71 @@ def test_a_model_that_moved_and_another_one(
     for answer in resume(model_name=str(moved), allow=("model_name",)):
         assert "error" not in answer
     assert losses_of(tmp_path / "out") == losses_of(first_run / "out")
+
+
+def run_with(
+    world: Worlds, pairs: Path, folder: Path, *, resume: str | None = None, **values: Any
+) -> list[dict[str, Any]]:
+    """Four steps on two ranks at ZeRO-2 in ``folder/out``, a checkpoint after the second."""
+    config = tiny_config(
+        folder,
+        model=folder / "base",
+        pairs=pairs,
+        save_steps=2,
+        val_data_path=None,
+        **values,
+    )
+    return world(2).run(RUN, config=config, ds_config=ds_file(2), resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings", "changed"),
+    [
+        ("fp32", {"use_lora": True}, "vision_model.embeddings.patch_embedding.weight"),
+        ("bf16", {"freeze_text_encoder": True}, "text_model.embeddings.token_embedding.weight"),
+    ],
+    ids=["adapters", "stored features"],
+)
+def test_frozen_weights_that_changed_under_their_name(
+    world: Worlds,
+    clip_folder: Path,
+    pairs: Path,
+    tmp_path: Path,
+    precision: str,
+    settings: dict[str, Any],
+    changed: str,
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(clip_folder, base)
+    weights = load_file(base / "model.safetensors")
+    for answer in run_with(world, pairs, tmp_path, precision=precision, **settings):
+        assert "error" not in answer, answer["error"]
+    losses = losses_of(out)
+    (out / "latest").write_text("checkpoint-step-2")
+    kept = out / "checkpoint-step-2" / "model" / FROZEN_FILE
+    before = kept.read_bytes() if precision == "bf16" else b""
+
+    edited = {name: tensor.clone() for name, tensor in weights.items()}
+    edited[changed].view(-1)[0] += 1e-6  # in bf16 the engine would not see it
+    assert not torch.equal(edited[changed], weights[changed])
+    save_file(edited, base / "model.safetensors", metadata={"format": "pt"})
+    answers = run_with(world, pairs, tmp_path, precision=precision, resume="auto", **settings)
+    for answer in answers:
+        assert (
+            "checkpoint-step-2: the base model is not the one that this was trained on"
+            in (answer["error"])
+        )
+        assert f"model_name='{base}' has other weights now in 1 of" in answer["error"]
+        assert changed.removesuffix(".weight") in answer["error"]
+        assert "python -m vembed_ds.convert" in answer["error"]
+
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    for answer in run_with(world, pairs, tmp_path, precision=precision, resume="auto", **settings):
+        assert "error" not in answer, answer["error"]
+    assert losses_of(out) == losses
+    if before:
+        assert kept.read_bytes() == before
+        assert (out / "checkpoint-step-4" / "model" / FROZEN_FILE).read_bytes() == before
 
 
 def test_a_name_that_no_setting_has(resume: Resume) -> None:

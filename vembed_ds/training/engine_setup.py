@@ -67,21 +67,13 @@ def inference_batch_size(config: Config) -> int:
     return config.run.eval_batch_size or trained_at_once
 
 
-def prepare_model(
-    config: Config,
-    spec: ModelSpec,
-    data: RunData,
-    folder: Path,
-    *,
-    zero_stage: int,
-    mrl_dims: Sequence[int] = (),
-) -> tuple[EmbeddingModel, int]:
-    """The model, on the host, and the width of its embeddings (of one layer's). Collective.
-
-    Features of a frozen text tower are computed on the way.
+def read_model(
+    config: Config, spec: ModelSpec, data: RunData, *, zero_stage: int
+) -> EmbeddingModel:
+    """The model as it is before any training, on the host.
 
     Raises:
-        ConfigError: The model cannot be built, or has fewer dimensions than one of ``mrl_dims``.
+        ConfigError: It cannot be built.
     """
     seed_everything(config.training.seed)
     used = data.train.parts
@@ -89,6 +81,28 @@ def prepare_model(
     logger.info("pooling: %s", model.pooling())
     for stream in set(model.parts) - used:
         logger.info("no record holds a %s: that tower is not trained", stream)
+    return model
+
+
+def prepare_model(
+    config: Config,
+    model: EmbeddingModel,
+    data: RunData,
+    folder: Path,
+    *,
+    mrl_dims: Sequence[int] = (),
+) -> int:
+    """Keep what is frozen, and make the model of :func:`read_model` ready for its engine. Collective.
+
+    Features of a frozen text tower are computed on the way.
+
+    Returns:
+        The width of its embeddings (of one layer's).
+
+    Raises:
+        ConfigError: It has fewer dimensions than one of ``mrl_dims``.
+    """
+    used = data.train.parts
     if config.model.cache_frozen_encoder and "text" in used and has_frozen_text_tower(model):
         cache_text_features(
             model,
@@ -115,7 +129,7 @@ def prepare_model(
                 backbone, mechanism=config.model.activation_checkpointing
             )
     set_rates(model, own_rates(config.optimizer))
-    return model, width
+    return width
 
 
 def start_engine(

@@ -21,7 +21,13 @@ from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout
-from vembed_ds.training.engine_setup import inference_batch_size, prepare_model, start_engine
+from vembed_ds.training.engine_setup import (
+    inference_batch_size,
+    prepare_model,
+    read_model,
+    start_engine,
+)
+from vembed_ds.training.frozen_base import FROZEN, check_frozen, digest_frozen
 from vembed_ds.training.guide import embed_guides, guides_identity, load_guides
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_losses, evaluated_dims, loss_configs
@@ -130,14 +136,11 @@ def _build(
         prepare_extensions(plan.ds_config)
     judges = _prepare_judges(plan, resumption)
     with phase(Kind.LOADING, "loading the model"):
-        model, width = prepare_model(
-            config,
-            plan.spec,
-            data,
-            plan.folder,
-            zero_stage=plan.zero_stage,
-            mrl_dims=plan.prefixes,
-        )
+        model = read_model(config, plan.spec, data, zero_stage=plan.zero_stage)
+        frozen = digest_frozen(model)
+        if resumption is not None:
+            check_frozen(resumption, frozen, model_name=config.model.model_name)
+        width = prepare_model(config, model, data, plan.folder, mrl_dims=plan.prefixes)
         join_student(judges.teachers, model, config, width=width, mrl_dims=plan.prefixes)
         if comm.is_main():
             warn_of_little_space(plan.folder, model.parameters())
@@ -158,6 +161,7 @@ def _build(
         {
             SETTINGS: plan.settings | judges.identity,
             CONFIGURED: plan.configured_batch_size,
+            FROZEN: frozen,
             **judges.described,
         },
         tracker=tracker,
