@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from tests.checkpoints import load_consolidated
 from tests.distributed import export_cases as cases
 from tests.parity.conftest import ds_config
 from tests.worlds import World
 from vembed_ds import Encoder
-from vembed_ds.checkpointing.consolidate import load_consolidated
 from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.files import resolve_checkpoint
 from vembed_ds.checkpointing.planning import Options

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import verify
 from tests.distributed.conftest import ROOT
 from tests.worlds import World
 from vembed_ds import convert
-from vembed_ds.checkpointing.manifest import verify
 
 RUN = "tests.distributed.train_cases:run_train"
 

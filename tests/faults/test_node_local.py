@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import verify
 from tests.distributed.conftest import ROOT
 from tests.worlds import World
-from vembed_ds.checkpointing.manifest import read_manifest, verify
+from vembed_ds.checkpointing.manifest import read_manifest
 
 CASES = "tests.faults.node_cases:"
 DS_CONFIG = str(ROOT / "ds_configs" / "zero{}.json")

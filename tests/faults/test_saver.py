@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints import verify
 from tests.worlds import World
-from vembed_ds.checkpointing.manifest import reading, verify
+from vembed_ds.checkpointing.manifest import reading
 from vembed_ds.checkpointing.names import best_checkpoint, leftovers
 from vembed_ds.checkpointing.rotation import rotate
 from vembed_ds.checkpointing.saver import Best, resume_best

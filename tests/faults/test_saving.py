@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import verify
 from tests.faults.checkpoint_cases import KILL_POINTS
 from tests.worlds import World
-from vembed_ds.checkpointing.manifest import MANIFEST, list_files, read_manifest, verify
+from vembed_ds.checkpointing.manifest import MANIFEST, list_files, read_manifest
 from vembed_ds.checkpointing.names import leftovers
 from vembed_ds.checkpointing.rotation import remove_leftovers
 from vembed_ds.checkpointing.store import find_checkpoint

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints import load_consolidated
 from tests.parity.conftest import ds_config
 from tests.worlds import World
-from vembed_ds.checkpointing.consolidate import load_consolidated
 from vembed_ds.engine.teacher_config import resolve_teacher_config
 
 TOLERANCE = 1e-6

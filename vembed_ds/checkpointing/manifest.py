@@ -177,43 +177,6 @@ def share(files: Mapping[str, FileRecord], *, index: int, of: int) -> dict[str, 
     return mine
 
 
-def verify(folder: Path) -> Manifest:
-    """See that every file of a checkpoint is what was committed. Local; reads all of it.
-
-    Args:
-        folder: ``checkpoint-step-N``.
-
-    Returns:
-        Its manifest.
-
-    Raises:
-        CheckpointError: There is no manifest, or a file is missing or damaged; names the first.
-    """
-    manifest = read_manifest(folder)
-    if damage := find_damage(folder, manifest.files):
-        raise CheckpointError(describe_damage(damage))
-    return manifest
-
-
-def seal(folder: Path, *, step: int, world_size: int, zero_stage: int) -> Manifest:
-    """Write the manifest of a folder as it lies there. Local; reads all of it.
-
-    For folders that something else than a run of this package wrote.
-
-    Raises:
-        OSError: It cannot be read or written.
-    """
-    manifest = new_manifest(
-        {name: hash_file(folder / name) for name in list_files(folder)},
-        step=step,
-        world_size=world_size,
-        zero_stage=zero_stage,
-        config_digest=None,
-    )
-    write_manifest(folder, manifest)
-    return manifest
-
-
 def describe_damage(damage: Sequence[str]) -> str:
     """The first finding, and how many more there are."""
     more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""

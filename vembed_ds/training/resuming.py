@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vembed_ds.checkpointing.resumable import read_state
-from vembed_ds.checkpointing.store import find_checkpoint
+from vembed_ds.checkpointing.store import STATE, find_checkpoint
 from vembed_ds.config.schema import ALIASES, Config
 from vembed_ds.distributed import comm
 from vembed_ds.errors import CheckpointError, ConfigError
@@ -292,7 +292,14 @@ def check_judges(resumption: Resumption, judges: Mapping[str, str]) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    state = read_state(folder)
+    path = folder / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        int(state["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); resume from an earlier checkpoint-step-N folder"
+        ) from error
     if SETTINGS not in state:
         raise CheckpointError(
             f"{folder}: an earlier version wrote it, whose settings cannot be compared; resume with "

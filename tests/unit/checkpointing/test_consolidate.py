@@ -11,7 +11,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from vembed_ds.checkpointing.consolidate import load_consolidated, resolve_checkpoint
+from tests.checkpoints import load_consolidated
+from vembed_ds.checkpointing.files import resolve_checkpoint
 from vembed_ds.errors import CheckpointError
 
 WHOLE = "mp_rank_00_model_states.pt"

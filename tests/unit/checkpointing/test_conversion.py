@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
+from tests.checkpoints import load_consolidated, seal
 from tests.distributed import export_cases as cases
 from vembed_ds import Encoder, convert
 from vembed_ds.checkpointing import export, parts
-from vembed_ds.checkpointing.consolidate import load_consolidated, read_parameters
 from vembed_ds.checkpointing.export import export_model
-from vembed_ds.checkpointing.manifest import seal, write_manifest
+from vembed_ds.checkpointing.files import read_parameters
+from vembed_ds.checkpointing.manifest import write_manifest
 from vembed_ds.checkpointing.publish import new_folder
 from vembed_ds.checkpointing.tensor_files import TensorFile
 from vembed_ds.errors import CheckpointError

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import seal
 from vembed_ds import train
-from vembed_ds.checkpointing.manifest import deleting, seal
+from vembed_ds.checkpointing.manifest import deleting
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF
 from vembed_ds.errors import CheckpointError, ConfigError
