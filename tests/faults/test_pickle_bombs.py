@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoints import seal
 from tests.parity.conftest import ds_config, save_models
 from tests.worlds import World
 from vembed_ds.checkpointing.export import export_model
-from vembed_ds.checkpointing.manifest import seal
 from vembed_ds.errors import CheckpointError, ConfigError
 from vembed_ds.models.backbones import BackboneSource, load_backbone
 from vembed_ds.models.foreign import read_tensors
