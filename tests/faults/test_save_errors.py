@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import verify
 from tests.distributed.test_train import ds_file, metrics_of
 from tests.worlds import World
-from vembed_ds.checkpointing.manifest import verify
 
 CASES = "tests.faults.save_cases:"
 CHANGES = {"save_steps": 1, "eval_on_start": False, "val_data_path": None}

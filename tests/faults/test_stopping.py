@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import verify
 from tests.distributed.conftest import tiny_config
 from tests.distributed.test_train import ds_file, losses_of, metrics_of, run
 from tests.faults.checkpoints_alike import require_same_checkpoints
 from tests.worlds import World
-from vembed_ds.checkpointing.manifest import verify
 from vembed_ds.errors import (
     ConfigError,
     DivergedError,

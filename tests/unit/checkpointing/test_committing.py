@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import verify
 from vembed_ds.checkpointing import rotation, saving
 from vembed_ds.checkpointing.disks import Disk
-from vembed_ds.checkpointing.manifest import verify
 from vembed_ds.checkpointing.rotation import remove_leftovers
 from vembed_ds.checkpointing.saving import Snapshot, commit
 from vembed_ds.checkpointing.store import find_checkpoint
