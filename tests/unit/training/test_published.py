@@ -23,6 +23,7 @@ from vembed_ds.training import checkpoint, trainer
 from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.model_builder import _groups, _schedule
 from vembed_ds.training.model_setup import check_family
+from vembed_ds.training.saves import Saves
 from vembed_ds.training.tensor_batches import TensorItems, itemize
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]])
@@ -364,8 +365,14 @@ def test_the_class_trainer_overwrites_no_checkpoint(
 def test_the_class_trainer_says_how_it_goes_on() -> None:
     """It has no ``--resume``."""
     stopped = object.__new__(published.Trainer)
-    stopped.step = stopped._saved_step = 3
-    stopped._newest, stopped._finish_saving = Path("out/checkpoint-step-3"), lambda: None
+    stopped.step, newest = 3, Path("out/checkpoint-step-3")
+    stopped._saves = Saves(
+        write=lambda step: newest,
+        finish=lambda: newest,
+        failure=lambda: None,
+        minutes=None,
+        newest=newest,
+    )
     assert stopped._place_to_go_on() == (
         "at step 3, checkpoint out/checkpoint-step-3: to go on, load_checkpoint(path, engine), and "
         "train into another output_dir"
