@@ -252,15 +252,14 @@ def test_the_converted_model_scores_as_the_trained_one(
     stage: int,
 ) -> None:
     out = tmp_path / "out"
-    trained = run(world(2), make_config(), stage)[0]["metrics"]
+    # With the usual seed two documents are closer than rounding, and ranked either way.
+    trained = run(world(2), make_config(seed=7), stage)[0]["metrics"]
     assert convert.main([str(out), str(out / "model")]) == 0
     report = out / "report.json"
     command = ["--model", str(out / "model"), "--data_path", str(pairs), "--output", str(report)]
     assert evaluate.main([*command, "--config_override", "num_workers=0"]) == 0
     scores = json.loads(report.read_text())["metrics"]
-    found = {f"eval/{name}": value for name, value in scores.items()}
-    # Two documents may be closer than rounding, and ranked either way (one pair, on some CPUs).
-    assert found == pytest.approx(trained, rel=2e-3)
+    assert {f"eval/{name}": value for name, value in scores.items()} == pytest.approx(trained)
     card = (out / "model" / "README.md").read_text()
     assert "not recorded" not in card
     assert f"on 2 ranks |\n| ZeRO stage | {stage} |" in card

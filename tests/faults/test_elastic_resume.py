@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,12 +129,13 @@ def test_an_allowed_rate_takes_effect(
     out = tmp_path / "out"
     assert [m["train/lr"] for m in metrics_of(out)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     (out / "latest").write_text("checkpoint-step-2")
-    other = make_config(**values | {"max_steps": 8}, lr=1e-12, scheduler_type="linear")
-    run(world(2), other, stage, resume="auto", allow_change=["lr", "num_steps"])
+    other = make_config(**values | {"max_steps": 8}, lr=1e-12, scheduler_type="cosine")
+    allowed = ["lr", "num_steps", "scheduler_type"]
+    run(world(2), other, stage, resume="auto", allow_change=allowed)
     rates = {m["step"]: m["train/lr"] for m in metrics_of(out)}
-    # The new schedule at its third step: 6 of 8 steps are to come.
-    assert rates[3] == pytest.approx(1e-12 * 6 / 8)
-    assert rates[8] == pytest.approx(1e-12 / 8)
+    # The new schedule from its third step on: 2 of 8 are done.
+    cosine = {step: 1e-12 * (1 + math.cos(math.pi * (step - 1) / 8)) / 2 for step in (3, 8)}
+    assert {step: rates[step] for step in (3, 8)} == pytest.approx(cosine)
     for step in (2, 8):
         shutil.rmtree(tmp_path / f"model-{step}", ignore_errors=True)
         checkpoint = str(out / f"checkpoint-step-{step}")

@@ -61,6 +61,7 @@ FIXED = {
     "lora_r": _PARAMETERS,
     "lora_target_modules": _PARAMETERS,
     "optimizer.type": "the checkpoint holds another optimizer's state",
+    "precision": "the checkpoint holds the state of another number format, not compared",
     "projection_dim": _PARAMETERS,
     "projection_layers": _PARAMETERS,
     "use_dora": _PARAMETERS,
@@ -74,7 +75,6 @@ _HINTS = {
     "image_model_name": _MOVED,
     "model_name": _MOVED,
     "num_steps": "follows from epochs or max_steps, the global batch and the data",
-    "precision": "the float32 weights are kept, the steps are computed otherwise",
     "teacher_model_name": _MOVED,
     "text_model_name": _MOVED,
 }
