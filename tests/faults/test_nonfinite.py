@@ -140,7 +140,7 @@ def test_the_run_ends_and_says_where(
             f"step 2: {problem}; the records of all ranks are in "
             f"{tmp_path / 'nonfinite-step-2.json'}. No weight has changed in this step. A resumed "
             "run meets the same batch again: set on_nonfinite: skip to leave it out, lower lr, or "
-            "use another precision"
+            "begin anew in another precision"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 from vembed_ds.distributed import comm
 from vembed_ds.errors import CheckpointError
 from vembed_ds.training.resuming import Resumption
-
-logger = logging.getLogger(__name__)
 
 FROZEN = "frozen_weights"
 _SHOWN = 3
@@ -46,16 +43,15 @@ def check_frozen(resumption: Resumption, digests: Mapping[str, str], *, model_na
         model_name: As configured, for the message.
 
     Raises:
-        CheckpointError: Names the weights that differ.
+        CheckpointError: Names the weights that differ; or an earlier version wrote the checkpoint.
     """
     saved = resumption.state.get(FROZEN)
     if saved is None:
-        logger.warning(
-            "%s: was written before checkpoints had checksums of frozen weights; whether the base "
-            "model is the same is not compared",
-            resumption.folder,
+        raise CheckpointError(
+            f"{resumption.folder}: has no checksums of the frozen weights, because an earlier version "
+            "wrote it, so that nobody knows whether the base model is the same; begin a new run from "
+            "the converted model: python -m vembed_ds.convert"
         )
-        return
     changed = [name for name, digest in digests.items() if saved.get(name, digest) != digest]
     if changed:
         shown = ", ".join(changed[:_SHOWN]) + ", ..." * (len(changed) > _SHOWN)

@@ -176,12 +176,12 @@ class StepGuard:
             raise DivergedError(
                 f"step {step}: {problem}; {self._max_in_a_row} steps before it were skipped "
                 f"already (max_nonfinite_steps), so the model has diverged; {told}. Go back to an "
-                "earlier checkpoint and lower lr, set max_grad_norm, or use another precision"
+                "earlier checkpoint and lower lr or set max_grad_norm, or begin anew in another precision"
             )
         raise DivergedError(
             f"step {step}: {problem}; {told}. No weight has changed in this step. A resumed run "
-            "meets the same batch again: set on_nonfinite: skip to leave it out, lower lr, or use "
-            "another precision"
+            "meets the same batch again: set on_nonfinite: skip to leave it out, lower lr, or begin "
+            "anew in another precision"
         )
 
     def _warn(

@@ -25,6 +25,7 @@ from vembed_ds.training.changes import (
     flat_ds_config,
     flat_settings,
 )
+from vembed_ds.training.frozen_base import check_frozen
 from vembed_ds.training.resuming import (
     FREE,
     Resumption,
@@ -323,3 +324,9 @@ def test_a_checkpoint_of_an_earlier_version(folder: Path) -> None:
         chosen_checkpoint("auto", output_dir="out"),
     ):
         pass
+
+
+def test_a_checkpoint_without_checksums_of_frozen_weights(folder: Path) -> None:
+    found = Resumption(folder, {"step": 2})
+    with pytest.raises(CheckpointError, match="an earlier version wrote it, so that nobody knows"):
+        check_frozen(found, {"w": "1"}, model_name="a/b")
