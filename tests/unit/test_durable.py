@@ -32,6 +32,31 @@ def test_what_is_written_is_what_is_hashed(tmp_path: Path) -> None:
     assert record == hash_file(path)
 
 
+def test_the_disk_gets_every_byte_ahead_of_the_flush_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges = []
+
+    def refuse(descriptor: int, offset: int, length: int, advice: int) -> None:
+        ranges.append((offset, length, os.fstat(descriptor).st_size))
+        raise OSError(errno.EINVAL, "no advice is taken here")  # which harms nothing
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    blocks = [bytes([number]) * 5_000_000 for number in range(5)]
+
+    def write(file: HashedFile) -> None:
+        for block in blocks:
+            file.write(block)
+
+    record = write_hashed(tmp_path / "file", write)
+    assert record == hash_file(tmp_path / "file")
+    assert [(offset, length) for offset, length, _ in ranges] == [
+        (0, 10_000_000),
+        (10_000_000, 10_000_000),
+    ]
+    assert all(size >= offset + length for offset, length, size in ranges)
+
+
 def test_the_cause_is_told_and_not_what_torch_makes_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
