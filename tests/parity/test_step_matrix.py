@@ -18,6 +18,7 @@ where they run the same code:
 * "negatives" and "tokens": ragged explicit negatives, in one step on one rank only; InfoNCE over
   vectors, ColBERT over token embeddings.
 * "patches": token embeddings of images, of which the class token and two patches are kept.
+* The default suite runs one cell of three, or of two, so chosen that every two settings meet.
 * "One chunk" is the standard step: `compute_gradient` with a single chunk whose graph is kept.
 """
 
@@ -32,6 +33,7 @@ import torch
 
 from tests.parity.conftest import ds_config, update_error
 from tests.parity.data import FUSED, GLOBAL_BATCH, TEXTS
+from tests.thinning import one_in
 from tests.worlds import World
 
 KINDS = ["shared", "composed", "clip", "frozen", "skip"]
@@ -55,10 +57,10 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
         assert error["worst"] <= TENSOR_TOLERANCE, error
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", [*KINDS, "mixed", *FUSED, *TEXTS, "patches"])
+@pytest.mark.parametrize(
+    ("kind", "stage", "world_size", "chunk"),
+    one_in(3, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], STAGES, [1, 2], CHUNKS),
+)
 def test_plain(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -99,10 +101,9 @@ def test_chunks_are_reduced_once(
     assert all(sum(of_rank.values()) for of_rank in counts[0])
 
 
-@pytest.mark.parametrize("chunk", ["one", "uneven"])
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "stage", "world_size", "chunk"), one_in(2, KINDS, STAGES, [1, 2], ["one", "uneven"])
+)
 def test_dropout_and_clipping(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -126,10 +127,10 @@ def test_dropout_and_clipping(
     check(reference(kind, dropout=0.2, max_grad_norm=1.0, dropout_plan=plan), results)
 
 
-@pytest.mark.parametrize("chunk", ["one", "uneven"])
-@pytest.mark.parametrize("mechanism", ["huggingface", "deepspeed"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "stage", "mechanism", "chunk"),
+    one_in(2, KINDS, STAGES, ["huggingface", "deepspeed"], ["one", "uneven"]),
+)
 def test_activation_checkpointing(
     world: Callable[[int], World],
     folders: dict[float, Path],
