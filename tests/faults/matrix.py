@@ -20,7 +20,11 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "tests/unit/distributed/test_notices.py::test_a_silent_rank_is_named",
     ),
     "F3": ("tests/faults/test_saving.py::test_f3_killed_while_saving",),
-    "F4": ("tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",),
+    "F4": (
+        "tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",
+        "tests/faults/test_launchers.py::test_a_signalled_run_stops_and_goes_on_bitwise",
+        "tests/faults/test_launchers.py::test_the_restart_loop_stops_when_asked_and_starts_again_when_not",
+    ),
     "F5": (
         "tests/faults/test_stopping.py::test_a_stopped_run_goes_on_bitwise",
         "tests/faults/test_stopping.py::test_saving_in_the_background_too",
