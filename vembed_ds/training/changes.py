@@ -68,9 +68,10 @@ FIXED = {
     "use_lora": _PARAMETERS,
 }
 
+_DIGESTS = "data_fingerprint"  # by data set, in whose order records are numbered
 _MOVED = "allow it where it is the same model in another place"
 _HINTS = {
-    "data_fingerprint": "the contents or the order of the records",
+    _DIGESTS: "the contents or the order of the records",
     "global_batch_size": "batch_size x ranks",
     "image_model_name": _MOVED,
     "model_name": _MOVED,
@@ -100,7 +101,9 @@ class Change:
 
     def __str__(self) -> str:
         old, new = self.old, self.new
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if self.key == _DIGESTS and old == new:  # in another order
+            old, new = list(old), list(new)
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
             differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             old, new = ({k: v[k] for k in differing if k in v} for v in (old, new))
         return f"{self.key}: {_text(old)} -> {_text(new)}"
@@ -145,7 +148,7 @@ def find_changes(
     """
     keys = dict.fromkeys([*now, *saved])
     triples = ((key, _value(saved, key), _value(now, key)) for key in keys)
-    return [Change(k, old, new, _rule(k, free)) for k, old, new in triples if old != new]
+    return [Change(k, old, new, _rule(k, free)) for k, old, new in triples if _differ(k, old, new)]
 
 
 def check_changes(
@@ -219,6 +222,11 @@ def _value(settings: Mapping[str, Any], key: str) -> Any:
     if key in settings or key not in SECTION_OF:
         return settings.get(key)
     return json.loads(json.dumps(default_of(key)))
+
+
+def _differ(key: str, old: Any, new: Any) -> bool:
+    reordered = key == _DIGESTS and isinstance(old, Mapping) and list(old) != list(new)
+    return old != new or reordered
 
 
 def _rule(key: str, free: Collection[str]) -> Rule:

@@ -117,8 +117,13 @@ class Resumption:
         return found
 
     def belongs_to(self, output_dir: str) -> bool:
-        """Whether it lies in this run's own folder, whose metrics then go on too."""
-        return self.folder.resolve().parent == Path(output_dir).resolve()
+        """Whether it lies in this run's own folder, whose metrics then go on too.
+
+        It may be named by a link there, or be a link to a larger disk; folders may have two names.
+        """
+        places = (self.folder.parent, self.folder.resolve().parent)
+        own = Path(output_dir)
+        return own.exists() and any(place.samefile(own) for place in places)
 
     def own_folder(self, output_dir: str) -> Path | None:
         """Its folder, where it :meth:`belongs_to` this run."""

@@ -95,6 +95,15 @@ def test_of_several_data_sets_those_that_moved_may() -> None:
     }
 
 
+def test_data_sets_in_another_order_number_their_records_anew() -> None:
+    saved, now = ({"data_fingerprint": dict(pairs)} for pairs in (("a1", "b2"), ("b2", "a1")))
+    (change,) = find_changes(saved, now)
+    assert str(change) == 'data_fingerprint: ["a", "b"] -> ["b", "a"]'
+    assert change.rule == "named"
+    (change,) = find_changes(saved, {"data_fingerprint": {"a": "1", "b": "3"}})
+    assert str(change) == 'data_fingerprint: {"b": "2"} -> {"b": "3"}'
+
+
 def test_of_several_teachers_placement_may_change() -> None:
     def of(**entry: Any) -> dict[str, Any]:
         teachers = [{"name": "big", "weight": 1.0, "ds_config": None, **entry}]
@@ -218,6 +227,28 @@ def test_what_is_gone_on_from_is_not_deleted_before_it_is_loaded(
             assert not free
     with deleting(folder) as free:
         assert free
+
+
+@pytest.mark.parametrize("way", ["plain", "link to it", "moved and linked", "linked folder"])
+def test_a_checkpoint_of_this_run_is_known_behind_links(tmp_path: Path, way: str) -> None:
+    out, disk, name = tmp_path / "out", tmp_path / "disk", "checkpoint-step-2"
+    disk.mkdir()
+    (out / name).mkdir(parents=True)
+    folder = out / name
+    if way == "link to it":
+        folder = tmp_path / "link"
+        folder.symlink_to(out / name)
+    elif way == "moved and linked":
+        (out / name).rename(disk / name)
+        (out / name).symlink_to(disk / name)
+    elif way == "linked folder":
+        (tmp_path / "linked").symlink_to(out)
+        folder = tmp_path / "linked" / name
+    found = Resumption(folder, {})
+    assert found.belongs_to(str(out))
+    (tmp_path / "other").mkdir()
+    for other in ("other", "none"):
+        assert not found.belongs_to(str(tmp_path / other))
 
 
 def test_other_spellings_of_a_key_are_known(folder: Path) -> None:
