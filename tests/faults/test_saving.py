@@ -7,6 +7,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from tests.checkpoints import verify
 from tests.faults.checkpoint_cases import KILL_POINTS
 from tests.worlds import World
+from vembed_ds.checkpointing import manifest
 from vembed_ds.checkpointing.manifest import MANIFEST, list_files, read_manifest
 from vembed_ds.checkpointing.names import leftovers
-from vembed_ds.checkpointing.rotation import remove_leftovers
+from vembed_ds.checkpointing.rotation import by_age, remove_leftovers
 from vembed_ds.checkpointing.store import find_checkpoint
 from vembed_ds.durable import hash_file
 from vembed_ds.errors import CheckpointError
@@ -181,6 +183,20 @@ def test_any_byte_of_the_manifest_counts(out: Path) -> None:
             read_manifest(path.parent)
 
 
+@pytest.mark.parametrize("damage", ["more", "less", "deep"])
+def test_a_manifest_that_nobody_understands_is_damage(
+    out: Path, warned: Callable[[], str], damage: str
+) -> None:
+    """Its own checksum is right, as a release with other fields would write it."""
+    path = out / "checkpoint-step-2" / MANIFEST
+    body = asdict(read_manifest(path.parent)) | {"new": 1}
+    if damage == "less":
+        del body["new"], body["step"]
+    path.write_text("[" * 100_000 if damage == "deep" else manifest._render(body))
+    check_fallback(out, f"{path}: {'damaged' if damage == 'deep' else 'not as this'}", warned)
+    assert by_age(out.glob("checkpoint-*")) == [out / "checkpoint-step-1"]
+
+
 def test_f8_missing_mixed_and_extra(out: Path, warned: Callable[[], str]) -> None:
     first, second = out / "checkpoint-step-1", out / "checkpoint-step-2"
     shard = second / SHARD
@@ -208,6 +224,8 @@ def test_f8_missing_mixed_and_extra(out: Path, warned: Callable[[], str]) -> Non
         ("", "latest: empty"),
         ("checkpoint-step-7", "latest: names 'checkpoint-step-7', which is no folder beside it"),
         ("../out", "latest: names '../out', which is no folder beside it"),
+        ("..", "latest: names '..', which is no folder beside it"),
+        ("x" * 300, f"latest: names '{'x' * 100}', which is no folder beside it"),
     ],
 )
 def test_f9_latest(out: Path, warned: Callable[[], str], content: str | None, problem: str) -> None:

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 _CHECKSUM = "manifest_xxh3_128"
+_TICK = 1e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Manifest:
         files: By path within the folder, with ``/``.
         config_digest: Of the run's resolved configuration; ``None``: it had none.
         versions: Of this package and the libraries that wrote the files.
-        written_at: Seconds since 1970, by the writing rank's clock.
+        written_at: Seconds since 1970, by the writing rank's clock; in one folder always increasing.
         save_id: Of this very save; on disks of several machines all parts have the same.
         num_disks: Machines that have a part each; 1: a shared folder has all of it.
     """
@@ -70,8 +71,20 @@ def new_manifest(
     config_digest: str | None,
     save_id: str = "",
     num_disks: int = 1,
+    behind: float = 0.0,
 ) -> Manifest:
-    """The manifest of files that are written now, by the libraries that are installed."""
+    """The manifest of files that are written now, by the libraries that are installed.
+
+    Args:
+        files: As the others, of :class:`Manifest`.
+        step: See there.
+        world_size: See there.
+        zero_stage: See there.
+        config_digest: See there.
+        save_id: See there.
+        num_disks: See there.
+        behind: It is later than this, although a clock may be behind the one of an earlier save.
+    """
     return Manifest(
         step=step,
         world_size=world_size,
@@ -79,7 +92,7 @@ def new_manifest(
         files=dict(sorted(files.items())),
         config_digest=config_digest,
         versions=_versions(),
-        written_at=time.time(),
+        written_at=max(time.time(), behind + _TICK),
         save_id=save_id,
         num_disks=num_disks,
     )
@@ -117,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
             "checkpoints had a manifest; take another checkpoint, or start afresh from the "
             "converted model of this one (vembed_ds.convert)"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -130,8 +143,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: damaged: its checksum is {_digest(body)}, and {stated} was written"
         )
-    files = {name: FileRecord(**record) for name, record in body["files"].items()}
-    return Manifest(**{**body, "files": files})
+    try:
+        files = {name: FileRecord(**record) for name, record in body["files"].items()}
+        return Manifest(**{**body, "files": files})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not as this release writes it: {error}") from error
 
 
 def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:

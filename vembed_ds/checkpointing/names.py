@@ -11,6 +11,7 @@ from vembed_ds.errors import CheckpointError
 LATEST = "latest"
 BEST = "best"
 _CHECKPOINT = re.compile(r"checkpoint-step-(\d+)")
+_SHOWN = 100
 _LEFTOVER = re.compile(r"\.(checkpoint-step-\d+)\.(partial|replaced|deleted)")
 
 
@@ -83,8 +84,8 @@ def read_pointer(output_dir: Path, pointer: str) -> tuple[Path | None, str]:
     if not name:
         return None, f"{path}: empty"
     folder = output_dir / name
-    if Path(name).name != name or not folder.is_dir():
-        return None, f"{path}: names {name!r}, which is no folder beside it"
+    if name == ".." or Path(name).name != name or not _is_folder(folder):
+        return None, f"{path}: names {name[:_SHOWN]!r}, which is no folder beside it"
     return folder, ""
 
 
@@ -109,3 +110,10 @@ def move_pointer(output_dir: Path, pointer: str, folder: Path) -> None:
         OSError: It cannot be written.
     """
     replace_text(output_dir / pointer, folder.name)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # longer than a name can be
+        return False

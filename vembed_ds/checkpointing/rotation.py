@@ -28,13 +28,16 @@ def by_age(folders: Collection[Path]) -> list[Path]:
 
     Not by step: a run that went on from an earlier checkpoint has later steps behind it.
     """
-    dated = []
-    for folder in folders:
-        try:
-            dated.append((read_manifest(folder).written_at, folder.name, folder))
-        except CheckpointError:
-            continue
-    return [folder for *_, folder in sorted(dated, reverse=True)]
+    return [folder for *_, folder in _dated(folders)]
+
+
+def newest_time(output_dir: Path) -> float:
+    """When the last checkpoint of a run was written, as its manifest says; 0: there is none.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    return next((time for time, *_ in _dated(checkpoints(output_dir))), 0.0)
 
 
 def rotate(output_dir: Path, *, total_limit: int) -> list[Path]:
@@ -75,10 +78,10 @@ def delete_checkpoint(folder: Path) -> None:
     """
     doomed = folder.with_name(deleted_name(folder.name))
     if doomed.exists():
-        shutil.rmtree(doomed)
+        _remove(doomed)
     folder.rename(doomed)
     sync_folder(folder.parent)
-    shutil.rmtree(doomed)
+    _remove(doomed)
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
@@ -92,7 +95,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
     older = folder.with_name(replaced_name(folder.name))
     if folder.exists():
         if older.exists():
-            shutil.rmtree(older)
+            _remove(older)
         folder.rename(older)
     # A crash here leaves the older one under its other name, and put_back gives it back.
     partial.rename(folder)
@@ -108,7 +111,7 @@ def confirm(folder: Path) -> None:
     older = folder.with_name(replaced_name(folder.name))
     try:
         if older.exists():
-            shutil.rmtree(older)
+            _remove(older)
     except OSError as error:
         _warn_of_leftover(older, error)
 
@@ -140,7 +143,7 @@ def remove_leftovers(output_dir: Path, *, needed: str | None = None) -> None:
     put_back(output_dir)
     for path, name, state in leftovers(output_dir):
         try:
-            shutil.rmtree(path)
+            _remove(path)
         except OSError as error:
             if path.name == needed:
                 raise
@@ -154,6 +157,14 @@ def remove_leftovers(output_dir: Path, *, needed: str | None = None) -> None:
         logger.warning("%s: removed %s (%s)", output_dir, path.name, what.format(name=name))
 
 
+def _remove(folder: Path) -> None:
+    """What a link leads to lies elsewhere, where somebody has put it, and stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
 def _warn_of_leftover(path: Path, error: OSError) -> None:
     logger.warning(
         "%s: cannot be removed (%s: %s), and is in nobody's way; it is tried again at the next "
@@ -162,3 +173,13 @@ def _warn_of_leftover(path: Path, error: OSError) -> None:
         error.filename or path.name,
         error.strerror or error,
     )
+
+
+def _dated(folders: Collection[Path]) -> list[tuple[float, str, Path]]:
+    dated = []
+    for folder in folders:
+        try:
+            dated.append((read_manifest(folder).written_at, folder.name, folder))
+        except CheckpointError:
+            continue
+    return sorted(dated, reverse=True)

@@ -32,7 +32,12 @@ from vembed_ds.checkpointing.names import (
     partial_name,
 )
 from vembed_ds.checkpointing.random_state import save_random_state
-from vembed_ds.checkpointing.rotation import confirm, put_in_place, remove_leftovers
+from vembed_ds.checkpointing.rotation import (
+    confirm,
+    newest_time,
+    put_in_place,
+    remove_leftovers,
+)
 from vembed_ds.checkpointing.store import STATE
 from vembed_ds.distributed import comm
 from vembed_ds.durable import (
@@ -260,6 +265,7 @@ def _seal(snapshot: Snapshot, parts: Sequence[_Part]) -> None:
         config_digest=snapshot.config_digest,
         save_id=parts[0].save_id,
         num_disks=len({part.disk for part in parts}),
+        behind=newest_time(snapshot.folder.parent),
     )
     write_manifest(partial, manifest)
 

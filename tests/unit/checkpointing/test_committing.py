@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import verify
-from vembed_ds.checkpointing import rotation, saving
+from vembed_ds.checkpointing import manifest, rotation, saving
 from vembed_ds.checkpointing.disks import Disk
-from vembed_ds.checkpointing.rotation import remove_leftovers
+from vembed_ds.checkpointing.names import checkpoints
+from vembed_ds.checkpointing.rotation import by_age, remove_leftovers, rotate
 from vembed_ds.checkpointing.saving import Snapshot, commit
 from vembed_ds.checkpointing.store import find_checkpoint
 from vembed_ds.command import exit_code
@@ -131,3 +132,30 @@ def test_without_an_earlier_one_the_first_is_found(
         commit(begin(tmp_path, 1))
     assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint-step-1"
     assert "latest: missing" in caplog.text
+
+
+def test_a_clock_that_was_set_back_changes_no_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = iter((1000.0, 2000.0, 500.0, 600.0))
+    monkeypatch.setattr(manifest.time, "time", lambda: next(clocks))
+    for step in (1, 2, 3, 4):
+        commit(begin(tmp_path, step))
+    rotate(tmp_path, total_limit=2)
+    assert [folder.name for folder in by_age(checkpoints(tmp_path))] == [
+        "checkpoint-step-4",
+        "checkpoint-step-3",
+    ]
+
+
+def test_of_a_checkpoint_on_another_disk_the_link_is_deleted(tmp_path: Path) -> None:
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    for step in (1, 2, 3):
+        folder = commit(begin(out, step))
+        folder.rename(disk.with_name(f"disk-{step}"))
+        folder.symlink_to(disk.with_name(f"disk-{step}"))
+    verify(commit(begin(out, 3)))
+    assert rotate(out, total_limit=1) == [out / "checkpoint-step-2", out / "checkpoint-step-1"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-step-3", "latest"]
+    for step in (1, 2, 3):
+        verify(disk.with_name(f"disk-{step}"))
