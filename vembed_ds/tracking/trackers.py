@@ -298,18 +298,20 @@ def _finite(name: str, value: float, *, step: int) -> float | None:
 
 def _kept_lines(path: Path, resume_step: int) -> list[str]:
     """Lines up to the resumed step; a last line that a crash cut off is none of them."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    lines = path.read_bytes().splitlines(keepends=True)  # a damaged one may be no text
+    if lines and not lines[-1].endswith(b"\n"):
         logger.warning("%s: removed an incomplete last line", path)
         lines.pop()
     return [
-        line for number, line in enumerate(lines, 1) if _step(line, number, path) <= resume_step
+        line.decode()
+        for number, line in enumerate(lines, 1)
+        if _step(line, number, path) <= resume_step
     ]
 
 
-def _step(line: str, number: int, path: Path) -> int:
+def _step(line: bytes, number: int, path: Path) -> int:
     try:
-        return int(json.loads(line)["step"])
+        return int(json.loads(line.decode())["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise VembedError(
             f"{path}, line {number}: not a JSON object with a step; move the file away, or resume "

@@ -63,9 +63,9 @@ def test_a_line_cut_off_by_a_crash_is_removed(
     assert "removed an incomplete last line" in caplog.text
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}'])
-def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+@pytest.mark.parametrize("line", [b"nonsense", b"[1]", b'{"loss": 1}', b"\xff\xfe", b"\0\0\0\0"])
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n%b\n' % line)
     with pytest.raises(VembedError, match=r"metrics\.jsonl, line 2: not a JSON object with a step"):
         start(tmp_path, resume_step=3)
 
