@@ -145,3 +145,33 @@ def test_an_allowed_rate_takes_effect(
     )
     for name, value in before.items():
         assert torch.allclose(after[name], value, rtol=0, atol=1e-9), name
+
+
+def test_a_log_line_across_a_checkpoint_is_complete(
+    world: Worlds, make_config: Make, plain_clip: str, tmp_path: Path
+) -> None:
+    """Saved behind step 6, between the lines of steps 4 and 8; on the same ranks bit for bit."""
+    config = make_config(
+        model_name=plain_clip,
+        max_steps=8,
+        save_steps=6,
+        logging_steps=4,
+        val_data_path=None,
+        **AVERAGED,
+    )
+
+    def last_line(ranks: int, **options: Any) -> dict[str, float]:
+        run(world(ranks), config, 1, **options)
+        timed = ("train/samples_per_second", "train/data_wait_seconds")
+        line = metrics_of(tmp_path / "out")[-1]
+        return {name: value for name, value in line.items() if name not in timed}
+
+    whole = last_line(2)
+    assert whole["step"] == 8
+    assert [name for name in whole if name.startswith("train/loss_")]
+    (tmp_path / "out" / "latest").write_text("checkpoint-step-6")
+    assert last_line(2, resume="auto") == whole
+    (tmp_path / "out" / "latest").write_text("checkpoint-step-6")
+    found = last_line(1, resume="auto")
+    for name in ("train/loss", "train/loss_task", "train/skipped_steps"):
+        assert found[name] == pytest.approx(whole[name], rel=TOLERANCE)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
 from vembed_ds.tracking.trackers import Tracker
+from vembed_ds.training.log_window import LogWindow
 from vembed_ds.training.loss_inputs import loss_inputs
 from vembed_ds.training.nonfinite import StepGuard
 from vembed_ds.training.saves import Saves
@@ -62,19 +63,6 @@ class Intervals:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
 
-@dataclass
-class _Window:
-    """What was seen since the last log line; tensors stay on the device until it is written."""
-
-    loss: Tensor | float = 0.0
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    summed: int = 0  # of these; the others had no finite loss or gradient
-    skipped: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-
-
 class TrainingLoop:
     """Trains to the end, then evaluates and saves.
 
@@ -97,6 +85,7 @@ class TrainingLoop:
         step: Optimizer steps already done.
         saved: The checkpoint of ``step``, where it is one of this run's own.
         evaluation_left: Whether the evaluation after ``step`` was left by a signal.
+        window: What was seen since the last log line; ``None``: nothing.
         signals: Whom the loader asks too while it waits; ``None``: nobody is asked there.
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
         attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
@@ -126,6 +115,7 @@ class TrainingLoop:
         step: int = 0,
         saved: Path | None = None,
         evaluation_left: bool = False,
+        window: LogWindow | None = None,
         signals: StopSignals | None = None,
         pin_memory: bool = False,
         attach: Callable[[Batch], Batch] = lambda batch: batch,
@@ -151,7 +141,7 @@ class TrainingLoop:
         self._pin_memory = pin_memory and engine.device.type != "cpu"
         self._fillers: dict[str, EncodedItem] = {}
         self._parts: dict[str, Tensor] = {}  # of the last loss
-        self._window = _Window()
+        self.window = window or LogWindow()
         self._progress: tqdm[Any] | None = None
         self._error: VembedError | None = None  # of this rank, until all hear of it
 
@@ -226,7 +216,7 @@ class TrainingLoop:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, and the time they were waited for."""
-        self._window.started = waited = time.perf_counter()
+        self.window.started = waited = time.perf_counter()
         batches = iter(self.loader)
         while True:
             phases.set_place(f"step {self.step + 1}")
@@ -238,7 +228,7 @@ class TrainingLoop:
                 return
             if batch is None:
                 return
-            self._window.waited += time.perf_counter() - waited
+            self.window.waited += time.perf_counter() - waited
             yield self.attach(batch)
             waited = time.perf_counter()
 
@@ -357,7 +347,7 @@ class TrainingLoop:
         """Time inside counts neither as training nor as waiting for data."""
         started = time.perf_counter()
         yield
-        self._window.started += time.perf_counter() - started
+        self.window.started += time.perf_counter() - started
 
     def log(
         self,
@@ -369,13 +359,11 @@ class TrainingLoop:
         sound: bool,
     ) -> None:
         """Add a step to the window; write the window when it is due (first and last step too)."""
-        window = self._window
+        window = self.window
         if sound:
-            window.loss = window.loss + result.loss
-            for name, part in self._parts.items():
-                window.parts[name] = window.parts.get(name, torch.zeros_like(part)) + part
+            window.add(result.loss, self._parts)
         window.steps += 1
-        window.summed += sound
+        window.timed += 1
         window.skipped += norm is None
         if self._progress is not None:
             self._progress.update()
@@ -383,25 +371,26 @@ class TrainingLoop:
         if not due:
             return
         seconds = time.perf_counter() - window.started
-        pairs = num_pairs * comm.world_size() * window.steps
+        pairs = num_pairs * comm.world_size() * window.timed
         loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / (window.summed or math.nan))
         metrics = {
             "train/loss": float(loss),
             "train/lr": learning_rate,
             "train/grad_norm": float("nan") if norm is None else float(norm),
             "train/samples_per_second": pairs / seconds,
-            "train/data_wait_seconds": window.waited / window.steps,
+            "train/data_wait_seconds": window.waited / window.timed,
             "train/skipped_steps": float(window.skipped),
         }
         for name, part in window.parts.items():
-            metrics[f"train/loss_{name}"] = float(comm.mean_over_ranks(part / window.summed))
+            mean = torch.as_tensor(part) / window.summed
+            metrics[f"train/loss_{name}"] = float(comm.mean_over_ranks(mean))
         if self.intervals.steps_per_epoch:
             metrics["train/epoch"] = self.step / self.intervals.steps_per_epoch
         if "logit_scale" in result.learned:
             metrics["train/temperature"] = float(1 / result.learned["logit_scale"].exp())
         if "logit_bias" in result.learned:
             metrics["train/logit_bias"] = float(result.learned["logit_bias"])
-        self._window = _Window()
+        self.window = LogWindow()
         self._report(metrics)
 
     def _report(self, metrics: Mapping[str, float]) -> None:

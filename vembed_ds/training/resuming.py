@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "settings"
 CONFIGURED = "configured_batch_size"
 EVALUATION_LEFT = "evaluation_left"
+WINDOW = "log_window"
 BATCH = "global_batch_size"
 _MEMORY = "; if that does not fit into memory, set use_gradient_cache: true"
 

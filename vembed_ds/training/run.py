@@ -29,6 +29,7 @@ from vembed_ds.training.engine_setup import (
 )
 from vembed_ds.training.frozen_base import FROZEN, check_frozen, digest_frozen
 from vembed_ds.training.guide import embed_guides, guides_identity, load_guides
+from vembed_ds.training.log_window import resumed_window
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_losses, evaluated_dims, loss_configs
 from vembed_ds.training.memory_report import reports_memory
@@ -39,6 +40,7 @@ from vembed_ds.training.resuming import (
     CONFIGURED,
     EVALUATION_LEFT,
     SETTINGS,
+    WINDOW,
     Resumption,
     check_judges,
     check_resumption,
@@ -262,7 +264,7 @@ def build_loop(
             model,
             saver,
             data.processor,
-            {**state, EVALUATION_LEFT: loop.evaluation_left},
+            {**state, EVALUATION_LEFT: loop.evaluation_left, WINDOW: loop.window.state()},
             teachers,
             step,
         ),
@@ -275,6 +277,7 @@ def build_loop(
         step=step,
         saved=None if resumption is None else resumption.own_folder(config.run.output_dir),
         evaluation_left=resumption is not None and resumption.evaluation_left,
+        window=None if resumption is None else resumed_window(resumption.state.get(WINDOW)),
         signals=signals,
         pin_memory=loading.pin_memory,
         attach=attach,
