@@ -28,16 +28,22 @@ def by_age(folders: Collection[Path]) -> list[Path]:
 
     Not by step: a run that went on from an earlier checkpoint has later steps behind it.
     """
-    return [folder for *_, folder in _dated(folders)]
+    dated = []
+    for folder in folders:
+        try:
+            dated.append((read_manifest(folder).written_at, folder.name, folder))
+        except CheckpointError:
+            continue
+    return [folder for *_, folder in sorted(dated, reverse=True)]
 
 
-def newest_time(output_dir: Path) -> float:
-    """When the last checkpoint of a run was written, as its manifest says; 0: there is none.
-
-    Raises:
-        OSError: The folder cannot be read.
-    """
-    return next((time for time, *_ in _dated(checkpoints(output_dir))), 0.0)
+def latest_time(output_dir: Path) -> float:
+    """When the checkpoint that ``latest`` names was written; 0: nobody knows."""
+    folder, _ = read_pointer(output_dir, LATEST)
+    try:
+        return 0.0 if folder is None else read_manifest(folder).written_at
+    except CheckpointError:
+        return 0.0
 
 
 def rotate(output_dir: Path, *, total_limit: int) -> list[Path]:
@@ -173,13 +179,3 @@ def _warn_of_leftover(path: Path, error: OSError) -> None:
         error.filename or path.name,
         error.strerror or error,
     )
-
-
-def _dated(folders: Collection[Path]) -> list[tuple[float, str, Path]]:
-    dated = []
-    for folder in folders:
-        try:
-            dated.append((read_manifest(folder).written_at, folder.name, folder))
-        except CheckpointError:
-            continue
-    return sorted(dated, reverse=True)

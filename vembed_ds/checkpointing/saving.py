@@ -34,7 +34,7 @@ from vembed_ds.checkpointing.names import (
 from vembed_ds.checkpointing.random_state import save_random_state
 from vembed_ds.checkpointing.rotation import (
     confirm,
-    newest_time,
+    latest_time,
     put_in_place,
     remove_leftovers,
 )
@@ -265,7 +265,7 @@ def _seal(snapshot: Snapshot, parts: Sequence[_Part]) -> None:
         config_digest=snapshot.config_digest,
         save_id=parts[0].save_id,
         num_disks=len({part.disk for part in parts}),
-        behind=newest_time(snapshot.folder.parent),
+        behind=latest_time(snapshot.folder.parent),
     )
     write_manifest(partial, manifest)
 
