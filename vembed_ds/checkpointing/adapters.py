@@ -19,8 +19,8 @@ from vembed_ds.models.lora import (
     ADAPTER,
     ADAPTER_CONFIG,
     adapter_config,
-    inside,
     merged_weight,
+    saved_by_peft,
     scaling_of,
 )
 
@@ -122,7 +122,7 @@ def adapter_names(
         place: Where it is to be written, for messages.
 
     Raises:
-        CheckpointError: The base model cannot be named.
+        CheckpointError: The base model cannot be named, or peft would not read what is written.
     """
     if not config["base_model_name_or_path"]:
         raise CheckpointError(
@@ -130,7 +130,13 @@ def adapter_names(
             "it; leave out --adapter to write the merged model"
         )
     whole = config["modules_to_save"] or ()
-    kept = [name for name in names if _of_adapter(name) or inside(name, whole)]
+    kept = [name for name in names if _of_adapter(name) or saved_by_peft(name, whole)]
+    if alike := [name.removesuffix(_WEIGHT) for name in kept if is_adapted(name)]:
+        raise CheckpointError(
+            f"{place}: {alike[0]} has an adapter and ends like one of lora_modules_to_save="
+            f"{whole}, so that peft would take it for one; leave out --adapter to write the merged "
+            "model"
+        )
     return {f"base_model.model.{_peft_name(name)}": name for name in kept}
 
 

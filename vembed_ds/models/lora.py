@@ -143,6 +143,15 @@ def inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
+def saved_by_peft(name: str, wanted: Iterable[str]) -> bool:
+    """Whether peft takes a parameter for one of the modules to save, ``wanted``.
+
+    It compares how names of modules end, as strings: ``norm`` is ``layers.0.input_layernorm`` too.
+    """
+    ends, parts = tuple(wanted), name.split(".")
+    return any(".".join(parts[:length]).endswith(ends) for length in range(1, len(parts)))
+
+
 def base_of(folder: Path) -> str | None:
     """The base model of a peft folder; ``None``: the folder holds no adapter.
 

@@ -17,9 +17,9 @@ from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.models.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    inside,
     matching,
     merged_weight,
+    saved_by_peft,
     scaling_of,
 )
 
@@ -93,10 +93,10 @@ class StoredAdapter:
         """Every adapted layer has its adapter whole, and there is nothing else."""
         endings = _ENDINGS if self._config.get("use_dora") else _ENDINGS[:2]
         linears = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-        linears = [name for name in linears if not inside(name, self._whole)]
+        linears = [n for n in linears if not saved_by_peft(f"{n}.weight", self._whole)]
         expected = {f"{layer}{ending}" for layer in self._targets(linears) for ending in endings}
         own = backbone.state_dict()
-        expected |= {n for n in own if any(inside(n, [m]) for m in self._modules(backbone))}
+        expected |= {name for name in own if saved_by_peft(name, self._whole)}
         if differing := expected ^ set(self._tensors):
             raise self._unfit(f"{min(differing)} is on one side only")
 
@@ -105,9 +105,6 @@ class StoredAdapter:
         if isinstance(wanted, str):
             return [name for name in linears if re.fullmatch(wanted, name)]
         return matching(wanted, linears)
-
-    def _modules(self, backbone: nn.Module) -> list[str]:
-        return matching(self._whole, [name for name, _ in backbone.named_modules()])
 
     def _unfit(self, problem: str) -> ConfigError:
         return ConfigError(f"{self._folder}: the adapter does not fit {self._kind}: {problem}")

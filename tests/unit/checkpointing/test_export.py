@@ -16,15 +16,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from tests.converting import adapted, family_model
+from tests.converting import convert as convert_model
 from tests.distributed import export_cases as cases
 from vembed_ds import Encoder, convert
 from vembed_ds.checkpointing import export
+from vembed_ds.checkpointing.adapters import adapter_names
 from vembed_ds.checkpointing.describe import describe_model
 from vembed_ds.checkpointing.export import export_model
+from vembed_ds.data.records import Item
 from vembed_ds.errors import CheckpointError
+from vembed_ds.inference import embed_items, find_model
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.models.hollow import build_hollow
 from vembed_ds.models.lora import LoraSpec, add_adapters
 
 Save = Callable[..., Path]
@@ -259,6 +265,36 @@ def test_an_adapter_that_is_not_whole(backbones: Path, save: Save, tmp_path: Pat
     change(folder / "model" / "adapter_config.json", lambda config: config.update(use_dora=True))
     with pytest.raises(CheckpointError, match=r"layer.0.attention.self.query: its adapter is not"):
         export_model(folder, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_modules_to_save_whose_name_ends_others(tmp_path: Path) -> None:
+    """peft compares names by their last letters: ``norm`` is every ``input_layernorm`` too."""
+    model, processor = family_model(tmp_path / "base", "qwen3")
+    adapted(model, target_modules=["q_proj"], modules_to_save=["norm"])
+    names = {"norm.weight", "layers.1.self_attn.q_proj.lora_A.default.weight"}
+    assert {f"encoder.towers.text.backbone.{name}" for name in names} <= {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    with torch.no_grad():
+        model.encoder.tower("text").backbone.norm.weight.mul_(torch.linspace(1, 2, 16))
+    out = convert_model(tmp_path, model.eval(), processor, adapter=True)
+    items = [processor.encode(Item(text=t), origin="", augment_seed=None) for t in cases.TEXTS]
+    expected = embed_items(model, processor, items).values
+    found = embed_items(Encoder(out, device="cpu").model, processor, items).values
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    hollow = build_hollow(find_model(str(out), trust_remote_code=False).spec)
+    norms = {n: t for n, t in hollow.tensors() if n.endswith("backbone.norm.weight")}
+    assert [t.tolist() for t in norms.values()] == [
+        model.encoder.tower("text").backbone.norm.weight.tolist()
+    ]
+
+
+def test_an_adapter_that_peft_would_take_for_a_module_to_save(tmp_path: Path) -> None:
+    names = ["norm.weight", "layers.0.pre_norm.base_layer.weight"]
+    config = {"base_model_name_or_path": "base", "modules_to_save": ["norm"]}
+    with pytest.raises(CheckpointError, match=r"layers.0.pre_norm has an adapter and ends like"):
+        adapter_names(names, config, place="model")
 
 
 def test_damaged_adapter_settings(backbones: Path, save: Save, tmp_path: Path) -> None:
