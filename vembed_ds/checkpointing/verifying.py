@@ -142,6 +142,7 @@ def _embed_trained(
     if not options.adapter:
         merge_by_peft(model)
     round_to(model, dtype, adapters_alone=options.adapter)
+    model.train().eval()  # what a model keeps of its weights in evaluation (LeViT) is of the others
     return exact, _embed(model, processor, items), items
 
 

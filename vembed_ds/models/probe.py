@@ -85,7 +85,13 @@ def probe_text(backbone: nn.Module) -> Probe:
     Raises:
         ConfigError: The backbone does not run on token ids alone.
     """
-    ids = _IDS % int(backbone.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    size = getattr(backbone.config, "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(
+            f"{type(backbone).__name__}: its config states no vocab_size; not supported as text "
+            "encoder"
+        )
+    ids = _IDS % size
     mask = torch.ones_like(ids)
     return Probe(
         type(backbone).__name__,
@@ -128,5 +134,6 @@ def _run(backbone: nn.Module, kind: str, **inputs: Tensor) -> Any:
             f"not supported as {kind} encoder"
         ) from error
     finally:
+        backbone.train()  # LeViT keeps its biases from evaluation until then, whatever is loaded
         for module, mode in modes.items():
             module.training = mode

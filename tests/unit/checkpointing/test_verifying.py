@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.converting import save_checkpoint
 from tests.distributed import export_cases as cases
 from tests.unit.checkpointing.test_card import MODELS
 from vembed_ds import convert
@@ -26,7 +27,10 @@ from vembed_ds.checkpointing.verifying import (
     require_equal,
     verify_export,
 )
+from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.errors import CheckpointError
+from vembed_ds.models.backbones import BackboneSource
+from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.lora import LoraSpec, add_adapters
 
 Save = Callable[..., Path]
@@ -68,6 +72,22 @@ def test_a_conversion_that_is_right(
     assert (found[0].rounding is None) == (dtype == "float32")
     if found[0].rounding is not None and name != "adapter":
         assert found[0].rounding > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_keeps_tables_of_its_weights(tmp_path: Path, dtype: str) -> None:
+    """LeViT gathers its attention biases once, in evaluation."""
+    stages = {"num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    config = {"model_type": "levit", "image_size": 64, "hidden_sizes": [16, 16, 16], **stages}
+    model = build_model(ModelSpec({"": BackboneSource(config=config)}), freeze_batch_norm=True)
+    for name, parameter in model.named_parameters():
+        if "attention_biases" in name:
+            torch.nn.init.normal_(parameter)
+    reader = {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}}
+    processor = build_item_processor(None, reader, max_length=None)
+    saved = save_checkpoint(tmp_path / "run", model, processor)
+    export_model(saved, tmp_path / "out", dtype=dtype)
+    require_equal(verify_export(saved, tmp_path / "out", Options(dtype=dtype)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,11 @@ def test_a_model_without_states_is_refused() -> None:
         build_model(spec(one={"model_type": "hgnet_v2"}))
 
 
+def test_a_model_that_states_no_vocabulary_is_refused() -> None:
+    with pytest.raises(ConfigError, match="XCLIPModel: its config states no vocab_size"):
+        build_model(spec(one={"model_type": "xclip"}))
+
+
 def limit_of(settings: dict[str, Any]) -> int | None:
     skeleton = load_skeleton(BackboneSource(config=settings), trust_remote_code=False)
     return position_limit(skeleton)
