@@ -81,16 +81,25 @@ def export_model(checkpoint: Path, out: Path, **options: Any) -> Path:
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete, damaged or does not fit its description,
-            ``out`` holds something, there is no adapter to write, a value is beyond ``dtype``, or
-            the disk is full.
+            ``out`` holds something or lies in the checkpoint, there is no adapter to write, a value is
+            beyond ``dtype``, or the disk is full.
     """
     wanted = Options(**options)
     refuse_filled(out.resolve())
     checkpoint = resolve_checkpoint(checkpoint)
+    _refuse_inside(checkpoint, out)
     with reading(checkpoint):
         _compare_with_manifest(checkpoint, show_progress=wanted.show_progress)
         _write(plan_export(checkpoint, wanted), out.resolve())
     return checkpoint
+
+
+def _refuse_inside(checkpoint: Path, out: Path) -> None:
+    if out.resolve().is_relative_to(checkpoint.resolve()):
+        raise CheckpointError(
+            f"{out}: lies in the checkpoint {checkpoint}, with which training deletes it "
+            "(save_total_limit); give a folder outside of it"
+        )
 
 
 def _write(plan: Plan, out: Path) -> None:

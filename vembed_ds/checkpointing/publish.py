@@ -29,10 +29,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         CheckpointError: ``target`` holds something, or it cannot be written.
     """
     refuse_filled(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(target)
     partial = target.with_name(f"{_prefix(target)}{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(target)
         partial.mkdir()
         yield partial
         _sync(partial)
@@ -58,6 +58,9 @@ def refuse_filled(target: Path) -> None:
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists and is not an empty folder; give a new one")
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise CheckpointError(f"{target}: lies below {place}, which is a file; give another folder")
 
 
 def refuse_without_space(target: Path, *, size: int) -> None:

@@ -157,6 +157,19 @@ def test_filled_target_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_target_where_no_folder_can_stay(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CheckpointError, match=r"b: lies below .*file, which is a file; give another"
+    ):
+        export_model(checkpoint, tmp_path / "file" / "a" / "b")
+    with pytest.raises(
+        CheckpointError, match=r"lies in the checkpoint .* training deletes it .*; give"
+    ):
+        export_model(checkpoint, checkpoint / "converted" / "out")
+    assert not (checkpoint / "converted").exists()
+
+
 def test_interrupted_conversion_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
