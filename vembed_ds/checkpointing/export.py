@@ -184,9 +184,8 @@ def _write_parts(folder: Path, plan: Plan, *, total: int) -> None:
                 file.create()
             for piece in part.pieces:
                 for name, tensor in piece.make().items():
-                    written = _cast(name, tensor, dtype)
-                    files[name].write(name, written)
-                    progress.update(written.nbytes)
+                    _refuse_beyond(name, tensor, dtype)
+                    progress.update(files[name].write(name, tensor))
             for file in dict.fromkeys(files.values()):
                 file.finish()
             if (index := part.index()) is not None:
@@ -194,14 +193,14 @@ def _write_parts(folder: Path, plan: Plan, *, total: int) -> None:
                 (folder / f"{part.stem}.{_INDEX}").write_text(text, encoding="utf-8")
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the format to write; numbers that count keep theirs.
+def _refuse_beyond(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """See that the format to write holds every value; numbers that count keep theirs.
 
     Raises:
         CheckpointError: A value is beyond what the format holds.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype or not tensor.numel():
-        return tensor if not tensor.is_floating_point() else tensor.to(dtype)
+        return
     low, high = torch.aminmax(tensor)
     largest, limit = max(-float(low), float(high)), torch.finfo(dtype).max
     if largest > limit:
@@ -209,7 +208,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: holds {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at "
             f"{limit:.6g}; write float32, or bfloat16"
         )
-    return tensor.to(dtype)
 
 
 def _write_settings(folder: Path, plan: Plan) -> dict[str, Any]:

@@ -32,10 +32,11 @@ from vembed_ds.checkpointing.files import (
     read_parameters,
     shard_file,
 )
-from vembed_ds.checkpointing.torch_file import TorchFile
+from vembed_ds.checkpointing.torch_file import Range, TorchFile, read_joined
 from vembed_ds.errors import CheckpointError
 
 WEIGHT = "weight"  # kind of value: the float32 master
+_COMPARED = 1 << 20  # values at a time, so that there is no second tensor
 
 
 class Layout(Protocol):
@@ -132,7 +133,9 @@ class WholeLayout:
             return self._read_flat(name, start, stop, lambda p: self._state(p, kind))
         weight = self._file.read(self._weights[name], start, stop)
         master = self._read_flat(name, start, stop, self._master)
-        if not torch.equal(master.to(weight.dtype), weight):
+        halves = (torch.split(one, _COMPARED) for one in (master, weight))
+        pairs = zip(*halves, strict=True)
+        if not all(torch.equal(one.to(weight.dtype), other) for one, other in pairs):
             raise self._other(f"{name} differs from its float32 master")
         return master
 
@@ -266,8 +269,8 @@ class FlatLayout:
         found = []
         for rank in range(first // length, math.ceil(last / length)):
             left, right = max(first - rank * length, 0), min(last - rank * length, length)
-            found.append(self._shards[rank].read(path, left, right))
-        return _one(found)
+            found.append(self._shards[rank].range(path, left, right))
+        return read_joined(found)
 
     def _check(self, rank: int, shard: _Shard) -> None:
         """Its own table of what lies where must say what follows from the shapes."""
@@ -345,8 +348,8 @@ class EqualLayout:
         found = []
         for rank in range(start // length, math.ceil(stop / length)):
             left, right = max(start - rank * length, 0), min(stop - rank * length, length)
-            found.append(self._shards[rank].read(path, begin + left, begin + right))
-        return _one(found)
+            found.append(self._shards[rank].range(path, begin + left, begin + right))
+        return read_joined(found)
 
     def _check(self, rank: int, shard: _Shard) -> None:
         found = [flat.numel() for flat in shard.content["fp32_flat_groups"]]
@@ -394,13 +397,13 @@ class _Shard(NamedTuple):
             own: Tensor = self.content["single_partition_of_fp32_groups"][group]
             return own.numel() + int(self.content["group_paddings"][group])
 
-    def read(self, path: Sequence[Any], start: int, stop: int) -> Tensor:
-        """A range of the tensor that the keys of ``path`` lead to."""
+    def range(self, path: Sequence[Any], start: int, stop: int) -> Range:
+        """Of the tensor that the keys of ``path`` lead to."""
         with self.file.as_written():
             found: Any = self.content
             for key in path:
                 found = found[key]
-            return self.file.read(found, start, stop)
+            return Range(self.file, found, start, stop)
 
 
 class _Shards:
@@ -429,9 +432,3 @@ def _has_shape(value: Any) -> bool:
 
 def _trained(entry: Mapping[str, Any]) -> bool:
     return entry["group"] is not None
-
-
-def _one(pieces: Sequence[Tensor]) -> Tensor:
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.cat(list(pieces)) if pieces else torch.empty(0)

@@ -31,7 +31,7 @@ from vembed_ds.checkpointing.layouts import (
     Optimizer,
     WholeLayout,
 )
-from vembed_ds.checkpointing.torch_file import TorchFile
+from vembed_ds.checkpointing.torch_file import Range, TorchFile, read_joined
 from vembed_ds.errors import CheckpointError
 
 
@@ -200,7 +200,8 @@ class CheckpointReader:
     def _find(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """A range, in the precision in which it was saved."""
         if kind == WEIGHT and name in self._frozen.names:
-            return self._frozen.read(name).reshape(-1)[start:stop].clone()
+            whole = self._frozen.read(name).reshape(-1)
+            return whole if stop - start == whole.numel() else whole[start:stop].clone()
         if self._layout.has(name, kind):
             return self._layout.read(name, kind, start, stop)
         if kind != WEIGHT:
@@ -218,8 +219,8 @@ class CheckpointReader:
             left, right = max(start - rank * length, 0), min(stop - rank * length, length)
             with file.as_written():
                 piece = file.content["frozen_param_fragments"][name]
-                found.append(file.read(piece, left, right))
-        return torch.cat(found)
+                found.append(Range(file, piece, left, right))
+        return read_joined(found)
 
     def _model_states(self, rank: int) -> TorchFile:
         if rank not in self._files:

@@ -32,6 +32,7 @@ _FORMATS: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_ROUNDED = 1 << 20  # values at a time, so that there is no second tensor
 _RANK = {dtype: rank for rank, dtype in enumerate(_FORMATS)}
 
 
@@ -59,21 +60,26 @@ class TensorFile:
             file.flush()
             os.posix_fallocate(file.fileno(), 0, self.size)
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> int:
         """Write one tensor, once.
 
         Args:
             name: As announced.
-            tensor: On the host, of the announced shape and number format.
+            tensor: On the host, of the announced shape, and of its number format or to be rounded
+                to it.
+
+        Returns:
+            Bytes.
         """
         announced = self._waiting.pop(name)
-        assert (tensor.shape, tensor.dtype) == (announced.shape, announced.dtype), name
-        if not tensor.numel():
-            return
-        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert tensor.shape == announced.shape, name
+        assert tensor.dtype == announced.dtype or tensor.is_floating_point(), name
+        values = tensor.detach().contiguous().reshape(-1)
         with self.path.open("r+b") as file:
             file.seek(self._starts[name])
-            file.write(values.data)
+            for some in torch.split(values, _ROUNDED) if values.numel() else ():
+                file.write(some.to(announced.dtype).view(torch.uint8).numpy().data)
+        return announced.nbytes
 
     def finish(self) -> None:
         """Force the file onto the disk.

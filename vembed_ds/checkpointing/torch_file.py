@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,16 +71,24 @@ class TorchFile:
         self.path = path
         self.content: Any = _structure(path)
 
-    def read(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(
+        self,
+        tensor: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Values of one tensor, in its own precision.
 
         Args:
             tensor: Of :attr:`content`.
             start: Place of the first value in the flattened tensor.
             stop: Place behind the last; ``None``: to the end.
+            out: ``[stop - start]``, contiguous, of the tensor's precision, to read into.
 
         Returns:
-            ``[stop - start]`` on the host, in memory of its own.
+            ``[stop - start]`` on the host, in memory of its own, or ``out``.
 
         Raises:
             CheckpointError: The file ends before, or the tensor has fewer values.
@@ -88,14 +96,19 @@ class TorchFile:
         stop = tensor.numel() if stop is None else stop
         if not 0 <= start <= stop <= tensor.numel():
             raise self.damaged(f"a tensor of {tensor.numel()} values has no [{start}, {stop})")
+        if out is None:
+            out = torch.empty(stop - start, dtype=tensor.dtype)
         if start == stop:
-            return torch.empty(0, dtype=tensor.dtype)
+            return out
         if tensor.is_contiguous():
-            return self._values(tensor, self.place(tensor)[1] + start, stop - start)
+            self._fill(out, tensor, self.place(tensor)[1] + start)
+            return out
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in steps)
-        values = self._values(tensor, self.place(tensor)[1], span)
-        return values.as_strided(tensor.shape, tensor.stride()).reshape(-1)[start:stop].clone()
+        values = torch.empty(span, dtype=tensor.dtype)
+        self._fill(values, tensor, self.place(tensor)[1])
+        out.copy_(values.as_strided(tensor.shape, tensor.stride()).reshape(-1)[start:stop])
+        return out
 
     def damaged(self, finding: str) -> CheckpointError:
         """An error about this file."""
@@ -117,24 +130,57 @@ class TorchFile:
             raise self.damaged("it is in the format of PyTorch before 1.6, which cannot be read")
         return int(offset), int(tensor.storage_offset())
 
-    def _values(self, tensor: Tensor, start: int, count: int) -> Tensor:
-        """``count`` values of a tensor's storage, from the one with the index ``start``."""
+    def _fill(self, values: Tensor, tensor: Tensor, start: int) -> None:
+        """Read into ``values`` from a tensor's storage, from the value with the index ``start``."""
+        if values.dtype != tensor.dtype:
+            raise self.damaged(f"it holds {tensor.dtype} where other files hold {values.dtype}")
         size = tensor.element_size()
-        if (start + count) * size > tensor.untyped_storage().nbytes():
+        if (start + values.numel()) * size > tensor.untyped_storage().nbytes():
             raise self.damaged("a tensor is larger than its memory")
-        data = torch.empty(count * size, dtype=torch.uint8)
-        rest = memoryview(data.numpy())  # type: ignore[arg-type]
+        rest = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset = self.place(tensor)[0] + start * size
         with self.path.open("rb", buffering=0) as file:
-            if offset + count * size > file.seek(0, 2):
+            if offset + len(rest) > file.seek(0, 2):
                 raise self.damaged("it ends too early")
             file.seek(offset)
             while rest:  # one read gives 2 GiB at most
                 rest = rest[file.readinto(rest) or self._ends() :]
-        return data.view(tensor.dtype)
 
     def _ends(self) -> int:
         raise self.damaged("it ends too early")
+
+
+class Range(NamedTuple):
+    """A range of a flattened tensor in a file.
+
+    Attributes:
+        file: The file.
+        tensor: Of its content.
+        start: Place of the first value.
+        stop: Place behind the last.
+    """
+
+    file: TorchFile
+    tensor: Tensor
+    start: int
+    stop: int
+
+
+def read_joined(ranges: Sequence[Range]) -> Tensor:
+    """One behind the other, each read to where it belongs, so that no value is in memory twice.
+
+    Raises:
+        CheckpointError: As :meth:`TorchFile.read`, or they are not of one precision.
+    """
+    if not ranges:
+        return torch.empty(0)
+    sizes = [one.stop - one.start for one in ranges]
+    with ranges[0].file.as_written():
+        joined = torch.empty(sum(sizes), dtype=ranges[0].tensor.dtype)
+    for one, out in zip(ranges, torch.split(joined, sizes), strict=True):
+        with one.file.as_written():
+            one.file.read(one.tensor, one.start, one.stop, out=out)
+    return joined
 
 
 def read_plain(path: Path) -> Any:

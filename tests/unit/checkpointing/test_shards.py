@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from tests.memory import measure
 from vembed_ds.checkpointing.layouts import WEIGHT
 from vembed_ds.checkpointing.shards import open_checkpoint
 from vembed_ds.errors import CheckpointError
@@ -88,6 +89,27 @@ def test_every_range(folder: Path, near: int) -> None:
                 assert torch.equal(reader.read(name, "exp_avg", start, stop), 1000 * expected)
     assert (reader.optimizer.kinds, reader.optimizer.step) == (["exp_avg"], 4)
     assert reader.schedule == {"last_epoch": 4, "step_count": 5}
+
+
+def test_a_parameter_of_several_ranks_is_in_memory_once(tmp_path: Path) -> None:
+    """As ZeRO-3 leaves it; 160 MB."""
+    size, ranks = 40_000_000, 2
+    model = {
+        **{key: {} for key in ("module", "frozen_param_shapes", "shared_params")},
+        **{"buffer_names": [], "optimizer": None, "dp_world_size": ranks},
+        "param_shapes": [OrderedDict(a=torch.Size([size]))],
+    }
+    for rank in range(ranks):
+        torch.save(model, tmp_path / f"zero_pp_rank_{rank}_{MODEL}")
+        flat = {"fp32_flat_groups": [torch.full((size // ranks,), 1.0 + rank)]}
+        torch.save({"optimizer_state_dict": flat}, shard(tmp_path, rank))
+    megabytes, outcome = measure(
+        "from pathlib import Path\nfrom vembed_ds.checkpointing.shards import open_checkpoint",
+        "outcome = float(open_checkpoint(Path(sys.argv[1])).weight('a').mean())",
+        str(tmp_path),
+    )
+    assert float(outcome) == pytest.approx(1.5)
+    assert megabytes < 190  # joined from pieces it takes 320
 
 
 @pytest.mark.parametrize("rank", range(3))

@@ -16,9 +16,10 @@ from tests.converting import save_checkpoint
 from tests.distributed import export_cases as cases
 from tests.unit.checkpointing.test_card import MODELS
 from vembed_ds import convert
-from vembed_ds.checkpointing import adapters, export
+from vembed_ds.checkpointing import adapters
 from vembed_ds.checkpointing.export import export_model
 from vembed_ds.checkpointing.planning import Options
+from vembed_ds.checkpointing.tensor_files import TensorFile
 from vembed_ds.checkpointing.verifying import (
     LIMIT,
     LIMIT_MERGED,
@@ -207,12 +208,12 @@ def test_command_when_the_conversion_is_wrong(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = export._cast
+    right = TensorFile.write
 
-    def wrong(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return right(name, tensor, dtype) * (1.01 if name.endswith("value.weight") else 1)
+    def wrong(self: TensorFile, name: str, tensor: torch.Tensor) -> int:
+        return right(self, name, tensor * (1.01 if name.endswith("value.weight") else 1))
 
-    monkeypatch.setattr(export, "_cast", wrong)
+    monkeypatch.setattr(TensorFile, "write", wrong)
     assert convert.main([str(checkpoint), str(tmp_path / "out"), "--verify"]) == 2
     assert "differ from the trained model's by up to" in capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").is_file()
