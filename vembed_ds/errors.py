@@ -7,8 +7,17 @@ from collections.abc import Sequence
 
 
 def one_line(error: BaseException, *, length: int = 300) -> str:
-    """What another library's error says, as a part of one of our sentences."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
+    """What another library's error says, as a part of one of our sentences; cut behind a word."""
+    text = " ".join(str(error).split())
+    if len(text) > length:
+        start = text[: length - 3]
+        text = f"{start.rpartition(' ')[0] or start}..."
+    return text or type(error).__name__
+
+
+def counted(number: int, what: str) -> str:
+    """Such as ``"1 rank"`` and ``"2 ranks"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def refused_global(error: BaseException) -> str | None:

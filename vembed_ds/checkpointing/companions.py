@@ -13,6 +13,7 @@ from vembed_ds.checkpointing.sentence_transformers_layout import (
 )
 from vembed_ds.checkpointing.vembed_factory_layout import (
     predictor_call,
+    predictor_errors,
     predictor_problems,
     write_vembed_factory,
 )
@@ -47,10 +48,14 @@ def write_companions(folder: Path, *, settings: Mapping[str, Any], adapter: bool
 def describe_readers(folder: Path) -> list[str]:
     """How other programs read a converted folder, a line each, or why one cannot."""
     settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    problems = predictor_problems(settings)
-    predictor = predictor_call(folder, settings)
-    if problems:
-        predictor = f"its Predictor gives other embeddings: {'; '.join(problems)}"
+    outcomes = {
+        "ends with an error": predictor_errors(settings),
+        "gives other embeddings": predictor_problems(settings),
+    }
+    found = [f"{outcome}: {'; '.join(why)}" for outcome, why in outcomes.items() if why]
+    predictor = (
+        f"its Predictor {', and '.join(found)}" if found else predictor_call(folder, settings)
+    )
     return [
         f"sentence-transformers: {sentence_transformers_call(folder, settings)}",
         f"vembed-factory: {predictor}",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vembed_ds.errors import counted
+
 
 def write_vembed_factory(folder: Path, settings: Mapping[str, Any]) -> None:
     """Add ``<projection>.pt`` beside every ``<projection>.safetensors``. Not collective.
@@ -40,8 +42,30 @@ def predictor_call(folder: Path, settings: Mapping[str, Any]) -> str:
     return f"Predictor({str(folder)!r}{options})"
 
 
+def predictor_errors(settings: Mapping[str, Any]) -> list[str]:
+    """Why vembed-factory's ``Predictor`` ends with an error on a converted folder.
+
+    Args:
+        settings: Content of its ``vembed_config.json``.
+
+    Returns:
+        Reasons, as of :func:`predictor_problems`.
+    """
+    errors = []
+    dtype = settings.get("dtype", "float32")
+    if dtype == "bfloat16" or (dtype != "float32" and settings["projections"]):
+        errors.append(f"it cannot compute {dtype} weights; convert to float32")
+    wanted = _projection_layers(settings)
+    for name, head in settings["projections"].items():
+        if head["layers"] != wanted:
+            errors.append(
+                f"it wants {counted(wanted, 'layer')} in {name}, and this model has {head['layers']}"
+            )
+    return errors
+
+
 def predictor_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Why vembed-factory's ``Predictor`` does not give a converted folder's embeddings.
+    """Why vembed-factory's ``Predictor`` gives other embeddings than a converted folder's.
 
     Args:
         settings: Content of its ``vembed_config.json``.
@@ -56,9 +80,6 @@ def predictor_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append("it does not put items of a vision-language model into their template")
     if "none" in pooling.values():
         problems.append("it takes token embeddings for one vector")
-    dtype = settings.get("dtype", "float32")
-    if dtype == "bfloat16" or (dtype != "float32" and settings["projections"]):
-        problems.append(f"it computes {dtype} weights as they are and fails; convert to float32")
     if settings["image_inputs"] not in (None, ["pixel_values"]):
         problems.append("it passes on an image's pixels only, not its mask and shape")
     for key, backbone in settings["backbones"].items():
@@ -68,10 +89,12 @@ def predictor_problems(settings: Mapping[str, Any]) -> list[str]:
             problems.append(f"it takes the backbone's own pooler{tower}, not {pooling[key]}")
         elif pooler == "map":
             problems.append("it gives a convolutional backbone's embedding as a map [n, D, 1, 1]")
-    for name, head in settings["projections"].items():
-        wanted, (rows, columns) = 2 if composed else 1, head["shape"]
-        if head["layers"] != wanted:
-            problems.append(f"its {name} has {wanted} layers, not {head['layers']}")
-        elif rows == columns and not composed:
+    for head in settings["projections"].values():
+        rows, columns = head["shape"]
+        if head["layers"] == _projection_layers(settings) and rows == columns and not composed:
             problems.append("it leaves out a projection that keeps the width")
     return problems
+
+
+def _projection_layers(settings: Mapping[str, Any]) -> int:
+    return 2 if settings["encoder_mode"] == "composed" else 1

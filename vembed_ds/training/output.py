@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vembed_ds.config.loading import dump_config
 from vembed_ds.config.schema import Config
 from vembed_ds.distributed import comm
 from vembed_ds.errors import ConfigError
+from vembed_ds.models.saved_folder import SETTINGS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +81,15 @@ def open_output(path: str) -> Path:
 def prepare_output(config: Config, ds_config: Mapping[str, Any], *, resuming: bool) -> Path:
     """Write the resolved configuration into the folder of :func:`open_output`. One rank of a disk.
 
-    A fresh run in the folder of an earlier one moves what that wrote to ``previous-<n>/``;
-    nothing is overwritten.
+    A fresh run in the folder of an earlier one moves what that wrote, and what was converted
+    into the folder, to ``previous-<n>/``; nothing is overwritten.
 
     Returns:
         The folder.
     """
     folder = Path(config.run.output_dir)
     if not resuming:
-        _set_aside(folder)
+        _set_aside(folder, needed=list(_paths(config.model_dump(mode="json"))))
     (folder / CONFIG_FILE).write_text(dump_config(config))
     (folder / DS_CONFIG_FILE).write_text(json.dumps(ds_config, indent=2))
     return folder
@@ -223,16 +224,42 @@ def _find(probe: Path, token: str) -> None:
     )
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(folder: Path, *, needed: Sequence[Path] = ()) -> None:
     if not (folder / CONFIG_FILE).exists():
         return
     # Only what a run writes: data, or the model to train, may lie in the folder too.
-    entries = [entry for pattern in _WRITTEN for entry in folder.glob(pattern)]
+    written = [entry for pattern in _WRITTEN for entry in folder.glob(pattern)]
+    # Converted from the old checkpoints, it would pass for a model of the new ones.
+    converted = [
+        path.parent
+        for path in sorted(folder.glob(f"*/{SETTINGS_FILE}"))
+        if not (path.parent.name.startswith(".") or path.parent in written)
+        and not _holds_one_of(path.parent, needed)
+    ]
     number = 1
     while (folder / f"{_PREVIOUS}{number}").exists():
         number += 1
     target = folder / f"{_PREVIOUS}{number}"
     target.mkdir()
-    for entry in entries:
+    for entry in [*converted, *written]:
         entry.rename(target / entry.name)
-    logger.warning("%s held an earlier run; it was moved to %s", folder, target)
+    names = ", ".join(path.name for path in converted)
+    models = f", with what was converted into the folder ({names})" if converted else ""
+    logger.warning("%s held an earlier run; it was moved to %s%s", folder, target, models)
+
+
+def _holds_one_of(folder: Path, paths: Iterable[Path]) -> bool:
+    place = folder.resolve()
+    return any(path.is_relative_to(place) for path in paths)
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """All that a configuration's texts could name: models to start from, teachers, data."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _paths(one)
+    elif isinstance(value, str) and "\n" not in value:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            yield Path(value).expanduser().resolve()

@@ -17,7 +17,7 @@ from tests.predictor import Predictor
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.companions import describe_readers
 from vembed_ds.checkpointing.export import export_model
-from vembed_ds.checkpointing.vembed_factory_layout import predictor_problems
+from vembed_ds.checkpointing.vembed_factory_layout import predictor_errors, predictor_problems
 from vembed_ds.convert import main
 from vembed_ds.errors import CheckpointError
 
@@ -53,12 +53,12 @@ REFUSED_THERE: dict[str, tuple[str, dict[str, Any], str]] = {
     "two_layers": (
         "modernbert",
         {"projection_dim": 6, "projection_layers": 2},
-        "its projection_head has 1 layers, not 2",
+        "it wants 1 layer in projection_head, and this model has 2",
     ),
     "composed_one_layer": (
         "composed",
         {"text_family": "modernbert", "projection_layers": 1},
-        "its text_projection has 2 layers, not 1",
+        "it wants 2 layers in text_projection, and this model has 1",
     ),
 }
 SAID_ONLY: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -105,7 +105,7 @@ def difference(folder: Path) -> float:
 @pytest.mark.parametrize("name", READ)
 def test_embeddings(tmp_path: Path, name: str) -> None:
     folder = converted(tmp_path, *READ[name])
-    assert predictor_problems(settings_of(folder)) == []
+    assert predictor_errors(settings_of(folder)) == predictor_problems(settings_of(folder)) == []
     assert difference(folder) < 1e-6
 
 
@@ -131,7 +131,8 @@ def test_what_it_embeds_otherwise_is_said(tmp_path: Path, name: str) -> None:
 def test_another_number_of_layers_is_an_error_there(tmp_path: Path, name: str) -> None:
     kind, options, reason = REFUSED_THERE[name]
     folder = converted(tmp_path, kind, options)
-    assert any(reason in problem for problem in predictor_problems(settings_of(folder)))
+    assert reason in predictor_errors(settings_of(folder))
+    assert f"its Predictor ends with an error: {reason}" in describe_readers(folder)[1]
     with pytest.raises(RuntimeError, match="Missing key"):
         predictor(folder)
 
@@ -153,11 +154,9 @@ def test_16_bit_weights(
     folder = convert(
         tmp_path, *family_model(tmp_path / "qwen3", "qwen3", **projection), dtype=dtype
     )
-    problems = predictor_problems(settings_of(folder))
-    assert (
-        problems
-        == [f"it computes {dtype} weights as they are and fails; convert to float32"] * fails
-    )
+    errors = predictor_errors(settings_of(folder))
+    assert errors == [f"it cannot compute {dtype} weights; convert to float32"] * fails
+    assert predictor_problems(settings_of(folder)) == []
     if fails:
         with pytest.raises((TypeError, RuntimeError), match=r"BFloat16|same dtype"):
             predictor(folder).encode_text(TEXTS)

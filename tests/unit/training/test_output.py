@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vembed_ds.training.output import _set_aside
+from vembed_ds.config.loading import parse_config
+from vembed_ds.training.output import _set_aside, prepare_output
 
 OLD = [
     ".checkpoint-step-3.partial/file",
@@ -43,6 +44,40 @@ def test_all_that_a_run_wrote_moves(used: Path) -> None:
     _set_aside(used)
     assert files(used / "previous-1") == OLD
     assert files(used) == sorted([*KEPT, *(f"previous-1/{name}" for name in OLD)])
+
+
+def test_what_was_converted_into_the_folder_moves_too(
+    used: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Not: what this run needs, models deeper down, and a conversion that still writes.
+    converted = ["model/vembed_config.json", "model/model.safetensors", "small/vembed_config.json"]
+    kept = [
+        "start/vembed_config.json",
+        "start/text_encoder/config.json",
+        "other/mine/vembed_config.json",
+    ]
+    kept.append(".new.partial-host-1/vembed_config.json")
+    for name in (*converted, *kept):
+        (used / name).parent.mkdir(parents=True, exist_ok=True)
+        (used / name).touch()
+    (used / "data.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+    config = parse_config(
+        {
+            "text_model_name": str(used / "start" / "text_encoder"),
+            "image_model_name": "some/model",
+            "data_path": str(used / "data.jsonl"),
+            "output_dir": str(used),
+        }
+    )
+    prepare_output(config, {}, resuming=True)
+    assert not (used / "previous-1").exists()
+    prepare_output(config, {}, resuming=False)
+    assert files(used / "previous-1") == sorted([*OLD, *converted])
+    assert {*KEPT, *kept} < set(files(used))
+    assert (
+        f"{used} held an earlier run; it was moved to {used}/previous-1, with what was converted "
+        "into the folder (model, small)"
+    ) in caplog.text
 
 
 @pytest.mark.parametrize("moved", ["ds_config.json", "checkpoint-step-1", "spike-step-1.json"])
