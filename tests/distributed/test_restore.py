@@ -20,6 +20,7 @@ import torch
 from tests.parity.conftest import ds_config, save_models
 from tests.worlds import World
 from vembed_ds.checkpointing.layouts import WEIGHT
+from vembed_ds.errors import counted
 
 TOLERANCE = 1e-5  # relative, of losses in float32
 STAGES = [0, 1, 2, 3]
@@ -163,7 +164,9 @@ def test_numbers_of_ranks(runs: Runs, ranks: int, more: int, first: int, later: 
         check(saved, resumed, bitwise=False)
     randoms = [tuple(resumed["random"]) for resumed in results]
     assert len(set(randoms)) == more, "ranks must not share a stream"
-    text = f"{ranks} ranks wrote it, {more} go on. Drawn anew from seed 11, step 2 and rank"
+    text = (
+        f"{counted(ranks, 'rank')} wrote it, {more} go on. Drawn anew from seed 11, step 2 and rank"
+    )
     assert [text in " ".join(r["messages"]) for r in results] == [True] + [False] * (more - 1)
     again = runs.resume(more, config(later, more), "clip", saved["place"])
     assert [tuple(resumed["random"]) for resumed in again] == randoms

@@ -109,7 +109,7 @@ def test_the_change_of_place_is_shown(world: Worlds, make_config: Make, tmp_path
     (tmp_path / "out" / "latest").write_text("checkpoint-step-1")
     (answer,) = world(1).run(LISTEN, config=config, ds_config=ds_file(3), resume="auto")
     for line in (
-        "batch_size: 4 -> 8 per rank, so that with 1 ranks the global batch stays 8",
+        "batch_size: 4 -> 8 per rank, so that with 1 rank the global batch stays 8",
         "world_size: 2 -> 1 (harmless)",
         "zero_optimization.stage: 2 -> 3 (harmless)",
     ):

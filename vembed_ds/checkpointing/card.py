@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from vembed_ds.checkpointing.files import FACTS_FILE
 from vembed_ds.checkpointing.snippets import loading_snippets
-from vembed_ds.errors import CheckpointError
+from vembed_ds.errors import CheckpointError, counted
 
 CARD_FILE = "README.md"
 METRICS_FILE = "metrics.jsonl"
@@ -184,8 +184,9 @@ def _training_rows(
     yield "Fingerprint of the data", known("data_fingerprint")
     yield "Loss", str(facts.get("loss") or settings.get("loss_type") or _MISSING)
     yield "Steps", f"{known('step')} of {known('num_steps')}"
-    yield "Global batch", f"{known('global_batch')} pairs on {known('world_size')} ranks"
-    yield "ZeRO stage", known("zero_stage")
+    yield "Global batch", f"{known('global_batch')} pairs on {_place(facts)}"
+    for part in facts.get("earlier_parts", ()):
+        yield f"Until step {part['until_step']}", f"on {_place(part)}"
     yield "Precision", str(settings.get("precision") or _MISSING)
     yield "Learning rate", f"{known('learning_rate')} ({known('schedule')})"
     yield "Weight decay", known("weight_decay")
@@ -197,6 +198,14 @@ def _training_rows(
     yield "Versions", ", ".join(f"{n} {v}" for n, v in versions.items()) or _MISSING
 
 
+def _place(facts: Mapping[str, Any]) -> str:
+    ranks = facts.get("world_size")
+    return (
+        f"{_MISSING if ranks is None else counted(ranks, 'rank')}, ZeRO stage "
+        f"{facts.get('zero_stage', _MISSING)}"
+    )
+
+
 def _evaluation(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         return "No evaluation was found beside the checkpoint."
@@ -204,13 +213,15 @@ def _evaluation(evaluations: Sequence[Evaluation]) -> str:
     head = "before training" if first.step == 0 else f"step {first.step}"
     names = sorted(last.metrics)
     if first is last:
-        return _table(("", head), ((n, _number(last.metrics[n])) for n in names))
-    rows = ((n, _number(first.metrics.get(n)), _number(last.metrics[n])) for n in names)
+        return _table(("", head), ((n, _number(n, last.metrics[n])) for n in names))
+    rows = ((n, _number(n, first.metrics.get(n)), _number(n, last.metrics[n])) for n in names)
     return _table(("", head, f"step {last.step}"), rows)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if name.rpartition("/")[2].startswith("num_") else f"{value:.4f}"
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from vembed_ds.checkpointing.torch_file import read_plain
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
-from vembed_ds.errors import CheckpointError, one_line
+from vembed_ds.errors import CheckpointError, counted, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ def load_random_state(folder: Path, *, saved_ranks: int, seed: int, step: int) -
         CheckpointError: This rank's file is missing or damaged.
     """
     if saved_ranks != comm.world_size():
-        _begin_anew(f"{saved_ranks} ranks wrote it, {comm.world_size()} go on", seed, step)
+        reason = f"{counted(saved_ranks, 'rank')} wrote it, {comm.world_size()} go on"
+        _begin_anew(reason, seed, step)
         return
     path = random_file(folder)
     state = read_plain(path)

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 ALLOW = "--allow_change"
 
+_ZERO = "zero_optimization."
+
 # Parts of DeepSpeed's JSON that decide where things lie and how they travel, not what is computed.
 PLACEMENT = (
     "activation_checkpointing.",
@@ -29,7 +31,7 @@ PLACEMENT = (
     "world_size",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
-    "zero_optimization.",
+    _ZERO,
 )
 
 # What of DeepSpeed's JSON follows from keys of ours, which are compared themselves.
@@ -72,6 +74,8 @@ _DIGESTS = "data_fingerprint"  # by data set, in whose order records are numbere
 _MOVED = "allow it where it is the same model in another place"
 _HINTS = {
     _DIGESTS: "the contents or the order of the records",
+    "epochs": "harmless by itself: what counts is num_steps",
+    "max_steps": "harmless by itself: what counts is num_steps",
     "global_batch_size": "batch_size x ranks",
     "image_model_name": _MOVED,
     "model_name": _MOVED,
@@ -168,8 +172,8 @@ def check_changes(
     named = [c for c in changes if c.rule == "named" and c.key not in allowed]
     if not fixed and not named:
         return
-    lines = [f"  {change}{_remark(change, allowed)}" for change in changes]
-    message = [f"{checkpoint}: this is not the run that wrote it:", *lines]
+    shown = describe_changes(changes, allowed=allowed)
+    message = [f"{checkpoint}: this is not the run that wrote it:{shown}"]
     if fixed:
         message.append(
             f"put back {', '.join(c.key for c in fixed)}, or begin a new run: convert the checkpoint "
@@ -182,8 +186,21 @@ def check_changes(
 
 
 def describe_changes(changes: Sequence[Change], *, allowed: Collection[str]) -> str:
-    """One line for each change of a run that may go on; empty when there is none."""
-    return "".join(f"\n  {change}{_remark(change, allowed)}" for change in changes)
+    """One line for each change; empty when there is none.
+
+    Of ZeRO's settings the stage, devices of offloading, and one that names the others: many follow.
+    """
+    zero = [
+        c.key
+        for c in changes
+        if c.key.startswith(_ZERO) and c.key.rpartition(".")[2] not in ("stage", "device")
+    ]
+    told = [c for c in changes if not zero[1:] or c.key not in zero]
+    lines = [f"{change}{_remark(change, allowed)}" for change in told]
+    if zero[1:]:
+        names = ", ".join(key.removeprefix(_ZERO) for key in zero)
+        lines.append(f"{_ZERO}*, where things lie: {names} (harmless)")
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def check_allowed(allowed: Collection[str], *, known: Collection[str]) -> None:
@@ -245,7 +262,7 @@ def _remark(change: Change, allowed: Collection[str]) -> str:
     if change.rule == "fixed":
         return f" (cannot change: {FIXED[change.key]})"
     if change.rule == "free":
-        return " (harmless)"
+        return f" ({_HINTS.get(change.key, 'harmless')})"
     if change.key in allowed:
         return f" (by {ALLOW})"
     hint = _HINTS.get(change.key)

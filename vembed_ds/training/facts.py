@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ _LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 def training_facts(
-    config: Config, *, step: int, zero_stage: int, settings: Mapping[str, Any] | None = None
+    config: Config,
+    *,
+    step: int,
+    zero_stage: int,
+    settings: Mapping[str, Any] | None = None,
+    earlier: Sequence[Mapping[str, int]] = (),
 ) -> dict[str, Any]:
     """Plain values. Of local files only the last part of their path is told: cards are published.
 
@@ -27,6 +32,7 @@ def training_facts(
         step: Optimizer steps done.
         zero_stage: DeepSpeed's.
         settings: From :func:`run_settings`; ``None``: the caller has its own data and loop.
+        earlier: From :func:`earlier_parts`.
     """
     model, optimizer, known = config.model, config.optimizer, settings or {}
     bases = {"": model.model_name}
@@ -43,6 +49,7 @@ def training_facts(
         "global_batch": known.get(BATCH, config.training.batch_size * comm.world_size()),
         "world_size": comm.world_size(),
         "zero_stage": zero_stage,
+        "earlier_parts": list(earlier),
         "learning_rate": optimizer.lr,
         "schedule": optimizer.scheduler_type,
         "weight_decay": optimizer.weight_decay,

@@ -13,7 +13,7 @@ from typing import Any
 from vembed_ds.checkpointing.store import STATE, find_checkpoint
 from vembed_ds.config.schema import ALIASES, Config
 from vembed_ds.distributed import comm
-from vembed_ds.errors import CheckpointError, ConfigError
+from vembed_ds.errors import CheckpointError, ConfigError, counted
 from vembed_ds.training.changes import (
     ALLOW,
     check_allowed,
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "settings"
 CONFIGURED = "configured_batch_size"
+EARLIER = "earlier_parts"
 EVALUATION_LEFT = "evaluation_left"
 WINDOW = "log_window"
 BATCH = "global_batch_size"
@@ -185,10 +186,10 @@ def keep_global_batch(config: Config, resumption: Resumption) -> Config:
     if number == given:
         return config
     logger.warning(
-        "batch_size: %d -> %d per rank, so that with %d ranks the global batch stays %d%s",
+        "batch_size: %d -> %d per rank, so that with %s the global batch stays %d%s",
         given,
         number,
-        world_size,
+        counted(world_size, "rank"),
         resumption.settings[BATCH],
         "" if number < given or config.training.use_gradient_cache else _MEMORY,
     )
@@ -219,7 +220,7 @@ def batch_per_rank(
         possible = [str(n) for n in range(1, 2 * world_size + 1) if total % n == 0]
         raise CheckpointError(
             f"batch_size={given}: the checkpoint's global batch of {total} does not divide by "
-            f"{world_size} ranks; start {_one_of(possible)} ranks, or set batch_size and add "
+            f"{counted(world_size, 'rank')}; start {_one_of(possible)} ranks, or set batch_size and add "
             f"{ALLOW} {BATCH}"
         )
     return total // world_size
@@ -239,6 +240,32 @@ def run_settings(
         "num_steps": intervals.num_steps,
         "num_records": data.num_records,
         "data_fingerprint": dict(zip(names, digests, strict=True)) if digests[1:] else digests[0],
+    }
+
+
+def earlier_parts(
+    resumption: Resumption | None, settings: Mapping[str, Any]
+) -> list[dict[str, int]]:
+    """Which steps were made on other ranks or at another ZeRO stage, for the model's card.
+
+    Args:
+        resumption: What the run goes on from; ``None``: a fresh run.
+        settings: From :func:`run_settings`.
+
+    Returns:
+        In their order, ``until_step``, ``world_size`` and ``zero_stage`` of each.
+    """
+    if resumption is None:
+        return []
+    parts: list[dict[str, int]] = list(resumption.state.get(EARLIER, ()))
+    before, now = _ran_on(resumption.settings), _ran_on(settings)
+    return parts if before == now else [*parts, {"until_step": resumption.step, **before}]
+
+
+def _ran_on(settings: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        "world_size": settings["world_size"],
+        "zero_stage": settings.get("zero_optimization.stage", 0),
     }
 
 
@@ -276,7 +303,12 @@ def check_resumption(
     )
     if resumption.step < num_steps or (evaluates and resumption.evaluation_left):
         return True
-    logger.warning("%s: the run is complete, nothing is left to train", resumption.folder)
+    logger.warning(
+        "%s: the run is complete, nothing is left to train; to train longer, raise epochs or "
+        "max_steps and add %s num_steps",
+        resumption.folder,
+        ALLOW,
+    )
     return False
 
 

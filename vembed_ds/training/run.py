@@ -38,6 +38,7 @@ from vembed_ds.training.output import warn_of_little_space
 from vembed_ds.training.plan import RunPlan, plan_run
 from vembed_ds.training.resuming import (
     CONFIGURED,
+    EARLIER,
     EVALUATION_LEFT,
     SETTINGS,
     WINDOW,
@@ -45,6 +46,7 @@ from vembed_ds.training.resuming import (
     check_judges,
     check_resumption,
     chosen_checkpoint,
+    earlier_parts,
 )
 from vembed_ds.training.run_folder import begin_output, claim_output
 from vembed_ds.training.run_lock import frees_output
@@ -163,6 +165,7 @@ def _build(
         {
             SETTINGS: plan.settings | judges.identity,
             CONFIGURED: plan.configured_batch_size,
+            EARLIER: earlier_parts(resumption, plan.settings),
             FROZEN: frozen,
             **judges.described,
         },

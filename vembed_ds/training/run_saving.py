@@ -19,7 +19,7 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.training.data_setup import dataset_entries
 from vembed_ds.training.facts import training_facts
 from vembed_ds.training.loss_setup import export_loss
-from vembed_ds.training.resuming import SETTINGS, Resumption
+from vembed_ds.training.resuming import EARLIER, SETTINGS, Resumption
 from vembed_ds.training.teacher_sources import Teachers
 
 
@@ -71,7 +71,13 @@ def save_step(
     def describe(place: Path) -> None:
         settings = export_settings(config)
         stage = saver.engine.zero_optimization_stage()
-        facts = training_facts(config, step=step, zero_stage=stage, settings=state[SETTINGS])
+        facts = training_facts(
+            config,
+            step=step,
+            zero_stage=stage,
+            settings=state[SETTINGS],
+            earlier=state[EARLIER],
+        )
         describe_model(place, model=model, processor=processor, settings=settings, facts=facts)
         link_frozen_weights(saver.output_dir, place)
 

@@ -36,6 +36,7 @@ FACTS = {
     "global_batch": 64,
     "world_size": 2,
     "zero_stage": 3,
+    "earlier_parts": [{"until_step": 16, "world_size": 1, "zero_stage": 2}],
     "learning_rate": 2e-5,
     "schedule": "cosine",
     "weight_decay": 0.01,
@@ -118,7 +119,7 @@ def test_front_matter_and_figures(backbones: Path, save: Save, tmp_path: Path) -
         {"step": 0, "eval/recall@1": 0.125, "eval/mrr": None},
         {"step": 10, "train/loss": 1.0},
         {"step": 20, "eval/recall@1": 0.25},
-        {"step": 40, "eval/recall@1": 0.5},
+        {"step": 40, "eval/recall@1": 0.5, "eval/num_queries": 60},
         {"step": 50, "eval/recall@1": 0.75},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4'
@@ -136,11 +137,13 @@ def test_front_matter_and_figures(backbones: Path, save: Save, tmp_path: Path) -
     assert rows["Training data"] == "`pairs.jsonl`"
     assert rows["Training pairs"] == "1234"
     assert rows["Steps"] == "40 of 50"
-    assert rows["Global batch"] == "64 pairs on 2 ranks"
+    assert rows["Global batch"] == "64 pairs on 2 ranks, ZeRO stage 3"
+    assert rows["Until step 16"] == "on 1 rank, ZeRO stage 2"
     assert rows["Weights here"] == "bfloat16"
     assert rows["Versions"] == "vembed_ds 0.1.0, torch 2.13.0"
     assert "|  | before training | step 40 |" in card.text
     assert "| recall@1 | 0.1250 | 0.5000 |" in card.text
+    assert "| num_queries |  | 60 |" in card.text
     assert "`license` at the top" in card.text
     assert not (tmp_path / "mine" / "training.json").exists()
 

@@ -33,6 +33,7 @@ from vembed_ds.training.resuming import (
     check_judges,
     check_resumption,
     chosen_checkpoint,
+    earlier_parts,
 )
 
 
@@ -166,6 +167,41 @@ def test_the_refusal_lists_all_changes_and_the_flag() -> None:
     )
 
 
+def test_what_follows_from_another_stage_is_one_line() -> None:
+    before = {"stage": 2, "allgather_bucket_size": 50, "overlap_comm": True, "offload": {"pin": 1}}
+    before["offload_param"] = {"device": "none"}
+    after = {"stage": 3, "overlap_comm": False, "offload_param": {"device": "cpu"}}
+    changes = find_changes(
+        flat_ds_config({"zero_optimization": before}) | settings(),
+        flat_ds_config({"zero_optimization": after}) | settings(lr=1.0),
+    )
+    told = (
+        "\n  zero_optimization.stage: 2 -> 3 (harmless)"
+        '\n  zero_optimization.offload_param.device: "none" -> "cpu" (harmless)'
+        "\n  lr: 2e-05 -> 1.0"
+        "\n  zero_optimization.*, where things lie: overlap_comm, allgather_bucket_size, offload.pin "
+        "(harmless)"
+    )
+    assert describe_changes(changes, allowed=()) == told
+    assert refusal(changes).startswith(
+        f"out/checkpoint-step-7: this is not the run that wrote it:{told}\nput back"
+    )
+    (one,) = find_changes(
+        flat_ds_config({"zero_optimization": {"overlap_comm": True}}),
+        flat_ds_config({"zero_optimization": {"overlap_comm": False}}),
+    )
+    assert describe_changes([one], allowed=()) == (
+        "\n  zero_optimization.overlap_comm: true -> false (harmless)"
+    )
+
+
+def test_where_the_epochs_count_is_said() -> None:
+    (change,) = find_changes(settings(epochs=3), settings(epochs=4))
+    assert describe_changes([change], allowed=()) == (
+        "\n  epochs: 3 -> 4 (harmless by itself: what counts is num_steps)"
+    )
+
+
 def test_names_that_a_shell_would_split_are_quoted() -> None:
     assert refusal([Change("teacher.my own", "a", "b", "named")]).endswith(
         "--allow_change 'teacher.my own'"
@@ -259,6 +295,17 @@ def test_other_spellings_of_a_key_are_known(folder: Path) -> None:
         assert found.allowed == ("lr", "seed")
 
 
+def test_where_the_earlier_steps_were_made() -> None:
+    two, one = ({"world_size": n, "zero_optimization.stage": 2} for n in (2, 1))
+    part = {"until_step": 7, "world_size": 2, "zero_stage": 2}
+    found = resumption(two)
+    assert earlier_parts(None, two) == earlier_parts(found, two) == []
+    assert earlier_parts(found, one) == [part]
+    later = Resumption(found.folder, {**found.state, "settings": one, "earlier_parts": [part]})
+    assert earlier_parts(later, one) == [part]
+    assert earlier_parts(later, two) == [part, {**part, "world_size": 1}]
+
+
 def test_what_has_changed_is_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     found = resumption(settings(), "lr", "seed")
@@ -276,7 +323,10 @@ def test_a_run_that_is_complete(caplog: pytest.LogCaptureFixture) -> None:
     found = resumption(settings())
     assert not check_resumption(found, settings(), num_steps=7, evaluates=True)
     assert "step 7 of 7; changed since then: nothing" in caplog.text
-    assert "the run is complete, nothing is left to train" in caplog.text
+    assert (
+        "the run is complete, nothing is left to train; to train longer, raise epochs or max_steps "
+        "and add --allow_change num_steps"
+    ) in caplog.text
 
 
 def test_an_evaluation_that_a_signal_left_is_still_to_be_made() -> None:
