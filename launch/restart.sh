@@ -142,7 +142,7 @@ while true; do
     say "ended with code $code; $most restarts have not brought it to a newer checkpoint: giving up"
     exit "$code"
   fi
-  say "ended with code $code; restart $failed of $most without a newer checkpoint, in $wait_seconds s"
+  say "ended with code $code; restart $failed of $most (a newer checkpoint counts anew), in $wait_seconds s"
   sleep "$wait_seconds" &
   wait $! # a signal ends this one at once
   if [[ $signals -gt 0 ]]; then

@@ -70,7 +70,7 @@ def test_what_is_not_started_again(folder: Path, code: int) -> None:
 def test_what_is_started_again_until_it_is_done(folder: Path, body: str) -> None:
     code, said = restart(3, attempts(folder, body, body, leave(0)))
     assert (code, count(folder)) == (0, 3)
-    assert "restart 2 of 3 without a newer checkpoint" in said
+    assert "restart 2 of 3 (a newer checkpoint counts anew), in " in said
 
 
 def test_the_number_of_restarts_in_vain(folder: Path) -> None:
@@ -81,9 +81,10 @@ def test_the_number_of_restarts_in_vain(folder: Path) -> None:
 
 def test_a_newer_checkpoint_counts_anew_and_an_old_one_does_not(folder: Path) -> None:
     bodies = [f"echo saved {step} >> $VEMBED_STATUS_FILE\n{leave(1)}" for step in (2, 9, 10, 10)]
-    code, _ = restart(1, attempts(folder, *bodies))
+    code, said = restart(1, attempts(folder, *bodies))
     # After steps 2, 9 and 10 there is one restart each; the one after 10 came no further.
     assert (code, count(folder)) == (1, 4)
+    assert said.count("restart 1 of 1 (a newer checkpoint counts anew), in ") == 3
 
 
 def test_what_a_rank_said_counts_and_not_what_the_launcher_made_of_it(folder: Path) -> None:
