@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _EXIT_ERROR = 2
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as `precision` has them
 _EXAMPLES = """
 examples:
   python -m vembed_ds.convert outputs/run models/mine              the run's latest checkpoint
@@ -172,9 +173,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
+        type=lambda name: _DTYPES.get(name, name),
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="number format of the weights (default: float32, exact; vembed-factory's Predictor "
+        help="number format of the weights, or fp32, bf16, fp16 (default: float32, exact; vembed-factory's Predictor "
         "reads float32 and float16 only)",
     )
     parser.add_argument(

@@ -21,7 +21,7 @@ from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import Item
 from vembed_ds.data.vision_language import VisionLanguageProcessor
-from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.errors import ConfigError, DataError, one_line
 from vembed_ds.models.backbones import BackboneSource, position_limit, stated_length
 from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -301,14 +301,18 @@ def _locate(reference: str) -> str:
         if any((Path(source) / name).is_file() for name in ("latest", "trainer_state.json")):
             raise ConfigError(
                 f"{reference}: holds training checkpoints, not a model; "
-                f"first: python -m vembed_ds.convert {reference} {reference}/model"
+                f"first: python -m vembed_ds.convert {reference} models/{Path(source).name}"
             )
         return source
     try:
         found = cached_file(source, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
         return source if found is None else snapshot_download(source)
     except OSError as error:
-        raise ConfigError(f"{reference}: no such folder or hub model: {error}") from error
+        raise ConfigError(
+            f"{reference}: no such folder here, and as a name on the hub: {one_line(error)}; check "
+            "the name, or give a folder or package:NAME/folder; HF_HUB_OFFLINE=1 asks the hub's "
+            "cache only"
+        ) from error
 
 
 def load_processor(saved: SavedModel, model: EmbeddingModel) -> ItemProcessor:

@@ -126,7 +126,7 @@ def test_images_missing_in_every_ranks_share(
         config,
         *(
             f"DataError: record {i}, positive: image {pairs.parent}/gone-{i}.png does not exist; "
-            "correct the path or image_root"
+            "correct the path, or image_root where one is set"
             for i in (8, 5)
         ),
     )
@@ -138,7 +138,7 @@ def test_an_image_missing_in_one_ranks_share(
     gone = {5: {"query": "gone", "positive": "gone.png"}}
     error = (
         f"DataError: record 5, positive: image {pairs.parent}/gone.png does not exist; "
-        "correct the path or image_root"
+        "correct the path, or image_root where one is set"
     )
     config = make_config(data_path=str(changed_pairs(tmp_path, pairs, gone)))
     fails(config, *one_fails(error, rank=1))

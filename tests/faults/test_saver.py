@@ -118,7 +118,17 @@ def test_a_resumed_run_knows_the_best_so_far(
     assert best_checkpoint(out) == out / "checkpoint-step-1"
     assert not caplog.records
     assert resume_best(out / "checkpoint-step-4", tmp_path / "new", metric="recall@10") is None
-    assert "the best checkpoint so far (recall@10=0.5) is not there" in caplog.text
+    assert (
+        f"{out}/checkpoint-step-2: the best checkpoint so far (recall@10=0.5) is another run's and "
+        f"not in {tmp_path / 'new'}; the next evaluation counts as the best"
+    ) in caplog.text
+    caplog.clear()
+    shutil.rmtree(out / "checkpoint-step-2")
+    assert resume_best(out / "checkpoint-step-4", out, metric="recall@10") is None
+    assert (
+        f"{out}/checkpoint-step-2: the best checkpoint so far (recall@10=0.5) is not there"
+        in caplog.text
+    )
     (out / "best").unlink()
     with pytest.raises(CheckpointError, match="best: missing; train with best_metric"):
         best_checkpoint(out)

@@ -109,7 +109,7 @@ def test_what_one_rank_finds_ends_every_rank(tmp_path: Path) -> None:
     )
     sentence = (
         f"record 1, positive: image {tmp_path / '1.png'} does not exist; "
-        "correct the path or image_root"
+        "correct the path, or image_root where one is set"
     )
     assert errors == [
         f"rank 0: DistributedError: rank 1 failed: {sentence}",

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import vembed_ds
 from tests.distributed import export_cases as cases
-from vembed_ds import Encoder
+from vembed_ds import Encoder, inference
 from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.references import resolve_model_reference
 
@@ -118,13 +118,36 @@ def test_unreadable_image_names_its_place(image_encoder: Encoder, tmp_path: Path
 
 
 def test_a_run_that_is_not_converted_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("checkpoint-step-1")
-    with pytest.raises(ConfigError, match=r"training checkpoints, not a model; first: .*convert"):
-        Encoder(tmp_path)
+    for path in (tmp_path / "latest", tmp_path / "checkpoint-step-1" / "trainer_state.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("checkpoint-step-1")
+        with pytest.raises(ConfigError) as error:
+            Encoder(path.parent)
+        # Not into the folder: a checkpoint has a `model` of its own.
+        assert str(error.value) == (
+            f"{path.parent}: holds training checkpoints, not a model; first: python -m "
+            f"vembed_ds.convert {path.parent} models/{path.parent.name}"
+        )
 
 
 def test_a_name_that_is_no_folder_is_said_to_be_taken_as_a_hub_name() -> None:
-    with pytest.raises(ConfigError, match="no such folder here, so taken as a name on the hub"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no such folder here, so taken as a name on the hub \(else give a folder or package:",
+    ):
+        Encoder("no-such/model")
+
+
+def test_a_hub_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*place: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(inference, "cached_file", fail)
+    with pytest.raises(
+        ConfigError,
+        match=r"no-such/model: no such folder here, and as a name on the hub: no network; .* give a "
+        r"folder or package:NAME/folder; HF_HUB_OFFLINE=1",
+    ):
         Encoder("no-such/model")
 
 

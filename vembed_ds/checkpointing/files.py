@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vembed_ds.errors import CheckpointError
+from vembed_ds.models.saved_folder import SETTINGS_FILE
 
 MODEL_FOLDER = "model"
 PARAMETERS_FILE = "parameters.json"
@@ -28,6 +29,11 @@ def resolve_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
     folder = _latest(path) if (path / "latest").is_file() else path
     if not any(folder.glob("*_model_states.pt")):
+        if (folder / SETTINGS_FILE).is_file():
+            raise CheckpointError(
+                f"{folder}: is a converted model already ({SETTINGS_FILE}); use it as it is, or give "
+                "a checkpoint-step-N folder or the output_dir that holds them"
+            )
         raise CheckpointError(
             f"{folder}: no DeepSpeed checkpoint (*_model_states.pt) and no file `latest`; give a "
             "checkpoint-step-N folder or the output_dir that holds them"

@@ -57,7 +57,9 @@ def refuse_filled(target: Path) -> None:
         CheckpointError: There is something.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists and is not an empty folder; give a new one")
+        raise CheckpointError(
+            f"{target}: exists and is not an empty folder; give a new one, or remove it first"
+        )
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not place.is_dir():
         raise CheckpointError(f"{target}: lies below {place}, which is a file; give another folder")

@@ -281,12 +281,14 @@ def _resume_best(checkpoint: Path, output_dir: Path, metric: str) -> Best | None
     best = Best(**saved)
     folder = output_dir / checkpoint_name(best.step)
     if not folder.is_dir():
+        places = (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+        elsewhere = output_dir.resolve() not in places
         logger.warning(
-            "%s: the best checkpoint so far (%s=%g) is not there; the next evaluation counts as "
-            "the best",
-            folder,
+            "%s: the best checkpoint so far (%s=%g) %s; the next evaluation counts as the best",
+            checkpoint.parent / folder.name if elsewhere else folder,
             metric,
             best.value,
+            f"is another run's and not in {output_dir}" if elsewhere else "is not there",
         )
         return None
     if read_pointer(output_dir, BEST)[0] != folder:

@@ -82,12 +82,12 @@ def file_problem(path: str) -> str | None:
     file = Path(path)
     try:
         if not file.exists():
-            return "does not exist; correct the path or image_root"
+            return "does not exist; correct the path, or image_root where one is set"
         if not file.is_file():  # opening a pipe would wait for ever, a device never end
             return "is not a file; give the path of one image"
         size = file.stat().st_size
     except OSError as error:
-        return f"cannot be looked at ({error.strerror}); correct the path or image_root"
+        return f"cannot be looked at ({error.strerror}); correct the path, or image_root where one is set"
     if size == 0:
         return "is an empty file; replace it or remove the record"
     if size > MAX_FILE_BYTES:

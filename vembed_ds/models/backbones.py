@@ -296,7 +296,10 @@ def two_tower_width(backbone: nn.Module) -> int:
 def _not_loadable(source: BackboneSource, error: Exception) -> ConfigError:
     missing = isinstance(error, OSError) and source.name is not None
     if missing and not Path(resolve_model_reference(str(source.name))).is_dir():
-        hint = "no such folder here, so taken as a name on the hub; "
+        hint = (
+            "no such folder here, so taken as a name on the hub (else give a folder or "
+            "package:NAME/folder; HF_HUB_OFFLINE=1 asks its cache only); "
+        )
     else:
         hint = ""
     return ConfigError(

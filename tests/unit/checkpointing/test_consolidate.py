@@ -98,6 +98,12 @@ def test_folder_without_checkpoint(folder: Path) -> None:
         resolve_checkpoint(folder.parent)
 
 
+def test_folder_that_is_converted_already(tmp_path: Path) -> None:
+    (tmp_path / "vembed_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"is a converted model already .*; use it as it is"):
+        resolve_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["checkpoint-step-9", "../elsewhere", ""])
 def test_latest_names_nothing(folder: Path, name: str) -> None:
     (folder.parent / "latest").write_text(name)

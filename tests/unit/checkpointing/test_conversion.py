@@ -322,7 +322,10 @@ def test_two_at_once(tmp_path: Path) -> None:
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "theirs").write_text("theirs")
 
-    with pytest.raises(CheckpointError, match=r"out: exists and is not an empty folder; give a"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"out: exists and is not an empty folder; give a new one, or remove it",
+    ):
         write_beside_another()
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "theirs"}
 

@@ -151,7 +151,8 @@ def test_filled_target_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     export_model(checkpoint, out)  # an empty folder is fine
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with pytest.raises(
-        CheckpointError, match=r"out: exists and is not an empty folder; give a new"
+        CheckpointError,
+        match=r"out: exists and is not an empty folder; give a new one, or remove it",
     ):
         export_model(checkpoint, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -249,6 +250,18 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{checkpoint} -> {out}" in printed
     assert f"Encoder({str(out)!r})" in printed
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat16"])
+def test_command_takes_the_names_of_precision_too(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "out"
+    assert convert.main([str(checkpoint), str(out), "--dry_run", "--dtype", name]) == 0
+    assert f"-> {out} (bfloat16); nothing was written" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        convert.main([str(checkpoint), str(out), "--dtype", "int8"])
+    assert "invalid choice: 'int8'" in capsys.readouterr().err
 
 
 def test_command_fails_in_one_line(tmp_path: Path) -> None:
