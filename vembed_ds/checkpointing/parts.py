@@ -123,12 +123,17 @@ class TrainedValues:
         """One value, in its shape outside of the trained module.
 
         Raises:
-            CheckpointError: It has another shape than described.
+            CheckpointError: It has another shape than described, or is not a number.
         """
         value, shape = self._read(name), self.shape(name)
         if tuple(value.shape) != shape and not (shape == () and value.numel() == 1):
             raise CheckpointError(
                 f"{self._origin}: {name} has shape {tuple(value.shape)}, described as {shape}"
+            )
+        if value.is_floating_point() and value.numel() and bool(value.amax().isnan()):
+            raise CheckpointError(
+                f"{self._origin}: {name} has NaN: the training had diverged when this was saved; "
+                "convert an earlier checkpoint"
             )
         return value.reshape(shape)
 

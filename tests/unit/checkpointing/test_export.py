@@ -225,6 +225,17 @@ def test_value_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_model_that_diverged(checkpoint: Path, tmp_path: Path) -> None:
+    name = "encoder.towers.text.backbone.pooler.dense.bias"
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["module"][name][3] = torch.nan
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=rf"{name} has NaN: .* convert an earlier checkpoint"):
+        export_model(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_config_of_another_model(checkpoint: Path, tmp_path: Path) -> None:
     change(checkpoint / "model" / "config.json", lambda config: config.update(num_hidden_layers=1))
     with pytest.raises(
