@@ -126,7 +126,7 @@ def test_the_restart_loop_stops_when_asked_and_starts_again_when_not(
             wait_until_it_trains(run, loop)
             os.kill(run.processes()["rank 1"][0], signal.SIGKILL)
             assert loop.wait(SECONDS) == 0, run.log.read_text()[-3000:]
-            assert "restart 1 of 9 without a newer checkpoint" in run.log.read_text()
+            assert "restart 1 of 9 (a newer checkpoint counts anew)" in run.log.read_text()
         finally:
             end(run, loop)
     require_same(run.output, whole)
