@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vembed_ds.checkpointing.names import LATEST, read_pointer
 from vembed_ds.errors import CheckpointError
 from vembed_ds.models.saved_folder import SETTINGS_FILE
 
@@ -27,8 +28,13 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
-    folder = _latest(path) if (path / "latest").is_file() else path
+    folder = _latest(path) if (path / LATEST).is_file() else path
     if not any(folder.glob("*_model_states.pt")):
+        if (folder / PARAMETERS_FILE).is_file():
+            raise CheckpointError(
+                f"{folder}: describes a checkpoint's model, and lacks what was trained; give "
+                f"the checkpoint, {folder.absolute().parent}"
+            )
         if (folder / SETTINGS_FILE).is_file():
             raise CheckpointError(
                 f"{folder}: is a converted model already ({SETTINGS_FILE}); use it as it is, or give "
@@ -118,11 +124,7 @@ def existing(path: Path) -> Path:
 
 
 def _latest(path: Path) -> Path:
-    name = (path / "latest").read_text(encoding="utf-8").strip()
-    folder = path / name
-    if not name or Path(name).name != name or not folder.is_dir():
-        raise CheckpointError(
-            f"{path / 'latest'}: names {name!r}, which is no folder beside it; give a "
-            "checkpoint-step-N folder instead"
-        )
+    folder, problem = read_pointer(path, LATEST)
+    if folder is None:
+        raise CheckpointError(f"{problem}; give a checkpoint-step-N folder instead")
     return folder

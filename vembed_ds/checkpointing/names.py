@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def read_pointer(output_dir: Path, pointer: str) -> tuple[Path | None, str]:
 
     Returns:
         The folder; or ``None`` and what is wrong with the pointer.
+
+    Raises:
+        OSError: The folder cannot be looked at.
     """
     path = output_dir / pointer
     try:
@@ -115,5 +119,7 @@ def move_pointer(output_dir: Path, pointer: str, folder: Path) -> None:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # longer than a name can be
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a disk that fails says nothing of the name
+            raise
         return False

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from tests.checkpoints import verify
 from vembed_ds.checkpointing import manifest, rotation, saving
 from vembed_ds.checkpointing.disks import Disk
-from vembed_ds.checkpointing.names import checkpoints
+from vembed_ds.checkpointing.names import checkpoints, read_pointer
 from vembed_ds.checkpointing.rotation import by_age, remove_leftovers, rotate
 from vembed_ds.checkpointing.saving import Snapshot, commit
 from vembed_ds.checkpointing.store import find_checkpoint
@@ -138,7 +139,7 @@ def test_a_clock_that_was_set_back_changes_no_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks = iter((1000.0, 2000.0, 500.0, 600.0))
-    monkeypatch.setattr(manifest.time, "time", lambda: next(clocks))
+    monkeypatch.setattr(manifest, "time", SimpleNamespace(time=lambda: next(clocks)))
     for step in (1, 2, 3, 4):
         commit(begin(tmp_path, step))
     rotate(tmp_path, total_limit=2)
@@ -159,3 +160,17 @@ def test_of_a_checkpoint_on_another_disk_the_link_is_deleted(tmp_path: Path) -> 
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-step-3", "latest"]
     for step in (1, 2, 3):
         verify(disk.with_name(f"disk-{step}"))
+
+
+def test_a_disk_that_fails_is_no_pointer_that_names_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotation would take what it names for a checkpoint that nobody needs."""
+    commit(begin(tmp_path, 1))
+
+    def fail(path: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "is_dir", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_pointer(tmp_path, "latest")

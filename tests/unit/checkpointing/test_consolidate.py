@@ -104,10 +104,27 @@ def test_folder_that_is_converted_already(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["checkpoint-step-9", "../elsewhere", ""])
-def test_latest_names_nothing(folder: Path, name: str) -> None:
-    (folder.parent / "latest").write_text(name)
-    with pytest.raises(CheckpointError, match=r"latest: names '.*', which is no folder beside it"):
+def test_folder_that_describes_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "vembed_config.json").touch()
+    (tmp_path / "parameters.json").touch()
+    with pytest.raises(
+        CheckpointError, match=rf"lacks what was trained; give .*, {tmp_path.parent}$"
+    ):
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        *[(name, "names '.*', which is no") for name in (b"gone", b"../elsewhere", b"..")],
+        (b"x" * 300, "names 'x{100}', which is no"),
+        (b"", "empty"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_latest_names_nothing(folder: Path, content: bytes, problem: str) -> None:
+    (folder.parent / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"latest: {problem}.*; give a checkpoint-step-N"):
         resolve_checkpoint(folder.parent)
 
 
