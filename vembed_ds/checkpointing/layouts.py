@@ -133,9 +133,8 @@ class WholeLayout:
             return self._read_flat(name, start, stop, lambda p: self._state(p, kind))
         weight = self._file.read(self._weights[name], start, stop)
         master = self._read_flat(name, start, stop, self._master)
-        halves = (torch.split(one, _COMPARED) for one in (master, weight))
-        pairs = zip(*halves, strict=True)
-        if not all(torch.equal(one.to(weight.dtype), other) for one, other in pairs):
+        pairs = zip(torch.split(master, _COMPARED), torch.split(weight, _COMPARED), strict=True)
+        if not all(_same(one.to(weight.dtype), other) for one, other in pairs):
             raise self._other(f"{name} differs from its float32 master")
         return master
 
@@ -432,3 +431,8 @@ def _has_shape(value: Any) -> bool:
 
 def _trained(entry: Mapping[str, Any]) -> bool:
     return entry["group"] is not None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """NaN, of a training that diverged, is the same as NaN."""
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -251,3 +251,12 @@ def test_masters_of_other_weights(folder: Path) -> None:
     describe(folder, a=0, b=1)
     with pytest.raises(CheckpointError, match=r"b differs from its float32 master"):
         load_consolidated(folder)
+
+
+def test_masters_that_are_no_numbers_are_those_of_their_weights(folder: Path) -> None:
+    describe(folder, a=0, b=0)
+    nan, one = torch.full((1,), torch.nan), torch.ones(1)
+    weights = {"a": nan.bfloat16(), "b": one.bfloat16()}
+    masters = {"fp32_groups": [[nan, one]]}
+    save_whole(folder, module=weights, optimizer=masters | INNER)
+    assert load_consolidated(folder)["a"].isnan().all()
