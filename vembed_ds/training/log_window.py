@@ -19,8 +19,7 @@ class LogWindow:
     Attributes:
         loss: Sum of the losses.
         parts: The same of every part that a loss has.
-        steps: Steps.
-        summed: Of these, those in the sums; the others had no finite loss or gradient.
+        summed: Steps in the sums; the others had no finite loss or gradient.
         skipped: Steps without an update.
         timed: Steps that were made here, and not before the run was resumed.
         started: When the first of them began.
@@ -29,7 +28,6 @@ class LogWindow:
 
     loss: Tensor | float = 0.0
     parts: dict[str, Tensor | float] = field(default_factory=dict)
-    steps: int = 0
     summed: int = 0
     skipped: int = 0
     timed: int = 0
@@ -47,7 +45,6 @@ class LogWindow:
         """What a checkpoint keeps: the counts, and the sums of every rank. Collective."""
         own = {"loss": float(self.loss), "parts": {n: float(p) for n, p in self.parts.items()}}
         return {
-            "steps": self.steps,
             "summed": self.summed,
             "skipped": self.skipped,
             "ranks": comm.all_gather_objects(own),
@@ -72,7 +69,7 @@ def resumed_window(state: Mapping[str, Any] | None) -> LogWindow:
             "loss": _mean([rank["loss"] for rank in ranks]),
             "parts": {n: _mean([rank["parts"][n] for rank in ranks]) for n in ranks[0]["parts"]},
         }
-    counts = {name: int(state[name]) for name in ("steps", "summed", "skipped")}
+    counts = {name: int(state[name]) for name in ("summed", "skipped")}
     return LogWindow(loss=own["loss"], parts=dict(own["parts"]), **counts)
 
 

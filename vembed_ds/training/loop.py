@@ -362,7 +362,6 @@ class TrainingLoop:
         window = self.window
         if sound:
             window.add(result.loss, self._parts)
-        window.steps += 1
         window.timed += 1
         window.skipped += norm is None
         if self._progress is not None:
