@@ -93,6 +93,15 @@ def read_pointer(output_dir: Path, pointer: str) -> tuple[Path | None, str]:
     return folder, ""
 
 
+def lies_in(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run in ``output_dir``.
+
+    It may be named by a link there, or be a link to a larger disk; folders may have two names.
+    """
+    places = (checkpoint.parent, checkpoint.resolve().parent)
+    return output_dir.exists() and any(place.samefile(output_dir) for place in places)
+
+
 def best_checkpoint(output_dir: Path) -> Path:
     """The checkpoint of the best evaluation.
 

@@ -15,7 +15,13 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from vembed_ds.checkpointing.disks import this_disk
-from vembed_ds.checkpointing.names import BEST, checkpoint_name, move_pointer, read_pointer
+from vembed_ds.checkpointing.names import (
+    BEST,
+    checkpoint_name,
+    lies_in,
+    move_pointer,
+    read_pointer,
+)
 from vembed_ds.checkpointing.rotation import rotate
 from vembed_ds.checkpointing.saving import Snapshot, commit, take_snapshot
 from vembed_ds.checkpointing.store import STATE
@@ -281,8 +287,7 @@ def _resume_best(checkpoint: Path, output_dir: Path, metric: str) -> Best | None
     best = Best(**saved)
     folder = output_dir / checkpoint_name(best.step)
     if not folder.is_dir():
-        places = (checkpoint.parent.resolve(), checkpoint.resolve().parent)
-        elsewhere = output_dir.resolve() not in places
+        elsewhere = not lies_in(checkpoint, output_dir)
         logger.warning(
             "%s: the best checkpoint so far (%s=%g) %s; the next evaluation counts as the best",
             checkpoint.parent / folder.name if elsewhere else folder,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vembed_ds.checkpointing.names import lies_in
 from vembed_ds.checkpointing.store import STATE, find_checkpoint
 from vembed_ds.config.schema import ALIASES, Config
 from vembed_ds.distributed import comm
@@ -119,13 +120,8 @@ class Resumption:
         return found
 
     def belongs_to(self, output_dir: str) -> bool:
-        """Whether it lies in this run's own folder, whose metrics then go on too.
-
-        It may be named by a link there, or be a link to a larger disk; folders may have two names.
-        """
-        places = (self.folder.parent, self.folder.resolve().parent)
-        own = Path(output_dir)
-        return own.exists() and any(place.samefile(own) for place in places)
+        """Whether it lies in this run's own folder, whose metrics then go on too."""
+        return lies_in(self.folder, Path(output_dir))
 
     def own_folder(self, output_dir: str) -> Path | None:
         """Its folder, where it :meth:`belongs_to` this run."""
