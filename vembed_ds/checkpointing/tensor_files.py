@@ -73,7 +73,8 @@ class TensorFile:
         """
         announced = self._waiting.pop(name)
         assert tensor.shape == announced.shape, name
-        assert tensor.dtype == announced.dtype or tensor.is_floating_point(), name
+        both_floating = tensor.is_floating_point() and announced.is_floating_point()
+        assert tensor.dtype == announced.dtype or both_floating, name
         values = tensor.detach().contiguous().reshape(-1)
         with self.path.open("r+b") as file:
             file.seek(self._starts[name])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vembed_ds.checkpointing import tensor_files
 from vembed_ds.checkpointing.tensor_files import TensorFile, write_tensors
 from vembed_ds.errors import CheckpointError
 
@@ -62,6 +63,26 @@ def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:
     read = load_file(tmp_path / "file")
     assert read.keys() == found.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in found.items())
+
+
+def test_floating_values_are_rounded_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_files, "_ROUNDED", 4)
+    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    file = TensorFile(tmp_path / "some", {name: values.bfloat16() for name in ("a", "b")})
+    file.create()
+    assert [file.write("a", values), file.write("b", values.bfloat16())] == [42, 42]
+    file.finish()
+    for written in load_file(tmp_path / "some").values():
+        assert torch.equal(written, values.bfloat16())
+
+
+def test_what_counts_is_not_rounded(tmp_path: Path) -> None:
+    file = TensorFile(tmp_path / "some", {"a": torch.arange(3)})
+    file.create()
+    with pytest.raises(AssertionError, match="a"):
+        file.write("a", torch.arange(3).float())
 
 
 def test_a_tensor_that_never_came(tmp_path: Path) -> None:
