@@ -176,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda name: _DTYPES.get(name, name),
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="number format of the weights, or fp32, bf16, fp16 (default: float32, exact; vembed-factory's Predictor "
-        "reads float32 and float16 only)",
+        help="number format of the weights, or fp32, bf16, fp16 (default: float32, exact; "
+        "vembed-factory's Predictor reads float32 and float16 only)",
     )
     parser.add_argument(
         "--max_shard_size",

@@ -21,7 +21,7 @@ from vembed_ds.data.sampler import shard_indices
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.distributed.phases import Kind, phase
-from vembed_ds.errors import DataError, VembedError
+from vembed_ds.errors import DataError, VembedError, counted
 from vembed_ds.evaluation.metrics import (
     check_finite,
     first_relevant_rank,
@@ -170,8 +170,8 @@ def check_recall_k(recall_k: Sequence[int], *, judgments: Judgments, origin: str
     if too_large := [k for k in recall_k if k >= num_documents]:
         choice = f"choose k below {num_documents} or " if num_documents > 1 else ""
         raise DataError(
-            f"eval_recall_k={too_large[0]}: {origin} has {num_documents} distinct "
-            f"document{'s' if num_documents > 1 else ''}, so that Recall@{too_large[0]} is always "
+            f"eval_recall_k={too_large[0]}: {origin} has "
+            f"{counted(num_documents, 'distinct document')}, so that Recall@{too_large[0]} is always "
             f"100 %; {choice}evaluate on more data"
         )
 
