@@ -92,6 +92,7 @@ def check_moved(trained: dict[str, Any]) -> None:
     [
         *[(kind, "lora", stage) for kind in ("shared", "clip") for stage in (0, 1, 2, 3)],
         *[("composed", "dora", stage) for stage in (0, 2, 3)],
+        pytest.param("composed", "lora", 1, marks=pytest.mark.slow),
         ("clip", "dora", 3),
         ("shared", "rslora", 3),
         *[("gpt2", variant, stage) for variant in ("lora", "dora") for stage in (0, 3)],
