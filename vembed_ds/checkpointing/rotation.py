@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -83,7 +84,7 @@ def delete_checkpoint(folder: Path) -> None:
         OSError: It cannot be deleted.
     """
     doomed = folder.with_name(deleted_name(folder.name))
-    if doomed.exists():
+    if os.path.lexists(doomed):
         _remove(doomed)
     folder.rename(doomed)
     sync_folder(folder.parent)
@@ -99,8 +100,8 @@ def put_in_place(partial: Path, folder: Path) -> None:
         OSError: It cannot be renamed.
     """
     older = folder.with_name(replaced_name(folder.name))
-    if folder.exists():
-        if older.exists():
+    if os.path.lexists(folder):  # a link to a disk that is not there is in the way, too
+        if os.path.lexists(older):
             _remove(older)
         folder.rename(older)
     # A crash here leaves the older one under its other name, and put_back gives it back.
@@ -116,7 +117,7 @@ def confirm(folder: Path) -> None:
     sync_folder(folder.parent)
     older = folder.with_name(replaced_name(folder.name))
     try:
-        if older.exists():
+        if os.path.lexists(older):
             _remove(older)
     except OSError as error:
         _warn_of_leftover(older, error)

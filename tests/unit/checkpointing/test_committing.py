@@ -162,6 +162,14 @@ def test_of_a_checkpoint_on_another_disk_the_link_is_deleted(tmp_path: Path) -> 
         verify(disk.with_name(f"disk-{step}"))
 
 
+def test_a_link_to_a_disk_that_is_gone_is_not_in_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoint-step-1").symlink_to(tmp_path / "gone")
+    verify(commit(begin(out, 1)))
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-step-1", "latest"]
+
+
 def test_a_disk_that_fails_is_no_pointer_that_names_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
