@@ -83,7 +83,8 @@ def plain_step(model: BertModel, ids: Tensor) -> Step:
 
 
 def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
-    from vembed_ds.data.batches import plan_step
+    from vembed_ds.data.batches import lay_out
+    from vembed_ds.data.chunking import ChunkBudget
     from vembed_ds.data.collators import Batch
     from vembed_ds.data.processors import EncodedItem
     from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
@@ -119,7 +120,7 @@ def engine_step(model: BertModel, ids: Tensor, variant: str) -> Step:
     items = [EncodedItem("text", {"input_ids": row.numpy()}) for row in ids]
     roles = {"query": items[:PAIRS], "positive": items[PAIRS:]}
     batch = Batch(indices=[], roles=roles)
-    plan = plan_step(roles, chunk_size=CHUNK if kind == "cached" else None)
+    plan = lay_out(roles, budget=ChunkBudget(CHUNK if kind == "cached" else None)).alone()
 
     def step() -> tuple[float, float]:
         result = compute_gradient(

@@ -15,8 +15,9 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from vembed_ds.data.batches import collect_roles, plan_step
+from vembed_ds.data.batches import collect_roles, lay_out
 from vembed_ds.data.cells import ImageSource
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.records import Item
@@ -259,7 +260,7 @@ def embed_items(
 ) -> Embeddings:
     """Embeddings of encoded items of any streams, float32 on the host, not normalised."""
     device = next(model.parameters()).device
-    plan = plan_step({"items": items}, chunk_size=None)
+    plan = lay_out({"items": items}, budget=ChunkBudget(items=None)).alone()
     inputs = {
         stream: {
             name: tensor.to(device)

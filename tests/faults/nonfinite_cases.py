@@ -14,7 +14,8 @@ from tests.distributed.train_cases import run_train
 from tests.parity import data
 from tests.parity.cases import make_engine, make_model, rank_roles
 from tests.worlds import set_fp16_support
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.batches import plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
@@ -88,13 +89,16 @@ class Run:
             self.guard.watch(rows)
             return factor * loss_function(loss_inputs(batch, rows, learned))
 
-        streams = self.model.streams
-        counts = dict(zip(streams, comm.all_max(count_streams(batch.roles, streams)), strict=True))
-        fillers = {stream: EncodedItem(*item) for stream, item in data.fillers().items()}
+        plan = plan_step(
+            batch.roles,
+            budget=ChunkBudget(self.chunk_size),
+            streams=self.model.streams,
+            filler=lambda stream: EncodedItem(*data.fillers()[stream]),
+        )
         with _broken(self, fault):
             return compute_gradient(
                 self.engine,
-                plan_step(batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=fillers),
+                plan,
                 loss_function=loss,
                 pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
                 trainable=self.model.trainable,

@@ -14,7 +14,8 @@ from torch import Tensor
 from tests.parity import data
 from tests.parity.reference import NUM_PATCHES, PROJECTION
 from tests.worlds import set_fp16_support
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.batches import plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
@@ -106,11 +107,12 @@ def train_step(
     loss_function = build_loss(loss_type, temperature=temperature, loss_bidirectional=bidirectional)
     roles = rank_roles(kind, step)
     batch = Batch(indices=[], roles=roles, negative_counts=negative_counts(kind, step))
-    counts = dict(
-        zip(model.streams, comm.all_max(count_streams(roles, model.streams)), strict=True)
+    plan = plan_step(
+        roles,
+        budget=ChunkBudget(chunk_size),
+        streams=model.streams,
+        filler=lambda stream: EncodedItem(*data.fillers()[stream]),
     )
-    fillers = {stream: EncodedItem(*item) for stream, item in data.fillers().items()}
-    plan = plan_step(roles, chunk_size=chunk_size, counts=counts, fillers=fillers)
     result = compute_gradient(
         engine,
         plan,
@@ -270,7 +272,7 @@ def self_test(
             pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
             streams=model.streams,
             trainable=model.trainable,
-            fillers={},
+            filler=lambda stream: EncodedItem(*data.fillers()[stream]),
             tolerance=tolerance,
         )
     except GradientError as error:

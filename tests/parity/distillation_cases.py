@@ -12,6 +12,7 @@ from tests.parity import family_cases
 from tests.parity.cases import make_engine, whole_parameters
 from tests.parity.distillation_reference import EMA_DECAY, Scenario, projections, scores_of
 from tests.parity.family_reference import COMPOSED, NEGATIVES, RANK_SHARE, TEMPERATURE
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
@@ -67,7 +68,7 @@ def train(
         loader=[_batch(scenario, items, step) for step in range(3)],
         processor=processor,
         loss_functions=[_loss(scenario)],
-        chunk_size=CHUNK_SIZE,
+        budget=ChunkBudget(CHUNK_SIZE),
         intervals=Intervals(num_steps=4, steps_per_epoch=None, logging_steps=99),
         tracker=None,
         save=lambda step: Path(),

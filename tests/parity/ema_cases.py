@@ -16,7 +16,8 @@ from torch.nn import functional
 from tests.parity import cases, data, lora_cases
 from vembed_ds.checkpointing.restore import load_checkpoint
 from vembed_ds.checkpointing.saving import save_checkpoint
-from vembed_ds.data.batches import StepPlan, count_streams, plan_step
+from vembed_ds.data.batches import StepPlan, plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.engine.train_engine import TrainEngine
@@ -160,14 +161,11 @@ def _train(engine: TrainEngine, model: EmbeddingModel, kind: str, step: int) -> 
 
 
 def _plan(model: EmbeddingModel, kind: str, step: int) -> StepPlan:
-    roles = cases.rank_roles(kind, step)
-    counts = comm.all_max(count_streams(roles, model.streams))
-    fillers = {stream: EncodedItem(*item) for stream, item in data.fillers().items()}
     return plan_step(
-        roles,
-        chunk_size=CHUNK,
-        counts=dict(zip(model.streams, counts, strict=True)),
-        fillers=fillers,
+        cases.rank_roles(kind, step),
+        budget=ChunkBudget(CHUNK),
+        streams=model.streams,
+        filler=lambda stream: EncodedItem(*data.fillers()[stream]),
     )
 
 

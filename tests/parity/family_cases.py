@@ -14,7 +14,8 @@ from tests.parity.family_reference import NEGATIVES, RANK_SHARE, TEMPERATURE
 from tests.parity.lora_cases import ALPHA, RANK, start_value
 from vembed_ds import Encoder
 from vembed_ds.checkpointing.describe import describe_model
-from vembed_ds.data.batches import StepPlan, count_streams, plan_step
+from vembed_ds.data.batches import StepPlan, plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processor_loading import build_item_processor
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
@@ -114,9 +115,8 @@ def _plan(
     fillers: Mapping[str, EncodedItem],
     chunk_size: int | None,
 ) -> StepPlan:
-    agreed = comm.all_max(count_streams(roles, model.streams))
-    counts = dict(zip(model.streams, agreed, strict=True))
-    return plan_step(roles, chunk_size=chunk_size, counts=counts, fillers=fillers)
+    budget = ChunkBudget(chunk_size)
+    return plan_step(roles, budget=budget, streams=model.streams, filler=fillers.__getitem__)
 
 
 def _step(

@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from tests.distributed import loss_reference
 from tests.parity import cases, data
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.batches import plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
@@ -121,13 +122,15 @@ def train(
     losses, norms = [], []
     for step in range(STEPS):
         batch = _share(step, case)
-        counts = dict(
-            zip(model.streams, comm.all_max(count_streams(batch.roles, model.streams)), strict=True)
+        plan = plan_step(
+            batch.roles,
+            budget=ChunkBudget(chunk_size),
+            streams=model.streams,
+            filler=lambda stream: EncodedItem(*data.fillers()[stream]),
         )
-        fillers = {"text": EncodedItem(*data.fillers()["text"])}
         result = compute_gradient(
             engine,
-            plan_step(batch.roles, chunk_size=chunk_size, counts=counts, fillers=fillers),
+            plan,
             loss_function=lambda rows, learned, batch=batch: loss_function(
                 loss_inputs(batch, rows, learned)
             ),

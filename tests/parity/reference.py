@@ -82,9 +82,9 @@ def train_plain(
     """Train ``steps`` steps; losses, gradient norms, and every parameter before and after.
 
     ``dropout_plan`` is ``(world size, chunk size)``: with dropout the same random numbers must
-    be drawn, so every chunk of every rank is embedded under its rank's stream of random
-    numbers. Nothing else is distributed about it: all graphs are kept and the loss is computed
-    once, on all rows. Without dropout the batch is embedded at once.
+    be drawn, so every chunk of every rank, cut from its items sorted by length, is embedded under
+    its rank's stream of random numbers. Nothing else is distributed about it: all graphs are kept
+    and the loss is computed once, on all rows. Without dropout the batch is embedded at once.
 
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
     ``change`` alters the model before anything is trained. ``rates`` are learning rates of
@@ -226,32 +226,73 @@ def _embed(
     dropout_plan: tuple[int, int] | None,
     rng: dict[int, Tensor],
 ) -> dict[str, Tensor]:
+    rows = ("query", "positive")
     world, chunk = dropout_plan or (1, len(records) * 2)
     per_rank = len(records) // world
-    rows: dict[str, list[Tensor]] = {"query": [], "positive": []}
-    for rank in range(world):
+    shares = [records[rank * per_rank :][:per_rank] for rank in range(world)]
+    streams = [_sorted_streams(share, rows) for share in shares]
+    lengths = [{s: [_length(i) for _, i in found] for s, found in own.items()} for own in streams]
+    cuts = [{s: _cut(found, chunk) for s, found in own.items()} for own in lengths]
+    embedded: dict[str, list[Tensor]] = {role: [] for role in rows}
+    for rank, share in enumerate(shares):
         if dropout_plan:
             torch.set_rng_state(rng.get(rank, torch.Generator().manual_seed(rank).get_state()))
-        mine = records[rank * per_rank : (rank + 1) * per_rank]
-        streams: dict[str, list[Any]] = {}
-        places = {}
+        found: dict[Any, Tensor] = {}
+        for stream, parts in cuts[rank].items():
+            # Every rank makes as many chunks as the one that makes most.
+            most = max(len(of_rank.get(stream, [])) for of_rank in cuts)
+            _split(parts, lengths[rank][stream], most)
+        for number in range(max(map(len, cuts[rank].values()))):
+            for stream in sorted(streams[rank], reverse=True):  # text before image
+                for part in cuts[rank][stream][number : number + 1]:
+                    items = [streams[rank][stream][place] for place in part]
+                    outputs = model(stream, pad(stream, [inputs for _, inputs in items]))
+                    found |= dict(zip([place for place, _ in items], outputs, strict=True))
         for role in rows:
-            for index, record in enumerate(mine):
-                stream, inputs = record[role]
-                members = streams.setdefault(stream, [])
-                places[role, index] = (stream, len(members))
-                members.append(inputs)
-        embedded: dict[str, list[Tensor]] = {stream: [] for stream in streams}
-        longest = max(len(items) for items in streams.values())
-        for start in range(0, longest, chunk):
-            for stream in sorted(streams, reverse=True):  # text before image
-                items = streams[stream][start : start + chunk]
-                if items:
-                    embedded[stream].append(model(stream, pad(stream, items)))
-        whole = {stream: torch.cat(parts) for stream, parts in embedded.items()}
-        for role in rows:
-            for index in range(len(mine)):
-                stream, position = places[role, index]
-                rows[role].append(whole[stream][position])
+            embedded[role] += [found[role, index] for index in range(len(share))]
         rng[rank] = torch.get_rng_state()
-    return {role: torch.stack(found) for role, found in rows.items()}
+    return {role: torch.stack(found) for role, found in embedded.items()}
+
+
+def _sorted_streams(
+    records: list[dict[str, Any]], roles: tuple[str, ...]
+) -> dict[str, list[tuple[tuple[str, int], Any]]]:
+    """By stream the items with their places ``(role, index)``, the longest first."""
+    streams: dict[str, list[Any]] = {}
+    for role in roles:
+        for index, record in enumerate(records):
+            stream, inputs = record[role]
+            streams.setdefault(stream, []).append(((role, index), inputs))
+    return {s: sorted(found, key=lambda item: -_length(item[1])) for s, found in streams.items()}
+
+
+def _length(inputs: Any) -> int:
+    return len(inputs["input_ids"]) if "input_ids" in inputs else 1
+
+
+def _cut(lengths: list[int], chunk: int) -> list[list[int]]:
+    """Places of each chunk: as many as take no more, padded, than ``chunk`` of the longest.
+
+    An eighth of that may be padding, unless there would be more chunks than of ``chunk`` items.
+    """
+    budget = chunk * lengths[0]
+    for padding in (budget // 8, budget):
+        parts: list[list[int]] = []
+        for place in range(len(lengths)):
+            part = [*parts[-1], place] if parts else []
+            taken = len(part) * lengths[part[0]] if part else 0
+            if part and taken <= budget and taken - sum(lengths[p] for p in part) <= padding:
+                parts[-1] = part
+            else:
+                parts.append([place])
+        if len(parts) <= math.ceil(len(lengths) / chunk):
+            break
+    return parts
+
+
+def _split(parts: list[list[int]], lengths: list[int], number: int) -> None:
+    """Halve the largest until there are ``number``."""
+    while len(parts) < number:
+        largest = max((p for p in parts if len(p) > 1), key=lambda p: len(p) * lengths[p[0]])
+        at, middle = parts.index(largest), (len(largest) + 1) // 2
+        parts[at : at + 1] = [largest[:middle], largest[middle:]]

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from tests.worlds import set_fp16_support
 from vembed_ds import Encoder
-from vembed_ds.data.batches import count_streams, plan_step
-from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.batches import lay_out
+from vembed_ds.data.chunking import ChunkBudget
+from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.records import Item
 from vembed_ds.distributed import comm
 from vembed_ds.engine.teacher_config import resolve_teacher_config
@@ -66,9 +67,7 @@ def embed(
 ) -> Tensor:
     """Unit rows of the items, in chunks of two."""
     encoded = [processor.encode(item, origin="test", augment_seed=None) for item in items]
-    roles: dict[str, list[EncodedItem]] = {"query": encoded}
-    counts = dict(zip(model.streams, count_streams(roles, model.streams), strict=True))
-    plan = plan_step(roles, chunk_size=2, counts=counts, fillers={})
+    plan = lay_out({"query": encoded}, budget=ChunkBudget(2)).alone()
     rows = embed_plan(engine, plan, pad=processor.pad)["query"]
     return functional.normalize(rows.values.detach(), dim=-1)
 

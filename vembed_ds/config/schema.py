@@ -401,7 +401,20 @@ class TrainingConfig(Section):
         default=False, description="Embed in chunks, then replay them: memory of one chunk."
     )
     gradient_cache_chunk_size: PositiveInt = Field(
-        default=8, description="Items per chunk; used with use_gradient_cache."
+        default=8,
+        description="Items per chunk, if they are as long as the longest; used with use_gradient_cache, as are the next two.",
+    )
+    gradient_cache_chunk_tokens: Literal["auto"] | PositiveInt | None = Field(
+        default="auto",
+        description="Most tokens per chunk once it is padded; auto: as many as gradient_cache_chunk_size of the longest items have, so that shorter ones come in larger chunks at no more memory; null: always gradient_cache_chunk_size items. The size of images always limits a chunk as with auto.",
+    )
+    gradient_cache_sort: bool = Field(
+        default=True,
+        description="Cut chunks from the items in order of their length, the longest first, for little padding; false: as they stand in the batch.",
+    )
+    encode_duplicates_once: bool = Field(
+        default=True,
+        description="Embed equal items of a rank's batch once and sum their gradients, if the model draws no random numbers (dropout) for them.",
     )
     gradient_self_test: bool = Field(
         default=True, description="At start, compare a chunked gradient with a whole one."

@@ -1,14 +1,14 @@
-"""Cutting a rank's batch into chunks, stream by stream.
+"""Sorting a rank's batch and cutting it into chunks, stream by stream.
 
 A *stream* is all items that are embedded in one way, whatever their role: with a shared text
 encoder, queries and positives are one stream; with two towers, texts and images are two, and items
-that are both are a third. The loss never sees the cut: embeddings go back to the places their
-roles had.
+that are both are a third. The loss sees neither order nor cut: embeddings go back to the places
+their roles had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vembed_ds.data.chunking import ChunkBudget, Size, cut, order_of, padded, size_of, split
+from vembed_ds.data.duplicates import merge_equal
 from vembed_ds.data.processors import EncodedItem
+from vembed_ds.distributed import comm
 from vembed_ds.similarity import Embeddings
 from vembed_ds.streams import mask_name
+
+FillerFunction = Callable[[str], EncodedItem]
 
 
 @dataclass(frozen=True)
@@ -26,56 +31,135 @@ class StepPlan:
     """One rank's batch as streams, and the chunks to cut from them.
 
     Attributes:
-        streams: The encoded items of every stream, role after role.
-        roles: For every role, the place of each of its items: ``(stream, position)``.
+        streams: The encoded items of every stream, in the order in which they are embedded.
+        roles: For every role, the place of each of its items: ``(stream, position)``. Equal items
+            may have one place.
         chunks: For every chunk, the slice of each stream that it embeds; a stream that is not
             in a chunk has nothing left there.
+        units: For every chunk, how much it embeds: tokens, with their padding, and patches of images.
     """
 
     streams: dict[str, list[EncodedItem]]
     roles: dict[str, list[tuple[str, int]]]
     chunks: list[dict[str, slice]]
+    units: list[int]
 
 
-def count_streams(roles: Mapping[str, Sequence[EncodedItem]], names: Sequence[str]) -> list[int]:
-    """How many items of the batch go to each of the streams ``names``."""
-    found = [item.stream for items in roles.values() for item in items]
-    return [found.count(name) for name in names]
+@dataclass(frozen=True)
+class Layout:
+    """One rank's batch, sorted and cut by itself: before the ranks agree on their chunks.
+
+    Attributes:
+        streams: As in :class:`StepPlan`.
+        roles: As in :class:`StepPlan`.
+        sizes: Of the items of every stream.
+        cuts: The chunks of every stream.
+    """
+
+    streams: dict[str, list[EncodedItem]]
+    roles: dict[str, list[tuple[str, int]]]
+    sizes: dict[str, list[Size]]
+    cuts: dict[str, list[slice]]
+
+    def count_chunks(self, names: Sequence[str]) -> list[int]:
+        """How many chunks this rank would make of each of the streams ``names``."""
+        return [len(self.cuts.get(name, [])) for name in names]
+
+    def alone(self) -> StepPlan:
+        """The plan of a rank that no other one waits for. Local."""
+        own = {name: len(found) for name, found in self.cuts.items()}
+        return self.plan(own, filler=_none_needed)
+
+    def plan(self, counts: Mapping[str, int], *, filler: FillerFunction) -> StepPlan:
+        """The plan of a step whose every stream has as many chunks on every rank. Local.
+
+        Under ZeRO-3 a forward pass that only some ranks make never ends. So a rank with fewer
+        chunks cuts its largest ones again; where it has fewer items than chunks, the last ones
+        hold a filler each, which is in no role.
+
+        Args:
+            counts: Chunks of every stream, at least this rank's own.
+            filler: Gives a valid item of a stream.
+        """
+        streams = {name: [*self.streams.get(name, [])] for name in counts}
+        sizes = {name: [*self.sizes.get(name, [])] for name in counts}
+        cuts: dict[str, list[slice]] = {}
+        for name, count in counts.items():
+            cuts[name] = split(self.cuts.get(name, []), sizes[name], number=count)
+            if missing := count - len(cuts[name]):
+                item, end = filler(name), len(streams[name])
+                streams[name] += [item] * missing
+                sizes[name] += [size_of(item)] * missing
+                cuts[name] += [slice(place, place + 1) for place in range(end, end + missing)]
+        chunks = [
+            {name: found[number] for name, found in cuts.items() if number < len(found)}
+            for number in range(max(counts.values(), default=0))
+        ]
+        units = [
+            sum(padded(sizes[name][places]).units for name, places in chunk.items())
+            for chunk in chunks
+        ]
+        return StepPlan(streams, self.roles, chunks, units)
+
+
+def lay_out(
+    roles: Mapping[str, Sequence[EncodedItem]],
+    *,
+    budget: ChunkBudget,
+    merged: Collection[str] = (),
+) -> Layout:
+    """Sort the items of all roles stream by stream, and cut them. Local.
+
+    Args:
+        roles: Encoded items of this rank, by role.
+        budget: Of the chunks of every stream.
+        merged: Streams in which equal items become one row.
+    """
+    members: dict[str, list[EncodedItem]] = {}
+    places: dict[str, list[tuple[str, int]]] = {}
+    for role, items in roles.items():
+        places[role] = []
+        for item in items:
+            found = members.setdefault(item.stream, [])
+            places[role].append((item.stream, len(found)))
+            found.append(item)
+    streams, sizes, moved = {}, {}, {}
+    for name, items in members.items():
+        rows, row_of = merge_equal(items) if name in merged else (items, range(len(items)))
+        unsorted = [size_of(item) for item in rows]
+        order = order_of(unsorted, budget)
+        position = {row: place for place, row in enumerate(order)}
+        streams[name] = [rows[row] for row in order]
+        sizes[name] = [unsorted[row] for row in order]
+        moved[name] = [position[row] for row in row_of]
+    return Layout(
+        streams,
+        {role: [(name, moved[name][place]) for name, place in p] for role, p in places.items()},
+        sizes,
+        cuts={name: cut(found, budget) for name, found in sizes.items()},
+    )
 
 
 def plan_step(
     roles: Mapping[str, Sequence[EncodedItem]],
     *,
-    chunk_size: int | None,
-    counts: Mapping[str, int] | None = None,
-    fillers: Mapping[str, EncodedItem] | None = None,
+    budget: ChunkBudget,
+    streams: Sequence[str],
+    filler: FillerFunction,
+    merged: Collection[str] = (),
 ) -> StepPlan:
-    """Lay the items of all roles out as streams and cut them into chunks.
+    """The chunks of this rank's items, as many of every stream as on the other ranks. Collective.
 
     Args:
         roles: Encoded items of this rank, by role.
-        chunk_size: Items of each stream per chunk; ``None``: everything is one chunk.
-        counts: Per stream, the largest number of items on any rank. Ranks with fewer chunks
-            get filler chunks, because under ZeRO-3 a forward pass that only some ranks make
-            never ends. ``None``: this rank's own numbers.
-        fillers: One valid item per stream, for a rank that has too few of its own.
-
-    Returns:
-        The plan; equal chunk counts and streams per chunk on every rank when ``counts`` is
-        the same on every rank.
+        budget: Of the chunks of every stream.
+        streams: All that items may belong to, in one order on every rank.
+        filler: Gives a valid item of a stream, where this rank has too few.
+        merged: As of :func:`lay_out`.
     """
-    streams: dict[str, list[EncodedItem]] = {}
-    places: dict[str, list[tuple[str, int]]] = {}
-    for role, items in roles.items():
-        places[role] = []
-        for item in items:
-            stream = streams.setdefault(item.stream, [])
-            places[role].append((item.stream, len(stream)))
-            stream.append(item)
-    counts = counts or {name: len(items) for name, items in streams.items()}
-    chunks = _cut_chunks(counts, chunk_size)
-    _fill_up(streams, counts, chunk_size, fillers or {})
-    return StepPlan(streams, places, chunks)
+    layout = lay_out(roles, budget=budget, merged=merged)
+    counts = comm.all_max(layout.count_chunks(streams))
+    return layout.plan(dict(zip(streams, counts, strict=True)), filler=filler)
 
 
 def role_index(plan: StepPlan) -> dict[str, np.ndarray]:
@@ -143,30 +227,5 @@ def _shortened(rows: Tensor, mask: Tensor, places: Tensor) -> Embeddings:
     return Embeddings(rows[places, :length], chosen[:, :length])
 
 
-def _cut_chunks(counts: Mapping[str, int], chunk_size: int | None) -> list[dict[str, slice]]:
-    if chunk_size is None:
-        chunk_size = max(counts.values())
-    num_chunks = -(-max(counts.values()) // chunk_size)
-    return [
-        {
-            name: slice(start, min(start + chunk_size, count))
-            for name, count in counts.items()
-            if start < count
-        }
-        for start in range(0, num_chunks * chunk_size, chunk_size)
-    ]
-
-
-def _fill_up(
-    streams: dict[str, list[EncodedItem]],
-    counts: Mapping[str, int],
-    chunk_size: int | None,
-    fillers: Mapping[str, EncodedItem],
-) -> None:
-    """Give every chunk of every stream at least one item; a filler is in no role."""
-    for name, count in counts.items():
-        items = streams.setdefault(name, [])
-        size = chunk_size or max(count, 1)
-        last_chunk_start = (count - 1) // size * size if count else 0
-        if count and len(items) <= last_chunk_start:
-            items.extend([fillers[name]] * (last_chunk_start + 1 - len(items)))
+def _none_needed(stream: str) -> EncodedItem:
+    raise AssertionError(f"{stream}: as many chunks as it has need no filler")

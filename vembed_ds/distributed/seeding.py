@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,3 +44,41 @@ def restore_rng(state: RngState, device: torch.device) -> None:
     torch.set_rng_state(state.host)
     if state.accelerator is not None:
         torch.get_device_module(device).set_rng_state(state.accelerator, device)
+
+
+@dataclass(frozen=True)
+class GeneratorStates:
+    """State of every generator that code in a forward pass may draw from.
+
+    Attributes:
+        torch: Of torch.
+        python: ``random.getstate()``.
+        numpy: ``np.random.get_state()``.
+    """
+
+    torch: RngState
+    python: Any
+    numpy: Any
+
+    def equals(self, other: GeneratorStates) -> bool:
+        """Whether nothing was drawn between the two."""
+        pairs = [(self.torch.host, other.torch.host)]
+        if self.torch.accelerator is not None and other.torch.accelerator is not None:
+            pairs.append((self.torch.accelerator, other.torch.accelerator))
+        return (
+            all(torch.equal(one, two) for one, two in pairs)
+            and self.python == other.python
+            and all(np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True))
+        )
+
+
+def capture_generators(device: torch.device) -> GeneratorStates:
+    """Record the state of torch's generators (host and ``device``), Python's and NumPy's."""
+    return GeneratorStates(capture_rng(device), random.getstate(), np.random.get_state())
+
+
+def restore_generators(state: GeneratorStates, device: torch.device) -> None:
+    """Put back what :func:`capture_generators` recorded."""
+    restore_rng(state.torch, device)
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.batches import FillerFunction, plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import capture_rng, restore_rng
@@ -44,7 +45,7 @@ def check_gradient(
     pad: PadFunction,
     streams: Sequence[str],
     trainable: Callable[[str], bool],
-    fillers: Mapping[str, EncodedItem],
+    filler: FillerFunction,
     tolerance: float,
 ) -> float:
     """Compare the reduced gradient of one-item chunks with that of one chunk.
@@ -63,7 +64,7 @@ def check_gradient(
         pad: As in :func:`compute_gradient`.
         streams: The model's streams.
         trainable: As in :func:`compute_gradient`.
-        fillers: One item per stream, for ranks without one.
+        filler: Gives a valid item of a stream, for ranks without one.
         tolerance: Largest relative difference.
 
     Returns:
@@ -72,11 +73,12 @@ def check_gradient(
     Raises:
         GradientError: On every rank, with both norms, when they differ by more.
     """
-    counts = dict(zip(streams, comm.all_max(count_streams(roles, streams)), strict=True))
     before = capture_rng(engine.device)
 
     def gradients(chunk_size: int | None) -> Iterator[Tensor]:
-        plan = plan_step(roles, chunk_size=chunk_size, counts=counts, fillers=fillers)
+        # Equal items are embedded each, and one by one: what a row depends on must show.
+        budget = ChunkBudget(chunk_size, tokens=None)
+        plan = plan_step(roles, budget=budget, streams=streams, filler=filler)
         compute_gradient(
             engine,
             plan,

@@ -12,7 +12,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from vembed_ds.checkpointing.frozen import keep_frozen_weights
-from vembed_ds.config.schema import Config
+from vembed_ds.config.schema import Config, TrainingConfig
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
 from vembed_ds.engine.activation import enable_activation_checkpointing
@@ -55,6 +56,17 @@ def fill_ds_config(
         device_type=accelerator.device_name(),
         fp16_supported=bool(accelerator.is_fp16_supported()),
         bf16_supported=bool(accelerator.is_bf16_supported()),
+    )
+
+
+def chunk_budget(training: TrainingConfig) -> ChunkBudget:
+    """How large the chunks of a step are, as configured; without gradient cache all is one."""
+    if not training.use_gradient_cache:
+        return ChunkBudget(items=None)
+    return ChunkBudget(
+        training.gradient_cache_chunk_size,
+        tokens=training.gradient_cache_chunk_tokens,
+        sort=training.gradient_cache_sort,
     )
 
 

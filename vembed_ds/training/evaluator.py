@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vembed_ds.data.batches import count_streams, plan_step
+from vembed_ds.data.batches import plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.distributed import comm
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import DataError
@@ -34,7 +35,8 @@ class Evaluator:
         retrieval_mode: What the roles hold.
         log_with: An open :class:`Tracker`, which gets ``val/loss``; or the name of one, which says
             nothing here: a :class:`Trainer` logs to its own, as ``eval/loss``.
-        chunk_size: Items of each kind in one forward pass; ``None``: the whole batch.
+        chunk_size: Items of each kind in one forward pass, or more where they are shorter than the
+            longest; ``None``: the whole batch.
     """
 
     def __init__(
@@ -87,12 +89,12 @@ class Evaluator:
     def _loss(self, batch: ItemizedBatch) -> Tensor:
         self._items.remember(batch)
         streams = self.model.streams
-        counts = dict(zip(streams, comm.all_max(count_streams(batch.roles, streams)), strict=True))
         plan = plan_step(
             batch.roles,
-            chunk_size=self.chunk_size,
-            counts=counts,
-            fillers={s: self._items.filler(s) for s, count in counts.items() if count},
+            budget=ChunkBudget(self.chunk_size),
+            streams=streams,
+            filler=self._items.filler,
+            merged=streams,  # evaluation draws no random numbers
         )
         rows = embed_plan(self.engine, plan, pad=self._items.pad)
         # Without items the model gives what the loss learns, whole under ZeRO-3 too.

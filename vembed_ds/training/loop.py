@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -16,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vembed_ds.data.batches import StepPlan, count_streams, plan_step
+from vembed_ds.data.batches import Layout, StepPlan, lay_out
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.waiting import WaitInterrupted
@@ -72,7 +74,7 @@ class TrainingLoop:
         loader: Batches of this rank from ``step`` on.
         processor: Pads chunks.
         loss_functions: From :func:`build_loss`, of every data set.
-        chunk_size: Items of each stream per chunk; ``None``: the standard step.
+        budget: Of the chunks of every stream; with everything in one, the standard step.
         intervals: When to log, evaluate, save and stop.
         tracker: Gets the metrics; ``None`` on all ranks but 0.
         save: ``write`` of :class:`Saves`; collective.
@@ -102,7 +104,7 @@ class TrainingLoop:
         loader: Iterable[Batch],
         processor: ItemProcessor,
         loss_functions: Sequence[LossFunction],
-        chunk_size: int | None,
+        budget: ChunkBudget,
         intervals: Intervals,
         tracker: Tracker | None,
         save: Callable[[int], Path | None],
@@ -122,7 +124,7 @@ class TrainingLoop:
         teachers: Teachers = NO_TEACHERS,
     ) -> None:
         self.engine, self.model, self.processor = engine, model, processor
-        self.loader, self.chunk_size = loader, chunk_size
+        self.loader, self.budget = loader, budget
         self.loss_functions = list(loss_functions)
         self.intervals, self.tracker = intervals, tracker
         self._judge, self._evaluate, self._attach = judge, evaluate, attach
@@ -139,7 +141,8 @@ class TrainingLoop:
         self._save_is_late = False
         self._signals = signals or StopSignals()
         self._pin_memory = pin_memory and engine.device.type != "cpu"
-        self._fillers: dict[str, EncodedItem] = {}
+        self._filler = functools.cache(processor.filler)
+        self.merged: frozenset[str] = frozenset()  # streams whose equal items are one row
         self._parts: dict[str, Tensor] = {}  # of the last loss
         self.window = window or LogWindow()
         self._progress: tqdm[Any] | None = None
@@ -256,13 +259,12 @@ class TrainingLoop:
         Raises:
             VembedError: On every rank, when any rank's batch could not be read.
         """
-        counts = self.agree_on_counts(batch)
-        return plan_step(
-            batch.roles, chunk_size=self.chunk_size, counts=counts, fillers=self.fillers(counts)
-        )
+        layout = lay_out(batch.roles, budget=self.budget, merged=self.merged)
+        counts = self.agree_on_counts(batch, layout)
+        return layout.plan(counts, filler=self._filler)
 
-    def agree_on_counts(self, batch: Batch) -> dict[str, int]:
-        """Per stream, the largest number of items on any rank. Collective.
+    def agree_on_counts(self, batch: Batch, layout: Layout) -> dict[str, int]:
+        """Per stream, the largest number of chunks on any rank. Collective.
 
         The ranks also agree here whether a signal stops them, and whether it is time to save.
 
@@ -276,7 +278,7 @@ class TrainingLoop:
         failed = int(error is not None)
         flags = [failed, self._signals.flag(), int(comm.is_main() and self._saves.is_late())]
         # One host-side reduction tells all.
-        agreed = comm.all_max([*flags, *count_streams(batch.roles, streams)])
+        agreed = comm.all_max([*flags, *layout.count_chunks(streams)])
         any_failed, stop, save_is_late, *counts = agreed
         if any_failed:
             comm.raise_together(error)
@@ -305,18 +307,11 @@ class TrainingLoop:
         inputs = self.processor.pad(stream, items)
         return {k: v.pin_memory() for k, v in inputs.items()} if self._pin_memory else inputs
 
-    def fillers(self, counts: Mapping[str, int]) -> dict[str, EncodedItem]:
-        """One valid item per stream in use, for ranks that have fewer chunks than others."""
-        for stream, count in counts.items():
-            if count and stream not in self._fillers:
-                self._fillers[stream] = self.processor.filler(stream)
-        return self._fillers
-
     def embed(self, items: Sequence[EncodedItem]) -> Embeddings:
         """Embeddings of items of any streams, float32, without gradient. Collective."""
         batch = Batch(indices=[], roles={"items": list(items)})
-        counts = self.agree_on_counts(batch)
-        plan = plan_step(batch.roles, chunk_size=None, counts=counts, fillers=self.fillers(counts))
+        layout = lay_out(batch.roles, budget=ChunkBudget(items=None))
+        plan = layout.plan(self.agree_on_counts(batch, layout), filler=self._filler)
         rows = embed_plan(self.engine, plan, pad=self.pad)["items"]
         return rows.dims(rows.width - rows.width // self.model.num_layers, rows.width)
 

@@ -22,6 +22,7 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout
 from vembed_ds.training.engine_setup import (
+    chunk_budget,
     inference_batch_size,
     prepare_model,
     read_model,
@@ -51,7 +52,7 @@ from vembed_ds.training.resuming import (
 from vembed_ds.training.run_folder import begin_output, claim_output
 from vembed_ds.training.run_lock import frees_output
 from vembed_ds.training.run_saving import build_saver, save_step
-from vembed_ds.training.self_test import self_test
+from vembed_ds.training.self_test import examine
 from vembed_ds.training.stopping import StopSignals
 from vembed_ds.training.stream_setup import training_batches
 from vembed_ds.training.teacher_sources import Teachers
@@ -122,9 +123,8 @@ def train(
             return {}
         loop, saver = _build(plan, resumption, process_ends=process_ends)
     try:
-        if config.training.gradient_self_test:
-            phases.set_place("gradient self-test")
-            self_test(loop, plan.data, precision=config.model.precision)
+        phases.set_place("gradient self-test")
+        examine(loop, plan.data, config.training, precision=config.model.precision)
         return loop.train()
     finally:
         saver.close()
@@ -259,7 +259,7 @@ def build_loop(
             config.distillation,
             num_steps=intervals.num_steps,
         ),
-        chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
+        budget=chunk_budget(training),
         intervals=intervals,
         tracker=tracker,
         save=lambda step: save_step(

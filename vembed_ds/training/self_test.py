@@ -1,4 +1,4 @@
-"""Chunks must not change the gradient of the run's own model on its own data."""
+"""What is found out about the run's own model on its own data, before the first step."""
 
 from __future__ import annotations
 
@@ -6,26 +6,47 @@ import logging
 from collections.abc import Sequence
 from itertools import chain
 
+from vembed_ds.config.schema import TrainingConfig
+from vembed_ds.data.chunking import size_of
 from vembed_ds.data.collators import collate
 from vembed_ds.data.dataset import Sample
+from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.training.data_setup import RunData
 from vembed_ds.training.loop import TrainingLoop
+from vembed_ds.training.merging import merge_duplicates
 from vembed_ds.training.stream_setup import some_samples
 
 logger = logging.getLogger(__name__)
 
-SELF_TEST_CANDIDATES = 16  # per rank; three of them are compared
+CANDIDATES = 16  # samples per rank; the self-test compares three of them
 
 
-def self_test(loop: TrainingLoop, data: RunData, *, precision: str) -> None:
-    """Stop the run when chunking changes the gradient of its own model on its own data."""
-    samples = some_samples(data, number=SELF_TEST_CANDIDATES)
-    comm.raise_together(next((s for s in samples if isinstance(s, VembedError)), None))
-    chosen = _unequal([sample for sample in samples if isinstance(sample, Sample)])
-    batch = loop.attach(collate(chosen))
+def examine(loop: TrainingLoop, data: RunData, training: TrainingConfig, *, precision: str) -> None:
+    """Look at the run's own model on its own data before the first step. Collective.
+
+    Weights, optimizer and random states are afterwards as they were.
+
+    Raises:
+        GradientError: Chunks change the gradient.
+        VembedError: On every rank, when a sample cannot be used.
+    """
+    if not (training.gradient_self_test or training.encode_duplicates_once):
+        return
+    found = some_samples(data, number=CANDIDATES)
+    comm.raise_together(next((s for s in found if isinstance(s, VembedError)), None))
+    samples = [sample for sample in found if isinstance(sample, Sample)]
+    if training.encode_duplicates_once:
+        merge_duplicates(loop, _largest(samples))
+    if training.gradient_self_test:
+        self_test(loop, samples, precision=precision)
+
+
+def self_test(loop: TrainingLoop, samples: Sequence[Sample], *, precision: str) -> None:
+    """Stop the run when chunking changes the gradient of some samples. Collective."""
+    batch = loop.attach(collate(_unequal(samples)))
     comm.raise_together(batch.error)
     said = loop.teachers.judge(batch, loop.plan(batch), loop.pad)
     difference = check_gradient(
@@ -35,7 +56,7 @@ def self_test(loop: TrainingLoop, data: RunData, *, precision: str) -> None:
         pad=loop.pad,
         streams=loop.model.streams,
         trainable=loop.model.trainable,
-        fillers=loop.fillers(loop.agree_on_counts(batch)),
+        filler=loop.processor.filler,
         tolerance=TOLERANCES[precision],
     )
     if comm.is_main():
@@ -44,6 +65,16 @@ def self_test(loop: TrainingLoop, data: RunData, *, precision: str) -> None:
             difference,
             TOLERANCES[precision],
         )
+
+
+def _largest(samples: Sequence[Sample]) -> dict[str, EncodedItem]:
+    """Of every stream the largest item: some models draw for long ones only."""
+    found: dict[str, EncodedItem] = {}
+    for item in chain.from_iterable(chain.from_iterable(s.roles.values()) for s in samples):
+        largest = found.setdefault(item.stream, item)
+        if size_of(item) > size_of(largest):
+            found[item.stream] = item
+    return found
 
 
 def _unequal(samples: Sequence[Sample]) -> list[Sample]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vembed_ds.data.batches import StepPlan, count_streams, plan_step
+from vembed_ds.data.batches import StepPlan, plan_step
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.collators import Batch
-from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.processors import EncodedItem
 from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import VectorTable
-from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
 from vembed_ds.losses import TeacherScores, TeacherVectors
 from vembed_ds.similarity import Embeddings
@@ -86,12 +86,11 @@ class LiveTeacher(Source):
 
     Args:
         teacher: The model in its shards.
-        batch_size: Items per rank in a forward pass.
+        batch_size: As of :func:`embed_roles`.
     """
 
     teacher: Teacher
     batch_size: int
-    _fillers: dict[str, EncodedItem] = field(default_factory=dict)
 
     def judge(self, batch: Batch, plan: StepPlan, pad: PadFunction) -> TeacherVectors:
         """The embeddings of the batch's items."""
@@ -99,7 +98,7 @@ class LiveTeacher(Source):
 
     def embed(self, roles: Mapping[str, Sequence[EncodedItem]]) -> dict[str, Embeddings]:
         """Embed items by role, chunk by chunk, without gradient. Collective."""
-        return embed_roles(self.teacher, roles, batch_size=self.batch_size, fillers=self._fillers)
+        return embed_roles(self.teacher, roles, batch_size=self.batch_size)
 
 
 @dataclass
@@ -286,35 +285,26 @@ NO_TEACHERS = Teachers({}, widths={})
 
 
 def embed_roles(
-    teacher: Teacher,
-    roles: Mapping[str, Sequence[EncodedItem]],
-    *,
-    batch_size: int,
-    fillers: dict[str, EncodedItem],
+    teacher: Teacher, roles: Mapping[str, Sequence[EncodedItem]], *, batch_size: int
 ) -> dict[str, Embeddings]:
-    """Embed a teacher's items by role. Collective.
+    """Embed a teacher's items by role, equal ones once. Collective.
 
     Args:
         teacher: The model in its shards.
         roles: Items that its processor encoded.
-        batch_size: Items per rank in a forward pass.
-        fillers: One item per stream, for ranks with fewer items than others; filled as needed.
+        batch_size: Items per rank in a forward pass, or more where they are shorter than the longest.
     """
     streams, processor = teacher.streams, teacher.processor
-    counts = dict(zip(streams, comm.all_max(count_streams(roles, streams)), strict=True))
-    _fill(fillers, counts, processor)
-    plan = plan_step(roles, chunk_size=batch_size, counts=counts, fillers=fillers)
+    plan = plan_step(
+        roles,
+        budget=ChunkBudget(batch_size),
+        streams=streams,
+        filler=processor.filler,
+        merged=streams,  # a teacher draws no random numbers
+    )
     return embed_plan(teacher, plan, pad=processor.pad)
 
 
 def vectors(rows: Mapping[str, Embeddings]) -> TeacherVectors:
     """A teacher's embeddings by role, as a loss takes them."""
     return TeacherVectors(rows["query"], rows["positive"], rows.get("negative"))
-
-
-def _fill(
-    fillers: dict[str, EncodedItem], counts: Mapping[str, int], processor: ItemProcessor
-) -> None:
-    for stream, count in counts.items():
-        if count and stream not in fillers:
-            fillers[stream] = processor.filler(stream)

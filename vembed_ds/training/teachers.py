@@ -168,7 +168,6 @@ def precompute_teacher(
     Raises:
         DataError: On every rank, when an item cannot be read, or the table is another teacher's.
     """
-    fillers: dict[str, Any] = {}
     size = inference_batch_size(config)
     return precompute(
         _by_content(data),
@@ -176,9 +175,7 @@ def precompute_teacher(
         identity=teacher.identity,
         processor=teacher.processor,
         instructions=teacher.instructions,
-        embed=lambda items: embed_roles(
-            teacher, {"items": items}, batch_size=size, fillers=fillers
-        )["items"],
+        embed=lambda items: embed_roles(teacher, {"items": items}, batch_size=size)["items"],
         batch_size=size,
         num_workers=config.data.num_workers,
         timeout_seconds=loader_timeout(config),

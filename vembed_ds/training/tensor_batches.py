@@ -76,12 +76,12 @@ class TensorItems(ItemProcessor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[str, EncodedItem] = {}
+        self.seen: dict[str, EncodedItem] = {}  # by stream
 
     def remember(self, batch: Batch) -> None:
         """Keep an item of every stream, to fill up with."""
         for item in (item for items in batch.roles.values() for item in items):
-            self._seen.setdefault(item.stream, item)
+            self.seen.setdefault(item.stream, item)
 
     def filler(self, stream: str) -> EncodedItem:
         """Any item of the stream.
@@ -89,12 +89,12 @@ class TensorItems(ItemProcessor):
         Raises:
             DataError: This rank has seen none.
         """
-        if stream not in self._seen:
+        if stream not in self.seen:
             raise DataError(
                 f"another rank's batch has {stream} items and this rank has seen none to fill up "
                 "with; give every rank the same kinds of items"
             )
-        return self._seen[stream]
+        return self.seen[stream]
 
     def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
         """Join items again; texts are filled on the right with zeros, which masks leave out."""

@@ -28,9 +28,11 @@ from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.checkpoint import save_checkpoint
 from vembed_ds.training.config import as_config
 from vembed_ds.training.data_utils import TensorBatch
+from vembed_ds.training.engine_setup import chunk_budget
 from vembed_ds.training.evaluator import Evaluator
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_distillation
+from vembed_ds.training.merging import merge_duplicates
 from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.teacher_loading import teacher_ds_config
 from vembed_ds.training.teacher_sources import NO_TEACHERS, SameInputs, Teachers
@@ -111,7 +113,7 @@ class Trainer(TrainingLoop):
             loader=_items_of(dataloader, self._itemized, num_steps=intervals.num_steps),
             processor=items,
             loss_functions=[criterion],
-            chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
+            budget=chunk_budget(training),
             intervals=intervals,
             tracker=comm.run_together(
                 lambda: _open_output(self.config),
@@ -126,6 +128,7 @@ class Trainer(TrainingLoop):
         )
         self._items, self._criterion = items, task
         self._result: StepResult | None = None
+        self._undecided = training.encode_duplicates_once
 
     def compute_gradient(self, batch: Batch) -> StepResult:
         """The step's gradient, by the method that a subclass may have replaced."""
@@ -157,6 +160,11 @@ class Trainer(TrainingLoop):
     def _run_step(self, tensors: TensorBatch) -> Tensor:
         batch = self._itemized(tensors)
         self._items.remember(batch)
+        if (
+            self._undecided
+        ):  # whether equal items may share a row; what they are like shows only now
+            merge_duplicates(self, self._items.seen)
+            self._undecided = False
         self._result = super().compute_gradient(batch)
         return self._result.loss
 
@@ -170,7 +178,7 @@ class Trainer(TrainingLoop):
                 criterion=self._criterion,
                 engine=self.engine,
                 retrieval_mode=self.retrieval_mode,
-                chunk_size=self.chunk_size,
+                chunk_size=self.budget.items,
             )
         return {"loss": self.evaluator.evaluate(batches, global_step=self.step)}
 
