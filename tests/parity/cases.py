@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
 from vembed_ds.steps.gradient_cache import compute_gradient
+from vembed_ds.steps.random_draws import drawing_streams
 from vembed_ds.steps.self_test import check_gradient
 from vembed_ds.training.loss_inputs import loss_inputs
 
@@ -48,12 +50,16 @@ def train(
     weight_decay: float | None = None,
     cosine: tuple[int, int] | None = None,
     rates: dict[str, float] | None = None,
+    merge: bool = False,
 ) -> dict[str, Any]:
     """Train as the project does; losses, norms, and whole parameters after the last step.
 
+    Also how many ``rows`` this rank's model has embedded in each step.
+
     ``weight_decay`` sorts the parameters into the project's groups; ``None``: one group.
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
-    ``rates`` are those of parts of the model.
+    ``rates`` are those of parts of the model. With ``merge``, equal items are embedded once where
+    the model draws no random numbers.
     """
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
@@ -65,14 +71,33 @@ def train(
     engine = make_engine(model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine)
     torch.manual_seed(comm.rank())
     model.train()
-    losses, norms = [], []
+    merged: set[str] = set()
+    if merge:
+        drawing = drawing_streams(engine, model.streams[:2], item=_filler, pad=_pad)
+        merged = set(model.streams) - set(drawing)
+    losses, norms, rows = [], [], [0] * steps
     for step in range(steps):
-        losses.append(train_step(engine, model, kind, step, chunk_size, bidirectional, temperature))
+        with _counting(model, rows, step):
+            losses.append(
+                train_step(
+                    engine, model, kind, step, chunk_size, bidirectional, temperature, merged
+                )
+            )
         norm = engine.step()
         norms.append(None if norm is None else float(norm))
     after = whole_parameters(engine)
     engine.engine.destroy()
-    return {"losses": losses, "norms": norms, "after": after}
+    return {"losses": losses, "norms": norms, "after": after, "rows": rows}
+
+
+@contextlib.contextmanager
+def _counting(model: EmbeddingModel, rows: list[int], step: int) -> Iterator[None]:
+    def count(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        rows[step] += sum(len(next(iter(inputs.values()))) for inputs in arguments[0].values())
+
+    hook = model.register_forward_pre_hook(count)
+    yield
+    hook.remove()
 
 
 def make_engine(
@@ -101,6 +126,7 @@ def train_step(
     chunk_size: int | None,
     bidirectional: bool,
     temperature: float,
+    merged: Collection[str] = (),
 ) -> float:
     """Gradient of one step, left in the engine; the loss of the global batch."""
     loss_type = "colbert" if kind in ("tokens", "patches") else "infonce"
@@ -111,16 +137,25 @@ def train_step(
         roles,
         budget=ChunkBudget(chunk_size),
         streams=model.streams,
-        filler=lambda stream: EncodedItem(*data.fillers()[stream]),
+        filler=_filler,
+        merged=merged,
     )
     result = compute_gradient(
         engine,
         plan,
         loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
-        pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
+        pad=_pad,
         trainable=model.trainable,
     )
     return float(comm.mean_over_ranks(result.loss))
+
+
+def _pad(stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
+    return data.pad(stream, [item.inputs for item in items])
+
+
+def _filler(stream: str) -> EncodedItem:
+    return EncodedItem(*data.fillers()[stream])
 
 
 def count_reductions(
@@ -163,13 +198,13 @@ def _rank_records(kind: str, step: int) -> list[dict[str, Any]]:
 
 def make_model(folder: Path, *, kind: str, temperature: float) -> EmbeddingModel:
     """The project's model on the weights that the reference has."""
-    if kind in ("clip", "fused clip"):
+    if kind in data.CLIPS:
         spec = ModelSpec({"": BackboneSource(name=str(folder / "clip"))})
         return build_model(spec, init_logit_scale=-math.log(temperature))
     if kind == "patches":
         source = BackboneSource(name=str(folder / "image"))
         return build_model(ModelSpec({"": source}, pooling={"": "none"}, topk_tokens=NUM_PATCHES))
-    if kind in ("shared", *data.TEXTS):
+    if kind in data.SHARED:
         pooling = "none" if kind == "tokens" else "mean"
         spec = ModelSpec({"": BackboneSource(name=str(folder / "text"))}, pooling={"": pooling})
         return build_model(spec)
@@ -269,10 +304,10 @@ def self_test(
             engine,
             roles,
             loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
-            pad=lambda stream, items: data.pad(stream, [item.inputs for item in items]),
+            pad=_pad,
             streams=model.streams,
             trainable=model.trainable,
-            filler=lambda stream: EncodedItem(*data.fillers()[stream]),
+            filler=_filler,
             tolerance=tolerance,
         )
     except GradientError as error:

@@ -11,8 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 GLOBAL_BATCH = 12
-TEXTS = ("negatives", "tokens")  # texts with ragged explicit negatives
+TEXTS = ("negatives", "tokens", "lengths")  # texts with ragged explicit negatives
 FUSED = ("fused clip", "fused towers")  # items of every kind in both roles
+REPEATED = {"repeated": "shared", "repeated clip": "clip"}  # the same items several times
+CLIPS = ("clip", "fused clip", "repeated clip")
+SHARED = ("shared", "repeated", *TEXTS)  # one text tower
 VOCAB, EOS = 50, 49
 Item = tuple[str, dict[str, np.ndarray]]
 
@@ -96,8 +99,12 @@ def make_batch(kind: str, step: int) -> list[dict[str, Item]]:
     """The global batch of a step: ``GLOBAL_BATCH`` records of encoded query and positive."""
     generator = np.random.default_rng(1000 + step)
     num_images = GLOBAL_BATCH
-    if kind == "shared" or (kind == "skip" and step == 1):
+    if kind in SHARED or (kind == "skip" and step == 1):
         num_images = 0
+    if kind in REPEATED:
+        return _repeated(make_batch(REPEATED[kind], step))
+    if kind == "lengths":
+        return [_record_of_its_rank(generator, index) for index in range(GLOBAL_BATCH)]
     if kind in TEXTS:
         return [_record_with_negatives(generator, index, step) for index in range(GLOBAL_BATCH)]
     if kind == "patches":
@@ -147,14 +154,41 @@ def _record_with_negatives(generator: np.random.Generator, index: int, step: int
     return {"query": texts[0], "positive": texts[1], "negatives": texts[2:]}
 
 
+def _record_of_its_rank(generator: np.random.Generator, index: int) -> Any:
+    """Of two ranks the first has many long texts, the other few short ones."""
+    rich = index < GLOBAL_BATCH // 2
+    lengths = generator.integers(*((8, 16) if rich else (2, 5)), size=2 + (3 if rich else 0))
+    query, positive, *negatives = (_text(generator, int(length)) for length in lengths)
+    return {"query": query, "positive": positive, "negatives": negatives}
+
+
+def _repeated(pool: list[dict[str, Item]]) -> list[dict[str, Item]]:
+    """Four queries and three positives make up the batch of a rank; equal, not the same objects.
+
+    Where both are texts, two records have one text on both sides, and one has another's query.
+    """
+    records = []
+    for index in range(GLOBAL_BATCH):
+        query = pool[index % 4]["query"]
+        positive = pool[4 + index % 3]["positive"]
+        if positive[0] == query[0] and index % 6 in (1, 2):
+            positive = pool[(index - index % 6 // 2) % 4]["query"]
+        records.append({"query": _copy(query), "positive": _copy(positive)})
+    return records
+
+
+def _copy(item: Item) -> Item:
+    return item[0], {name: array.copy() for name, array in item[1].items()}
+
+
 def _any(generator: np.random.Generator) -> Item:
     """A text, an image, or an item that is both."""
     text, image = _text(generator), _image(generator)
     return [text, image, ("joint", text[1] | image[1])][generator.integers(3)]
 
 
-def _text(generator: np.random.Generator) -> Item:
-    length = int(generator.integers(3, 10))
+def _text(generator: np.random.Generator, length: int | None = None) -> Item:
+    length = int(generator.integers(3, 10)) if length is None else length
     ids = generator.integers(2, EOS, size=length)
     ids[-1] = EOS
     return "text", {"input_ids": ids}

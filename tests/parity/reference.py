@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel
 
-from tests.parity.data import TEXTS, make_batch, pad
+from tests.parity.data import CLIPS, SHARED, TEXTS, make_batch, pad
 
 PROJECTION = 12
 NUM_PATCHES = 2
@@ -27,12 +27,12 @@ class PlainModel(nn.Module):
         self.parts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.logit_scale = None
-        if kind in ("clip", "fused clip"):
+        if kind in CLIPS:
             self.parts["clip"] = AutoModel.from_pretrained(folder / "clip")
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         elif kind == "patches":
             self.parts["image"] = AutoModel.from_pretrained(folder / "image")
-        elif kind in ("shared", *TEXTS):
+        elif kind in SHARED:
             self.parts["text"] = AutoModel.from_pretrained(folder / "text")
         else:
             heads = torch.load(folder / "heads.pt")
@@ -52,12 +52,12 @@ class PlainModel(nn.Module):
         if stream == "image":
             dtype = next(self.parameters()).dtype
             inputs = {"pixel_values": inputs["pixel_values"].to(dtype)}
-        if self.kind in ("clip", "fused clip"):
+        if self.kind in CLIPS:
             clip = self.parts["clip"]
             encode = clip.get_text_features if stream == "text" else clip.get_image_features
             return encode(**inputs).pooler_output
         hidden = self.parts[stream](**inputs).last_hidden_state
-        if self.kind in ("shared", *TEXTS):
+        if self.kind in SHARED:
             mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1)
         return self.heads[stream](hidden[:, 0])
@@ -158,7 +158,7 @@ def _with_negatives(model: PlainModel, records: list[dict[str, Any]], scale: flo
     queries = [record["query"] for record in records]
     documents = [record["positive"] for record in records]
     documents += [negative for record in records for negative in record["negatives"]]
-    if model.kind == "negatives":
+    if model.kind != "tokens":
         rows, columns = (
             functional.normalize(model("text", pad("text", [i for _, i in items])), dim=-1)
             for items in (queries, documents)
