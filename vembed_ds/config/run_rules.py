@@ -79,12 +79,12 @@ def _node_local(config: Config) -> Iterator[str]:
     """What is stored once in ``output_dir`` and read by all ranks."""
     if not config.run.node_local_output:
         return
-    model, guides = config.model, [config.loss.guide_model_name]
+    guides = [config.loss.guide_model_name]
     guides += [entry.loss.get("guide_model_name") for entry in config.data.datasets]
     modes = {entry.mode for entry in teacher_entries(config.distillation) if entry.model_name}
     stored = {
         "guide_model_name": next((guide for guide in guides if guide is not None), None),
-        "cache_frozen_encoder": model.freeze_text_encoder and model.cache_frozen_encoder,
+        "cache_frozen_encoder": _stores_features(config),
         "teacher_mode": next(iter(modes & {"cached", "first_epoch"}), None),
     }
     for key, value in stored.items():
@@ -93,6 +93,24 @@ def _node_local(config: Config) -> Iterator[str]:
                 f"node_local_output=True: {key}={value!r} stores vectors that all ranks read; "
                 f"give a shared output_dir, or change {key}"
             )
+
+
+def _stores_features(config: Config) -> bool:
+    """Whether features of a frozen tower may be stored in ``output_dir``."""
+    model, data = config.model, config.data
+    images = model.freeze_image_encoder and not (data.streaming or data.image_augmentation)
+    stored = model.cache_frozen_encoder and model.frozen_features_dir is None
+    return stored and (model.freeze_text_encoder or images)
+
+
+def _features_dir(config: Config) -> Iterator[str]:
+    model = config.model
+    frozen = model.freeze_text_encoder or model.freeze_image_encoder
+    if model.frozen_features_dir is not None and not (frozen and model.cache_frozen_encoder):
+        yield (
+            f"frozen_features_dir={model.frozen_features_dir!r}: nothing would be kept there; set "
+            "freeze_text_encoder or freeze_image_encoder, and cache_frozen_encoder, or remove it"
+        )
 
 
 def _output(config: Config) -> Iterator[str]:
@@ -118,9 +136,17 @@ RUN_RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...]
     (
         (
             *("node_local_output", "guide_model_name", "datasets", *DISTILLATION_KEYS),
-            *("freeze_text_encoder", "cache_frozen_encoder"),
+            *("freeze_text_encoder", "cache_frozen_encoder", "frozen_features_dir"),
+            *("freeze_image_encoder", "streaming", "image_augmentation"),
         ),
         _node_local,
+    ),
+    (
+        (
+            *("frozen_features_dir", "cache_frozen_encoder"),
+            *("freeze_text_encoder", "freeze_image_encoder"),
+        ),
+        _features_dir,
     ),
     (("output_dir",), _output),
 )

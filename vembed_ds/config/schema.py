@@ -74,7 +74,12 @@ class ModelConfig(Section):
     freeze_text_encoder: bool = Field(default=False, description="Train no text tower weights.")
     freeze_image_encoder: bool = Field(default=False, description="Train no image tower weights.")
     cache_frozen_encoder: bool = Field(
-        default=True, description="Compute a frozen tower's text features once and reuse them."
+        default=True,
+        description="Run a frozen tower once for every text or image, and keep its features on the disk for this and later runs (images: without image_augmentation).",
+    )
+    frozen_features_dir: Text | None = Field(
+        default=None,
+        description="Folder of these features, which all ranks see and runs may share; null: output_dir/frozen_features.",
     )
     use_lora: bool = Field(
         default=False, description="Train low-rank adapters instead of the backbones' weights."

@@ -101,9 +101,11 @@ class PairEncoder:
         record = self._drawn(record, number=number, epoch=epoch)
         items = {role: record.items[role] for role in self.roles}
         teachers = {name: t for name, t in self.teachers.items() if t.reads_in(epoch)}
-        # Once for all who look at them. Their keys are those of the items as they stand in the data.
+        # Once for all who look at them. Their keys are those of the items as they stand in the data,
+        # and so are those of an image's stored features.
         looked_at = _opened(items, origin=origin) if teachers else items
-        roles = self._encode_roles(looked_at, number=number, epoch=epoch, origin=origin)
+        own = items if "image" in self.processor.stored else looked_at
+        roles = self._encode_roles(own, number=number, epoch=epoch, origin=origin)
         augmented = epoch is not None and self.processor.augmentation is not None
         scores = record.negative_scores
         return Sample(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vembed_ds.data.augment import ImageAugmentation
+from vembed_ds.data.cells import ImageSource
 from vembed_ds.data.image_paths import file_problem
 from vembed_ds.data.image_urls import ImageUrl, fetch_image
 from vembed_ds.data.images import open_image
@@ -33,8 +34,9 @@ class EncodedItem(NamedTuple):
     Args:
         stream: ``text``, ``image``, or ``joint`` for an item that has both.
         inputs: ``input_ids``, ``attention_mask``, ``token_type_ids`` (what the tokenizer
-            gives): ``[L]`` int64; ``pixel_values``: ``[C, H, W]`` float32; ``features``:
-            ``[H]`` float32, the stored output of a frozen text tower, which replaces its inputs.
+            gives): ``[L]`` int64; ``pixel_values``: ``[C, H, W]`` float32; ``features``,
+            ``image_features``: ``[H]`` float32, the stored output of a frozen tower, which replaces
+            its inputs.
     """
 
     stream: str
@@ -52,7 +54,8 @@ class ItemProcessor:
         pad_to_max_length: Pad every text to ``max_length`` already when it is encoded
             (SigLIP was trained that way).
         augmentation: Applied to images that are encoded with a seed.
-        text_features: Stored features of a frozen text tower, by :func:`text_key`.
+        stored: Features of frozen towers, by kind of item: of texts by :func:`text_key`, of images
+            by :func:`image_key`. They replace what the tower would be given.
     """
 
     tokenizer: Any = None
@@ -60,7 +63,7 @@ class ItemProcessor:
     max_length: int | None = None
     pad_to_max_length: bool = False
     augmentation: ImageAugmentation | None = None
-    text_features: VectorTable | None = None
+    stored: dict[str, VectorTable] = field(default_factory=dict)
 
     def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
         """Encodes one item.
@@ -102,7 +105,7 @@ class ItemProcessor:
         columns = {name: [item.inputs[name] for item in items] for name in items[0].inputs}
         return {
             name: _stacked(name, rows)
-            if name in IMAGE_INPUTS or name == FEATURES
+            if name in IMAGE_INPUTS or name in FEATURES.values()
             else self._padded(name, rows)
             for name, rows in columns.items()
         }
@@ -110,14 +113,15 @@ class ItemProcessor:
     def filler(self, stream: str) -> EncodedItem:
         """A valid item that means nothing, for ranks that have nothing to encode."""
         inputs: dict[str, Array] = {}
-        if stream != "image":
-            if self.text_features is None:
+        for part in ("text", "image") if stream == JOINT else (stream,):
+            if part in self.stored:
+                width = self.stored[part].width
+                inputs[FEATURES[part]] = np.zeros(width, dtype=np.float32)
+            elif part == "text":
                 inputs |= self._encode_text(FILLER_TEXT, origin="filler")
             else:
-                inputs[FEATURES] = np.zeros(self.text_features.width, dtype=np.float32)
-        if stream != "text":
-            blank = Image.new("RGB", (FILLER_EDGE, FILLER_EDGE), "white")
-            inputs |= self._encode_image(Item(image=blank), origin="filler", seed=None)
+                blank = Image.new("RGB", (FILLER_EDGE, FILLER_EDGE), "white")
+                inputs |= self._encode_image(Item(image=blank), origin="filler", seed=None)
         return EncodedItem(stream, inputs)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -127,8 +131,8 @@ class ItemProcessor:
                 part.save_pretrained(str(folder))
 
     def _encode_text(self, text: str, *, origin: str) -> dict[str, Array]:
-        if self.text_features is not None:
-            return {FEATURES: self._stored_features(self.text_features, text, origin=origin)}
+        if "text" in self.stored:
+            return self._looked_up("text", text_key(text), origin=f"{origin}: {text[:80]!r}")
         if self.tokenizer is None:
             raise ConfigError(f"{origin}: text, but the model has no tokenizer; use an image mode")
         tokens = self.tokenizer(
@@ -144,12 +148,11 @@ class ItemProcessor:
             )
         return {name: np.asarray(values, dtype=np.int64) for name, values in tokens.items()}
 
-    def _stored_features(self, table: VectorTable, text: str, *, origin: str) -> Array:
+    def _looked_up(self, part: str, key: int, *, origin: str) -> dict[str, Array]:
         try:
-            features: Array = table.lookup(np.array([text_key(text)]))[0]
+            return {FEATURES[part]: self.stored[part].lookup(np.array([key]))[0]}
         except DataError as error:
-            raise DataError(f"{origin}: {text[:80]!r}: {error}") from error
-        return features
+            raise DataError(f"{origin}: {error}") from error
 
     def _encode_image(self, item: Item, *, origin: str, seed: int | None) -> dict[str, Array]:
         if self.image_processor is None:
@@ -157,6 +160,8 @@ class ItemProcessor:
                 f"{origin}: image, but the model has no image processor; use a text mode"
             )
         assert item.image is not None
+        if "image" in self.stored:
+            return self._looked_up("image", image_key(item.image), origin=origin)
         image = open_image(item.image, origin=origin)
         if self.augmentation is not None and seed is not None:
             image = self._augmented(image, origin=origin, seed=seed)
@@ -222,6 +227,15 @@ def stream_of(item: Item, *, origin: str) -> str:
 def text_key(text: str) -> int:
     """A text as the key of a :class:`VectorTable`, the same in every process."""
     return content_number(text.encode("utf-8", "surrogatepass"))
+
+
+def image_key(source: ImageSource) -> int:
+    """An image as the key of a :class:`VectorTable`: its bytes, wherever they lie.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    return content_number(content_key(Item(image=source), read_files=True).encode())
 
 
 def content_key(item: Item, *, read_files: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -53,11 +53,6 @@ class TowerEncoder(nn.Module):
         self.own_pooler = own_pooler
 
     @property
-    def backbone_frozen(self) -> bool:
-        """Whether the backbone's features of an item never change during training."""
-        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
-
-    @property
     def gives_tokens(self) -> bool:
         """Whether an item gets one embedding per token."""
         return self.pooling == "none"
@@ -71,8 +66,8 @@ class TowerEncoder(nn.Module):
         """Embed a chunk.
 
         Args:
-            inputs: The backbone's arguments, each ``[n, ...]``, or ``{"features": [n, H]}``
-                when a frozen backbone's features were computed before.
+            inputs: The backbone's arguments, each ``[n, ...]``, or ``[n, H]`` of
+                :data:`FEATURES` when a frozen backbone's features were computed before.
 
         Returns:
             ``[n, D]``, or ``[n, L, D]`` and their mask ``[n, L]`` bool; in the tower's dtype, not
@@ -80,8 +75,9 @@ class TowerEncoder(nn.Module):
         """
         if self.gives_tokens:
             return self._tokens(inputs)
-        if FEATURES in inputs:
-            return (self._projected(in_dtype_of(self, inputs)[FEATURES]),)
+        stored = stored_features(in_dtype_of(self, inputs))
+        if stored is not None:
+            return (self._projected(stored),)
         if not self.layers:
             return (self._projected(self.features(inputs)),)
         outputs = self.backbone(**in_dtype_of(self, inputs), output_hidden_states=True)
@@ -105,6 +101,11 @@ class TowerEncoder(nn.Module):
 def mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Which tokens, or patches, are no padding: ``[n, L]``; ``None``: all."""
     return inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
+
+
+def stored_features(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """``[n, H]`` that stand in the place of a backbone's inputs; ``None``: it has to run."""
+    return next((inputs[name] for name in FEATURES.values() if name in inputs), None)
 
 
 class _States:
@@ -154,6 +155,16 @@ class TowersEncoder(nn.Module):
         if stream == JOINT:
             return any(self.trainable(part) for part in self.parts)
         return any(parameter.requires_grad for parameter in self.towers[stream].parameters())
+
+    def has_fixed_features(self, part: str) -> bool:
+        """Whether :meth:`features` of one item are the same throughout training."""
+        tower = self.tower(part)
+        one_vector = not tower.gives_tokens and not tower.layers
+        return one_vector and is_fixed(self.backbone_modules(part))
+
+    def features(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What a backbone gives of padded inputs of texts or images, before a projection: ``[n, H]``."""
+        return self.tower(part).features(inputs)
 
     def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk of one stream."""
@@ -205,6 +216,18 @@ class TwoTowerEncoder(nn.Module):
         modules = [*self.backbone_modules(stream), *([self.projection] if self.projection else [])]
         return any(p.requires_grad for module in modules for p in module.parameters())
 
+    def has_fixed_features(self, part: str) -> bool:
+        """Whether :meth:`features` of one item are the same throughout training."""
+        return is_fixed(self.backbone_modules(part))
+
+    def features(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the backbone gives of padded inputs of texts or images, before our projection: ``[n, H]``."""
+        backbone: Any = self.backbone
+        encode = backbone.get_text_features if part == "text" else backbone.get_image_features
+        outputs = encode(**in_dtype_of(self, inputs))
+        embeddings: Tensor = getattr(outputs, "pooler_output", outputs)
+        return embeddings
+
     def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk of one stream: ``[n, D]``, not normalised."""
         if stream == JOINT:
@@ -213,16 +236,22 @@ class TwoTowerEncoder(nn.Module):
         return self._embed(stream, inputs)
 
     def _embed(self, part: str, inputs: Mapping[str, Tensor]) -> Rows:
-        backbone: Any = self.backbone
-        encode = backbone.get_text_features if part == "text" else backbone.get_image_features
-        outputs = encode(**in_dtype_of(self, inputs))
-        embeddings: Tensor = getattr(outputs, "pooler_output", outputs)
-        return (self.projection(embeddings) if self.projection is not None else embeddings,)
+        stored = stored_features(in_dtype_of(self, inputs))
+        rows = self.features(part, inputs) if stored is None else stored
+        return (self.projection(rows) if self.projection is not None else rows,)
+
+
+def is_fixed(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules compute the same of the same inputs throughout training."""
+    every = list(modules)
+    trained = any(parameter.requires_grad for module in every for parameter in module.parameters())
+    return not trained and not any(part.training for module in every for part in module.modules())
 
 
 def split_joint(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The inputs of the text and of the image tower."""
-    image = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+    of_images = IMAGE_INPUTS | {FEATURES["image"]}
+    image = {name: value for name, value in inputs.items() if name in of_images}
     return {name: value for name, value in inputs.items() if name not in image}, image
 
 

@@ -73,6 +73,10 @@ class VisionLanguageEncoder(TowersEncoder):
         parameters = self.tower(stream).parameters()
         return any(p.requires_grad for p in parameters if p not in unused)
 
+    def has_fixed_features(self, part: str) -> bool:
+        """Not even where a part of the model is frozen: an item of that kind passes the rest, too."""
+        return False
+
     def forward(self, stream: str, inputs: Mapping[str, Tensor]) -> Rows:
         """Embed a chunk of one stream.
 

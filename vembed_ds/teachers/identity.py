@@ -21,6 +21,8 @@ from vembed_ds.models.encoder import TowerEncoder, TwoTowerEncoder
 _LONG = "all work and no play makes Jack a dull boy "
 _TEXTS = ("a", "Grey cats, 42 of them.\n\tÄÖÜ ß 猫 🐈", _LONG * 2000)
 _SIZES = ((64, 48), (31, 200))
+# Of how features are computed and keyed; to be raised with every change of either.
+FEATURES_VERSION = 1
 # What a config.json says of itself and not of the model.
 _NAMES = (
     "_name_or_path",
@@ -73,6 +75,35 @@ def model_digest(model: EmbeddingModel) -> str:
     return sha256(json.dumps([configs, towers, heads], sort_keys=True).encode()).hexdigest()
 
 
+def tower_identity(model: EmbeddingModel, part: str, processor: ItemProcessor) -> dict[str, Any]:
+    """What the features of a frozen tower depend on beside the items: plain values.
+
+    Args:
+        model: Whole, in float32; in that precision the features are computed.
+        part: ``text`` or ``image``.
+        processor: Encodes the items, with no stored features of that part yet.
+    """
+    encoder = model.encoder
+    tower = encoder if isinstance(encoder, TwoTowerEncoder) else encoder.tower(part)
+    backbone: Any = tower.backbone
+    weights = {
+        f"{number}.{name}": tensor
+        for number, module in enumerate(encoder.backbone_modules(part))
+        for name, tensor in module.state_dict().items()
+    }
+    return {
+        "of": f"frozen {part} tower",
+        "version": FEATURES_VERSION,
+        "weights": weights_digest(weights.items()),
+        "model": sha256(
+            json.dumps(_settings(backbone.config), sort_keys=True).encode()
+        ).hexdigest(),
+        "pooling": model.pooling()[part],
+        "precision": "float32",
+        "processor": processor_digest(processor, [part]),
+    }
+
+
 def _settings(config: Any) -> Any:
     def without_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: value for key, value in pairs if key not in _NAMES}
@@ -89,11 +120,12 @@ def processor_digest(processor: ItemProcessor, parts: Iterable[str]) -> str:
         processor: Of the frozen model.
         parts: Of ``text`` and ``image``, what the model embeds.
     """
+    parts = set(parts)
     probes = [Item(text=text) for text in _TEXTS] if "text" in parts else []
     if "image" in parts:
         probes += [Item(image=_picture(width, height)) for width, height in _SIZES]
     total = sha256()
-    if processor.tokenizer is not None:
+    if processor.tokenizer is not None and "text" in parts:
         total.update(repr(sorted(processor.tokenizer.get_vocab().items())).encode())
     for probe in probes:
         encoded = processor.encode(probe, origin="probe", augment_seed=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from vembed_ds.data.dataset import NEGATIVE, PairDataset, Sample
 from vembed_ds.data.processors import ItemProcessor, content_key
-from vembed_ds.data.records import content_number
+from vembed_ds.data.records import Item, content_number
 from vembed_ds.data.sampler import SampleKey, own_share
 from vembed_ds.data.teacher_items import Instructions
 from vembed_ds.data.vector_table import KeyArray
@@ -79,8 +79,31 @@ def distinct_items(members: Sequence[PairDataset], instructions: Instructions) -
     Raises:
         DataError: On every rank, when a record or an image file cannot be read.
     """
+
+    def keys_of(role: str, items: Sequence[Item]) -> KeyArray:
+        numbers = [content_number(content_key(i, read_files=True).encode()) for i in items]
+        return instructions.keys(role, numbers)
+
+    return distinct_contents(members, lambda item: True, keys_of)
+
+
+def distinct_contents(
+    members: Sequence[PairDataset],
+    wanted: Callable[[Item], bool],
+    keys_of: Callable[[str, Sequence[Item]], KeyArray],
+) -> DistinctItems:
+    """As :func:`distinct_items`, of some items, and with keys of one's own. Collective.
+
+    Args:
+        members: The data sets.
+        wanted: Which items count.
+        keys_of: From a role and n of its items to their keys, ``[n]``.
+
+    Raises:
+        DataError: As of :func:`distinct_items`, or raised by ``keys_of``.
+    """
     found = comm.run_together(
-        lambda: _merged([_read(members, instructions)]), doing="reading the records"
+        lambda: _merged([_read(members, wanted, keys_of)]), doing="reading the records"
     )
     return _merged(comm.all_gather_objects(found))
 
@@ -110,15 +133,18 @@ class ItemDataset(Dataset[Sample | VembedError]):
         """Number of items."""
         return len(self._addresses)
 
+    def as_read(self, item: Item, *, role: str) -> Item:
+        """What the model reads of an item."""
+        return replace(item, instruction=self._instructions.of(role))
+
     def __getitem__(self, key: SampleKey | int) -> Sample | VembedError:
         """One item; an error is returned, as in :class:`PairDataset`."""
         index = key.index if isinstance(key, SampleKey) else key
         member, number, role, place = (int(value) for value in self._addresses[index])
         dataset, name = self._members[member], ROLES[role]
         try:
-            item = dataset.record(number).items[name][place]
             encoded = self._processor.encode(
-                replace(item, instruction=self._instructions.of(name)),
+                self.as_read(dataset.record(number).items[name][place], role=name),
                 origin=f"{dataset.reader.origin}, record {number}, {name}",
                 augment_seed=None,
             )
@@ -127,16 +153,20 @@ class ItemDataset(Dataset[Sample | VembedError]):
         return Sample(index, roles={ITEMS: [encoded]}, keys={ITEMS: []})
 
 
-def _read(members: Sequence[PairDataset], instructions: Instructions) -> DistinctItems:
+def _read(
+    members: Sequence[PairDataset],
+    wanted: Callable[[Item], bool],
+    keys_of: Callable[[str, Sequence[Item]], KeyArray],
+) -> DistinctItems:
     """The items of this rank's share of the records; contents may repeat."""
     keys: list[KeyArray] = []
     addresses: list[tuple[int, int, int, int]] = []
     for member, dataset in enumerate(members):
         for number in own_share(len(dataset), rank=comm.rank(), world_size=comm.world_size()):
             for role, items in enumerate(dataset.record(number).items.values()):
-                numbers = [content_number(content_key(i, read_files=True).encode()) for i in items]
-                keys.append(instructions.keys(ROLES[role], numbers))
-                addresses += [(member, number, role, place) for place in range(len(items))]
+                places = [place for place, item in enumerate(items) if wanted(item)]
+                keys.append(keys_of(ROLES[role], [items[place] for place in places]))
+                addresses += [(member, number, role, place) for place in places]
     return DistinctItems(
         np.concatenate(keys) if keys else np.empty(0, np.int64),
         np.array(addresses, dtype=np.int64).reshape(-1, 4),

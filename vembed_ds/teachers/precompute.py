@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +16,18 @@ from vembed_ds.data.loader import BatchLoader, enough_workers
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.data.teacher_items import Instructions
-from vembed_ds.data.vector_table import SegmentWriter, VectorTable
+from vembed_ds.data.vector_table import KeyArray, SegmentWriter, VectorTable
+from vembed_ds.data.workers import Samples
 from vembed_ds.distributed import comm
 from vembed_ds.similarity import Embeddings
 from vembed_ds.teachers.cache import ensure_cache, open_table
-from vembed_ds.teachers.items import ITEMS, DistinctItems, ItemDataset, distinct_items
+from vembed_ds.teachers.items import ITEMS, ItemDataset, distinct_items
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
 GROUP = 16  # batches that are loaded together and sorted by length, for little padding
+# After so long a rank makes a segment of what it has: a run that is killed loses no more.
+SEGMENT_SECONDS = 300.0
 
 
 class Precomputed(NamedTuple):
@@ -49,6 +53,7 @@ def precompute(
 
     Collective. Every rank embeds a share and makes equally many ``embed`` calls, none when nothing
     is missing; so these may be collective too, and may load the model when they are first called.
+    What a run has embedded before it is killed, the next one does not embed again.
 
     Args:
         members: The data sets.
@@ -71,57 +76,88 @@ def precompute(
     missing = distinct.where(~table.has(distinct.keys))
     if not len(missing):
         return Precomputed(table, 0)
-    loader = _loader(
-        members,
-        missing,
-        processor=processor,
-        instructions=instructions,
+    table = fill_table(
+        folder,
+        missing.keys,
+        ItemDataset(members, missing.addresses, processor=processor, instructions=instructions),
+        embed=embed,
         batch_size=batch_size,
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
     )
-    writer = SegmentWriter(folder)
-    with torch.no_grad():
-        _fill(writer, missing, loader, embed=embed, batch_size=batch_size)
-    comm.run_together(writer.finish, doing=f"writing {folder}")
-    return Precomputed(open_table(folder), len(missing))
+    return Precomputed(table, len(missing))
 
 
-def _loader(
-    members: Sequence[PairDataset],
-    distinct: DistinctItems,
+def fill_table(
+    folder: Path,
+    keys: KeyArray,
+    items: Samples,
     *,
-    processor: ItemProcessor,
-    instructions: Instructions,
+    embed: Embed,
     batch_size: int,
     num_workers: int,
     timeout_seconds: float,
-) -> BatchLoader:
-    """This rank's items, in groups of batches; equally many on every rank."""
-    share = shard_indices(len(distinct), rank=comm.rank(), world_size=comm.world_size())
+) -> VectorTable:
+    """Embed items and add them to a table; as :func:`precompute`, of which arguments are not said here.
+
+    Args:
+        folder: Of the table.
+        keys: ``[N]`` of the items, distinct, none of them in the table; N > 0.
+        items: The N items, each in a sample of the one role ``ITEMS``.
+        embed: As there.
+        batch_size: As there.
+        num_workers: As there.
+        timeout_seconds: As there.
+
+    Returns:
+        The table, with them.
+    """
+    share = shard_indices(len(keys), rank=comm.rank(), world_size=comm.world_size())
     group = batch_size * GROUP
-    return BatchLoader(
-        ItemDataset(members, distinct.addresses, processor=processor, instructions=instructions),
+    loader = BatchLoader(
+        items,
         [share[start : start + group] for start in range(0, len(share), group)],
         num_workers=enough_workers(len(share), most=num_workers),
         prefetch_factor=1,
         timeout_seconds=timeout_seconds,
     )
+    segments = _Segments(folder)
+    with torch.no_grad():
+        _fill(segments, keys, loader, embed=embed, batch_size=batch_size)
+    comm.run_together(segments.finish, doing=f"writing {folder}")
+    return open_table(folder)
+
+
+class _Segments:
+    """Writes one segment behind the other. Local; so the ranks need not agree on when."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._begin()
+
+    def append(self, keys: KeyArray, items: Embeddings) -> None:
+        """Keep some items, see :meth:`SegmentWriter.append`."""
+        self._writer.append(keys, items)
+        if time.monotonic() - self._begun > SEGMENT_SECONDS:
+            self.finish()
+            self._begin()
+
+    def finish(self) -> None:
+        """Make a segment of what is not in one yet."""
+        self._writer.finish()
+
+    def _begin(self) -> None:
+        self._writer, self._begun = SegmentWriter(self.folder), time.monotonic()
 
 
 def _fill(
-    writer: SegmentWriter,
-    distinct: DistinctItems,
-    loader: BatchLoader,
-    *,
-    embed: Embed,
-    batch_size: int,
+    segments: _Segments, keys: KeyArray, loader: BatchLoader, *, embed: Embed, batch_size: int
 ) -> None:
-    share = -(-len(distinct) // comm.world_size())
+    share = -(-len(keys) // comm.world_size())
     start = comm.rank() * share
     progress: tqdm[Any] = tqdm(
         total=share,
-        desc=f"embedding {writer.folder.name}",
+        desc=f"embedding {segments.folder.name}",
         disable=None if comm.is_main() else True,
     )
     for batch in loader:
@@ -130,11 +166,11 @@ def _fill(
         for places in _by_size(items, batch_size=batch_size):
             rows = embed([items[place] for place in places])
             # The last ranks' shares are filled up with the first items: those are not theirs.
-            own = [turn for turn, place in enumerate(places) if start + place < len(distinct)]
-            keys = distinct.keys[[start + places[turn] for turn in own]]
+            own = [turn for turn, place in enumerate(places) if start + place < len(keys)]
+            found = keys[[start + places[turn] for turn in own]]
             comm.run_together(
-                functools.partial(writer.append, keys, rows.rows(own)),
-                doing=f"writing {writer.folder}",
+                functools.partial(segments.append, found, rows.rows(own)),
+                doing=f"writing {segments.folder}",
             )
             progress.update(len(places))
         start += len(items)

@@ -28,8 +28,8 @@ from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
 from vembed_ds.models.reach import mark_unreached
-from vembed_ds.training.data_setup import RunData
-from vembed_ds.training.frozen_features import cache_text_features, has_frozen_text_tower
+from vembed_ds.training.data_setup import RunData, loader_timeout
+from vembed_ds.training.frozen_features import features_folder, store_features, stored_parts
 from vembed_ds.training.loop import Intervals
 from vembed_ds.training.model_setup import own_rates, setup_model
 
@@ -106,7 +106,7 @@ def prepare_model(
 ) -> int:
     """Keep what is frozen, and make the model of :func:`read_model` ready for its engine. Collective.
 
-    Features of a frozen text tower are computed on the way.
+    Features of frozen towers are computed on the way.
 
     Returns:
         The width of its embeddings (of one layer's).
@@ -115,14 +115,17 @@ def prepare_model(
         ConfigError: It has fewer dimensions than one of ``mrl_dims``.
     """
     used = data.train.parts
-    if config.model.cache_frozen_encoder and "text" in used and has_frozen_text_tower(model):
-        cache_text_features(
+    for kind in stored_parts(model, config, data.processor, used=used):
+        store_features(
             model,
             [*data.tables, *(found.dataset for found in data.val.values())],
+            kind,
             processor=data.processor,
-            folder=folder / "frozen_text_features",
+            root=features_folder(config),
             device=torch.device(get_accelerator().current_device_name()),
             batch_size=inference_batch_size(config),
+            num_workers=config.data.num_workers,
+            timeout_seconds=loader_timeout(config),
         )
     inputs: dict[str, Mapping[str, Tensor]] = {
         part: data.processor.pad(part, [data.processor.filler(part)])

@@ -1,144 +1,161 @@
-"""A frozen text tower is run once per distinct text, before training."""
+"""A frozen tower is run once per distinct text or image; what it gave is kept on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from datasets import Dataset as Table
-from datasets import Value
-from torch import Tensor
-from tqdm import tqdm
 
+from vembed_ds.config.schema import Config
 from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.processors import ItemProcessor, text_key
-from vembed_ds.data.records import Item
-from vembed_ds.data.vector_table import SegmentWriter, ensure_table, remove_table
+from vembed_ds.data.processors import EncodedItem, ItemProcessor
+from vembed_ds.data.vector_table import read_identity
 from vembed_ds.distributed import comm
-from vembed_ds.errors import DataError
 from vembed_ds.models.embedding_model import EmbeddingModel
-from vembed_ds.models.encoder import TowerEncoder, TowersEncoder
-from vembed_ds.models.vision_language import VisionLanguageEncoder
 from vembed_ds.similarity import Embeddings
-from vembed_ds.teachers.cache import open_table
+from vembed_ds.teachers.cache import ensure_cache
+from vembed_ds.teachers.identity import identity_digest, tower_identity
+from vembed_ds.teachers.precompute import Embed, fill_table
+from vembed_ds.training.tower_items import missing_images, missing_texts
 
-STREAM = "text"
+logger = logging.getLogger(__name__)
 
+FOLDER = "frozen_features"  # in a run's folder, unless the configuration names another
 
-def has_frozen_text_tower(model: EmbeddingModel) -> bool:
-    """Whether the text backbone's features of a text never change."""
-    encoder = model.encoder
-    return (
-        isinstance(encoder, TowersEncoder)
-        and not isinstance(encoder, VisionLanguageEncoder)
-        and STREAM in encoder.parts
-        and encoder.tower(STREAM).backbone_frozen
-        and not encoder.tower(STREAM).gives_tokens
-        and not encoder.tower(STREAM).layers
-    )
+Part = Literal["text", "image"]
 
 
-def cache_text_features(
-    model: EmbeddingModel,
-    datasets: Iterable[PairDataset],
-    *,
-    processor: ItemProcessor,
-    folder: Path,
-    device: torch.device,
-    batch_size: int,
-) -> None:
-    """Compute the features of every distinct text, share them, and let ``processor`` use them.
-
-    Each rank computes its share. Collective, before the engine is built.
+def stored_parts(
+    model: EmbeddingModel, config: Config, processor: ItemProcessor, *, used: Collection[str]
+) -> list[Part]:
+    """Kinds of items whose features are computed once: their tower is frozen, its input always the same.
 
     Args:
-        model: Its text backbone is frozen.
-        datasets: Training and validation data.
-        processor: From then on gives ``{"features": [H]}`` for texts.
-        folder: Where the table is kept, memory-mapped; must be visible to every rank.
-        device: Where to compute.
-        batch_size: Texts per forward pass.
-
-    Raises:
-        DataError: On every rank, when two texts cannot be told apart by their hashes.
+        model: Whole.
+        config: The run's.
+        processor: The run's.
+        used: Kinds of items that the data has.
     """
-    assert isinstance(model.encoder, TowersEncoder)
-    tower = model.encoder.tower(STREAM)
-    texts = _distinct_texts(datasets)
-    keys = np.array([text_key(text) for text in texts], dtype=np.int64)
-    _check_distinct(keys)
-    share = -(-len(texts) // comm.world_size())
-    start = comm.rank() * share
-    tower.to(device).eval()
-
-    def begin() -> None:
-        remove_table(folder)
-        ensure_table(folder, identity={"of": "frozen text tower"})
-
-    def fill() -> None:
-        mine = texts[start : start + share]
-        if mine:
-            rows = _embed(tower, mine, processor, device=device, batch_size=batch_size)
-            writer = SegmentWriter(folder)
-            writer.append(keys[start : start + share], Embeddings(rows))
-            writer.finish()
-
-    comm.run_on_main(begin, doing=f"writing {folder}")
-    comm.run_together(fill, doing=f"writing {folder}")
-    table = open_table(folder)
-    tower.cpu()  # back beside the other towers; the engine moves the model as a whole
-    processor.text_features = table
+    if not config.model.cache_frozen_encoder:
+        return []
+    parts: list[Part] = ["text", "image"]
+    parts = [p for p in parts if p in used and p in model.parts]
+    parts = [part for part in parts if model.encoder.has_fixed_features(part)]
+    if "image" in parts and (reason := _changing_images(config, processor)):
+        logger.info("the frozen image tower is run in every step: %s", reason)
+        parts.remove("image")
+    return parts
 
 
-def _distinct_texts(datasets: Iterable[PairDataset]) -> list[str]:
-    """Every text as it is encoded, behind its instruction; in the order of their keys."""
-    found: set[str] = set()
-    for dataset in datasets:
-        for role, column in dataset.reader.columns_of("text"):
-            instruction = dataset.reader.instruction(role)
-            found.update(instruction + text for text in _texts(dataset.table, column))
-    return sorted(found, key=text_key)
+def _changing_images(config: Config, processor: ItemProcessor) -> str | None:
+    """Why images have no features beforehand; with texts, streaming is refused."""
+    if config.data.streaming:
+        return "streaming does not read the images before training"
+    if processor.augmentation is not None:
+        return "image_augmentation gives it another image every time"
+    return None
 
 
-def _check_distinct(keys: npt.NDArray[np.int64]) -> None:
-    if not (keys[1:] > keys[:-1]).all():
-        raise DataError(
-            "two different texts have the same hash, so one would get the other's features; set "
-            "cache_frozen_encoder: false"
-        )
+def features_folder(config: Config) -> Path:
+    """Where the tables of all towers are."""
+    return Path(config.model.frozen_features_dir or Path(config.run.output_dir) / FOLDER)
 
 
-def _texts(table: Table, column: str) -> set[str]:
-    """The texts of a column; of negatives, lists of them."""
-    if isinstance(table.features[column], Value):
-        values = table.unique(column)
-    else:
-        values = chain.from_iterable(cell or () for cell in table[column])
-    return {text for text in values if isinstance(text, str) and text.strip()}
-
-
-def _embed(
-    tower: TowerEncoder,
-    texts: list[str],
-    processor: ItemProcessor,
+def store_features(
+    model: EmbeddingModel,
+    members: Sequence[PairDataset],
+    part: Part,
     *,
+    processor: ItemProcessor,
+    root: Path,
     device: torch.device,
     batch_size: int,
-) -> Tensor:
-    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    starts = range(0, len(texts), batch_size)
-    rows: dict[int, Tensor] = {}
-    for start in tqdm(starts, desc="frozen text tower", disable=None if comm.is_main() else True):
-        chosen = by_length[start : start + batch_size]
-        items = [
-            processor.encode(Item(text=texts[index]), origin="text", augment_seed=None)
-            for index in chosen
-        ]
-        inputs = {key: value.to(device) for key, value in processor.pad(STREAM, items).items()}
-        with torch.no_grad():
-            rows.update(zip(chosen, tower.features(inputs).float().cpu(), strict=True))
-    return torch.stack([rows[index] for index in range(len(texts))])
+    num_workers: int,
+    timeout_seconds: float,
+) -> int:
+    """Compute the features that a tower's table lacks, and let ``processor`` use them.
+
+    Each tower has a table of its own below ``root``, named by what the features depend on; so
+    other weights, another pooling or another processor have another table. Runs may share it, also
+    at the same time. Collective, before the engine is built.
+
+    Args:
+        model: The tower of ``part`` is frozen; see :func:`stored_parts`.
+        members: Training and validation data.
+        part: Kind of items.
+        processor: From then on gives features for texts, or images.
+        root: From :func:`features_folder`; every rank must see it.
+        device: Where to compute.
+        batch_size: Items per rank in a forward pass.
+        num_workers: Loader processes per rank, at most.
+        timeout_seconds: Longest wait for a loader process.
+
+    Returns:
+        How many items the tower was run for.
+
+    Raises:
+        VembedError: On every rank: an item cannot be read or encoded, the tower gives something
+            that is not finite, the table is damaged, or it cannot be written.
+    """
+    identity = comm.run_on_main(
+        lambda: tower_identity(model, part, processor), doing=f"reading the {part} tower"
+    )
+    folder = root / f"{part}-{identity_digest(identity)}"
+    comm.run_on_main(lambda: _tell_of_others(folder, identity, part), doing=f"reading {root}")
+    table = ensure_cache(folder, identity=identity)
+    if part == "text":
+        # Tokenized in this process: loader processes would each get a copy of all texts.
+        keys, items = comm.run_together(
+            lambda: missing_texts(members, table, processor=processor), doing="reading the texts"
+        )
+        num_workers = 0
+    else:
+        keys, items = missing_images(members, table, processor=processor)
+    if len(keys):
+        modules = model.encoder.backbone_modules(part)
+        for module in modules:
+            module.to(device)
+        table = fill_table(
+            folder,
+            keys,
+            items,
+            embed=_features_of(model, part, processor, device),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            timeout_seconds=timeout_seconds,
+        )
+        for module in modules:
+            module.cpu()  # back beside the others; the engine moves the model as a whole
+    logger.info("frozen %s tower: run for %d items; %s has %d", part, len(keys), folder, len(table))
+    processor.stored[part] = table
+    return len(keys)
+
+
+def _features_of(
+    model: EmbeddingModel, part: Part, processor: ItemProcessor, device: torch.device
+) -> Embed:
+    def embed(items: Sequence[EncodedItem]) -> Embeddings:
+        inputs = processor.pad(part, items)
+        moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+        return Embeddings(model.encoder.features(part, moved).float().cpu())
+
+    return embed
+
+
+def _tell_of_others(folder: Path, identity: Mapping[str, Any], part: Part) -> None:
+    """Say why the features are computed anew although there are some. One process."""
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    others = sorted(folder.parent.glob(f"{part}-*"), key=lambda path: path.stat().st_mtime)
+    for other in others[-1:]:
+        found = read_identity(other)
+        differing = [name for name in identity if found.get(name) != identity[name]]
+        logger.info(
+            "frozen %s tower: its features are computed anew, because those in %s are of %s",
+            part,
+            other,
+            " and ".join(f"another {name}" for name in differing),
+        )

@@ -37,7 +37,8 @@ _PROBE_SECONDS = 20
 _WRITE_PROBE = ".written-by-rank-"
 _WRITE_PROBE_BYTES = 65536
 _OWN_SECONDS = 3
-# What stays: run.lock, which this run holds, and teacher_cache, which knows its teacher.
+# What stays: run.lock, which this run holds; teacher_cache and frozen_features, which know their
+# models.
 _WRITTEN = (
     DS_CONFIG_FILE,
     "metrics.jsonl",
@@ -48,7 +49,6 @@ _WRITTEN = (
     ".checkpoint-step-*",
     LATEST,
     BEST,
-    "frozen_text_features",
     "guide-*",
     FROZEN_FILE,
     SKIPPED_FILE,

@@ -53,6 +53,7 @@ FREE = frozenset(
         "eval_on_start",
         "eval_recall_k",
         "eval_steps",
+        "frozen_features_dir",
         "gradient_cache_chunk_size",
         "gradient_cache_chunk_tokens",
         "gradient_cache_sort",

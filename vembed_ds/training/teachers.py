@@ -216,8 +216,10 @@ def _source(
         if table.has(distinct.keys).all():
             return from_table()
     live = LiveTeacher(teacher, inference_batch_size(config))
-    # The student may get stored features of texts in their place, which no teacher can read.
-    stored = config.model.freeze_text_encoder and config.model.cache_frozen_encoder
+    # The student may get stored features in the place of items, which no teacher can read.
+    model = config.model
+    frozen = model.freeze_text_encoder or model.freeze_image_encoder
+    stored = frozen and model.cache_frozen_encoder
     last_epoch = 0 if mode == "first_epoch" else None
     _have_items_encoded(teacher, data, sharing=not stored, last_epoch=last_epoch)
     if mode == "live":

@@ -432,6 +432,7 @@ def test_when_checkpoints_are_saved(values: dict[str, Any], message: str) -> Non
     [
         ("guide_model_name='some/guide'", {"guide_model_name": "some/guide"}),
         ("cache_frozen_encoder=True", {"freeze_text_encoder": True}),
+        ("cache_frozen_encoder=True", {"freeze_image_encoder": True}),
         (
             "teacher_mode='cached'",
             {
@@ -449,3 +450,30 @@ def test_what_all_ranks_read_needs_a_shared_folder(key: str, values: dict[str, A
         f"node_local_output=True: {key} stores vectors that all ranks read; give a shared "
         f"output_dir, or change {key.partition('=')[0]}"
     )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"freeze_text_encoder": True, "frozen_features_dir": "shared"},
+        {
+            "freeze_image_encoder": True,
+            "image_augmentation": [{"RandomHorizontalFlip": {"p": 0.5}}],
+        },
+        {"freeze_image_encoder": True, "streaming": True, "max_steps": 5},
+    ],
+)
+def test_features_that_are_kept_elsewhere_or_not_at_all_need_no_shared_folder(
+    values: dict[str, Any],
+) -> None:
+    assert problems_of(node_local_output=True, **values) == []
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"freeze_image_encoder": True, "cache_frozen_encoder": False}]
+)
+def test_a_folder_for_features_that_nobody_computes(values: dict[str, Any]) -> None:
+    assert problems_of(frozen_features_dir="there", **values) == [
+        "frozen_features_dir='there': nothing would be kept there; set freeze_text_encoder or "
+        "freeze_image_encoder, and cache_frozen_encoder, or remove it"
+    ]

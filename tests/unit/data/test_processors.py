@@ -200,7 +200,7 @@ def test_stored_features_replace_the_tokens(
     writer = SegmentWriter(tmp_path / "table")
     writer.append(keys, Embeddings(torch.from_numpy(rows)))
     writer.finish()
-    processor.text_features = VectorTable(tmp_path / "table")
+    processor.stored["text"] = VectorTable(tmp_path / "table")
     items = [encode(processor, Item(text=text), seed=1) for text in TEXTS[::-1]]
     batch = processor.pad("text", [*items, processor.filler("text")])
     assert list(batch) == ["features"]

@@ -25,7 +25,7 @@ OLD = [
     "wandb/run/file",
     "wandb_run_id.txt",
 ]
-KEPT = ["data.jsonl", "run.lock", "teacher_cache/0123/file"]
+KEPT = ["data.jsonl", "frozen_features/text-0123/file", "run.lock", "teacher_cache/0123/file"]
 
 
 def files(folder: Path) -> list[str]:
