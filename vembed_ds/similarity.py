@@ -79,9 +79,10 @@ class Embeddings:
         return self.dims(0, width)
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, values=self.values.to(device), mask=mask)
+        """The same on another device; towards an accelerator nobody waits."""
+        away = device.type != "cpu"
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=away)
+        return replace(self, values=self.values.to(device, non_blocking=away), mask=mask)
 
     def float(self) -> Self:
         """The same in float32."""

@@ -208,6 +208,17 @@ def all_sum(values: Sequence[int]) -> list[int]:
     return [int(value) for value in tensor]
 
 
+def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
+    """Every rank's ``values``, equally many, in rank order, on the host. Collective."""
+    if world_size() == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.int64)
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    with phase(Kind.WAITING):
+        dist.all_gather(gathered, own, group=_group())
+    return [found.tolist() for found in gathered]
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Mean of ``value`` over the ranks, any shape, on its device. Collective."""
     if world_size() == 1:

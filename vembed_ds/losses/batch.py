@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -146,11 +147,11 @@ def _gather_queries(inputs: LossInputs, documents: Columns, sizes: dict[str, int
 def _gather_negatives(inputs: LossInputs, sizes: dict[str, int]) -> Columns:
     assert inputs.negative is not None
     assert inputs.negative_counts is not None
-    most = sizes["negatives"]
-    counts = gather_rows(inputs.negative_counts)
-    per_rank = counts.view(comm.world_size(), -1).sum(dim=1)
-    place = torch.arange(most, device=counts.device)
-    real = (place < per_rank.unsqueeze(1)).flatten().nonzero().squeeze(1)
+    most, device = sizes["negatives"], inputs.negative.values.device
+    # Counted on the host: asking the accelerator how many there are would wait for it.
+    counts = np.array(comm.all_gather_ints(inputs.negative_counts.tolist()))
+    is_real = np.arange(most) < counts.sum(axis=1, keepdims=True)
+    real = torch.from_numpy(np.flatnonzero(is_real)).to(device, non_blocking=True)
 
     def gather(rows: Tensor | None) -> Tensor | None:
         if rows is None:
@@ -159,7 +160,8 @@ def _gather_negatives(inputs: LossInputs, sizes: dict[str, int]) -> Columns:
         return gather_rows(functional.pad(rows, padding))[real]
 
     padded = inputs.negative.padded(items=most)
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    owners = np.repeat(np.arange(counts.size), counts.flatten())
+    owner = torch.from_numpy(owners).to(device, non_blocking=True)
     return Columns(
         items=_gather_items(padded, tokens=sizes["negative"]).rows(real),
         owner=owner,

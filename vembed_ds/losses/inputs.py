@@ -64,7 +64,7 @@ class LossInputs:
         query: B items, float32, not normalised.
         positive: B items; item i answers query i.
         negative: M explicit negatives, those of query 0 first; ``None``: the data has none.
-        negative_counts: ``[B]`` int64, how many of them are each query's; sums to M.
+        negative_counts: ``[B]`` int64 on the host, how many of them are each query's; sums to M.
         labels: ``[B]`` int64 class of each pair; equal classes are no negatives of each other.
         scores: ``[B]`` float64, how similar query and positive shall be; higher is closer. Only
             their order counts, so no rounding may make two of them equal.

@@ -34,17 +34,20 @@ def loss_inputs(
     """
     device = rows["query"].values.device
 
-    def numbers(values: Sequence[int] | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, dtype=torch.int64, device=device)
+    def numbers(values: Sequence[float] | None, dtype: torch.dtype = torch.int64) -> Tensor | None:
+        if values is None:
+            return None
+        # Not `device=`: that waits for the accelerator.
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-    scores = batch.scores
+    counts = batch.negative_counts
     return LossInputs(
         query=rows["query"],
         positive=rows["positive"],
         negative=rows.get("negative"),
-        negative_counts=numbers(batch.negative_counts),
+        negative_counts=None if counts is None else torch.tensor(counts, dtype=torch.int64),
         labels=numbers(batch.labels),
-        scores=None if scores is None else torch.tensor(scores, dtype=torch.float64, device=device),
+        scores=numbers(batch.scores, torch.float64),
         query_keys=numbers(batch.keys.get("query")),
         positive_keys=numbers(batch.keys.get("positive")),
         negative_keys=numbers(batch.keys.get("negative")),
@@ -65,4 +68,4 @@ def _guide(batch: Batch, device: torch.device) -> Guide | None:
     if GUIDE not in batch.vectors:
         return None
     found = batch.vectors[GUIDE]
-    return Guide(**{role: rows.values.to(device) for role, rows in found.items()})
+    return Guide(**{role: rows.to(device).values for role, rows in found.items()})

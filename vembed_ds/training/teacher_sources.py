@@ -71,7 +71,7 @@ class StoredScores(Source):
         """The scores of the batch's pairs."""
 
         def numbers(values: Sequence[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.device)
+            return torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
 
         assert batch.teacher_scores is not None
         negative = batch.negative_scores
