@@ -103,16 +103,16 @@ def _who() -> tuple[str, str]:
     first = ours = ""
     while frame is not None and not ours:
         path = Path(frame.f_code.co_filename)
-        name = f"{path.stem}.{frame.f_code.co_qualname}"
         if path.is_relative_to(ROOT):
-            ours = f"{path.parent.name}.{name}"
-        elif not first and not path.is_relative_to(_TORCH) and "<" not in path.name:
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            ours = f"{module}.{frame.f_code.co_qualname}"
+        elif not first and path != _HERE and not path.is_relative_to(_TORCH):
             first = _package(path)
         frame = frame.f_back
     return first or ours, ours
 
 
-_TORCH = Path(torch.__file__).parent
+_TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
 
 
 def _package(path: Path) -> str:

@@ -204,12 +204,19 @@ def collect_roles(plan: StepPlan, outputs: Sequence[Mapping[str, Tensor]]) -> di
     mask = (
         torch.cat([functional.pad(m, (0, length - m.shape[1])) for m in masks]) if masks else None
     )
-    index = {
-        role: torch.from_numpy(places).to(rows.device) for role, places in role_index(plan).items()
-    }
-    return {
-        role: Embeddings(rows[places]) if mask is None else _shortened(rows, mask, places)
+    index = role_index(plan)
+    sent = {
+        role: torch.from_numpy(places).to(rows.device, non_blocking=True)
         for role, places in index.items()
+    }
+    if mask is None:
+        return {role: Embeddings(rows[places]) for role, places in sent.items()}
+    # Without the columns that are padding in all of a role's items.
+    lengths = _most_tokens(plan, outputs)
+    ends = {role: max(1, lengths[places].max(initial=0)) for role, places in index.items()}
+    return {
+        role: Embeddings(rows[places, : ends[role]], mask[places, : ends[role]])
+        for role, places in sent.items()
     }
 
 
@@ -219,12 +226,21 @@ def _lengthened(values: Tensor, length: int) -> Tensor:
     )
 
 
-def _shortened(rows: Tensor, mask: Tensor, places: Tensor) -> Embeddings:
-    """Token embeddings of some rows, without the columns that are padding in all of them."""
-    chosen = mask[places]
-    used = chosen.any(dim=0).nonzero()
-    length = int(used.max()) + 1 if len(used) else 1
-    return Embeddings(rows[places, :length], chosen[:, :length])
+def _most_tokens(plan: StepPlan, outputs: Sequence[Mapping[str, Tensor]]) -> np.ndarray:
+    """``[R]``: behind how many columns each row is padding, rows as in :func:`role_index`.
+
+    The masks know better for a text that the tokenizer padded; asking them waits for the device.
+    """
+    found: list[int] = []
+    for name, items in plan.streams.items():
+        for chunk, output in zip(plan.chunks, outputs, strict=True):
+            if name not in output:
+                continue
+            lengths = [len(item.inputs.get("input_ids", ())) for item in items[chunk[name]]]
+            width = output[name].shape[1]
+            # As wide as the longest text: a column per token of it. Else of patches, too.
+            found += lengths if max(lengths) == width else [width] * len(lengths)
+    return np.array(found, dtype=np.int64)
 
 
 def _none_needed(stream: str) -> EncodedItem:
