@@ -39,11 +39,16 @@ EDGE = 16
 
 
 def global_batch(step: int, *, pairs: int) -> dict[str, Tensor]:
-    """Captions of several lengths, padded as a tokenizer pads them, and pixels."""
+    """Captions of several lengths, padded as a tokenizer pads them, and pixels.
+
+    On every rank the second caption is the first once more.
+    """
     generator = torch.Generator().manual_seed(step)
     lengths = torch.randint(3, 9, (pairs,), generator=generator)
+    lengths[1::PAIRS] = lengths[::PAIRS]
     longest = int(lengths.max()) + 1  # a column that is padding in every row
     ids = torch.randint(1000, 20000, (pairs, longest), generator=generator)
+    ids[1::PAIRS] = ids[::PAIRS]
     mask = (torch.arange(longest) < lengths[:, None]).long()
     ids[torch.arange(pairs), lengths - 1] = 102  # the tiny CLIP pools at it
     return {
@@ -127,6 +132,7 @@ def train(*, config: str, ds_config: str, custom: bool = False) -> dict[str, Any
         "taught": teacher is not None,
         "first_loss": first_loss,
         "calls": getattr(trainer, "calls", None),
+        "merged": sorted(trainer.merged),
         "before": before,
         "after": after,
         "metrics": lines,

@@ -143,6 +143,7 @@ def test_the_snippets_update_equals_plain_pytorch(
         assert relative_error(result["before"], result["after"], expected) < 1e-5
         assert result["distributed"] == (False, cached, False)
         assert result["warmup_steps"] == 1
+        assert result["merged"] == ["image", "text"]  # nothing is drawn: equal items are one row
         assert not result["taught"]
     metrics = results[0]["metrics"]
     logged = [line["train/loss"] for line in metrics if "train/loss" in line]

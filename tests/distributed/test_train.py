@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -376,3 +377,54 @@ def test_trackers_are_checked_before_the_model(
     (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
     for answer in world(2).run(RUN, config=make_config(), ds_config=ds_file(1)):
         assert "metrics.jsonl" in answer["error"]
+
+
+@pytest.fixture
+def repeating(
+    world: Callable[[int], World],
+    make_config: Callable[..., str],
+    clip_folder: Path,
+    pairs: Path,
+    tmp_path: Path,
+) -> Callable[..., tuple[list[dict[str, int]], dict[int, float]]]:
+    """Trains on two captions for all pictures: what each step embeds, and the losses."""
+
+    def train(*, dropout: float, **changes: Any) -> tuple[list[dict[str, int]], dict[int, float]]:
+        place = tmp_path / f"{dropout} {changes}"
+        shutil.copytree(clip_folder, place / "model")
+        config = (place / "model" / "config.json").read_text()
+        replaced = config.replace('"attention_dropout": 0.1', f'"attention_dropout": {dropout}')
+        (place / "model" / "config.json").write_text(replaced)
+        lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+        records = [{**line, "query": lines[n % 2]["query"]} for n, line in enumerate(lines)]
+        (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+        written = make_config(
+            model_name=str(place / "model"),
+            data_path=str(place / "pairs.jsonl"),
+            val_data_path=None,
+            batch_size=6,
+            gradient_self_test=False,
+            output_dir=str(place / "out"),
+            **changes,
+        )
+        case = "tests.distributed.train_cases:run_planned"
+        (result,) = world(1).run(case, config=written, ds_config=ds_file(2))
+        assert "error" not in result, result["error"]
+        return result["planned"], losses_of(place / "out")
+
+    return train
+
+
+def test_repeated_captions_are_embedded_once(repeating: Callable[..., Any]) -> None:
+    planned, losses = repeating(dropout=0.0)
+    assert planned == [{"text": 2, "image": 6}] * 4
+    planned, expected = repeating(dropout=0.0, encode_duplicates_once=False)
+    assert planned == [{"text": 6, "image": 6}] * 4
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_dropout_repeated_captions_are_embedded_each(repeating: Callable[..., Any]) -> None:
+    planned, losses = repeating(dropout=0.1)
+    assert planned == [{"text": 6, "image": 6}] * 4
+    # Trying the model out has drawn nothing from the run's generators.
+    assert repeating(dropout=0.1, encode_duplicates_once=False) == (planned, losses)

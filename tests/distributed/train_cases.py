@@ -10,9 +10,12 @@ from unittest import mock
 
 from tests.worlds import set_fp16_support
 from vembed_ds.config.loading import load_config, setting_origins
+from vembed_ds.data.batches import StepPlan
+from vembed_ds.data.collators import Batch
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.errors import VembedError
 from vembed_ds.models.encoder import TowerEncoder, TowersEncoder, TwoTowerEncoder
+from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.run import train
 
 
@@ -75,3 +78,17 @@ def run_counted(*, part: str, **options: Any) -> dict[str, Any]:
         mock.patch.object(TowerEncoder, "features", of_tower),
     ):
         return run_train(**options) | {"forwards": forwards}
+
+
+def run_planned(**arguments: Any) -> dict[str, Any]:
+    """As :func:`run_train`; and of every step how many items of each stream this rank embeds."""
+    planned: list[dict[str, int]] = []
+    plan = TrainingLoop.plan
+
+    def noted(loop: TrainingLoop, batch: Batch) -> StepPlan:
+        found = plan(loop, batch)
+        planned.append({stream: len(items) for stream, items in found.streams.items() if items})
+        return found
+
+    with mock.patch.object(TrainingLoop, "plan", noted):
+        return {**run_train(**arguments), "planned": planned}

@@ -9,8 +9,9 @@ import pytest
 
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import Config
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.errors import ConfigError
-from vembed_ds.training.engine_setup import inference_batch_size
+from vembed_ds.training.engine_setup import chunk_budget, inference_batch_size
 from vembed_ds.training.plan import plan_intervals
 
 
@@ -41,6 +42,23 @@ def test_a_warm_up_longer_than_the_epochs_is_refused() -> None:
 )
 def test_inference_takes_what_fits_in_training(values: dict[str, Any], expected: int) -> None:
     assert inference_batch_size(config(batch_size=512, **values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"use_gradient_cache": False}, ChunkBudget(None)),
+        ({}, ChunkBudget(16, tokens="auto", sort=True)),
+        ({"gradient_cache_chunk_tokens": 4096}, ChunkBudget(16, tokens=4096, sort=True)),
+        (
+            {"gradient_cache_chunk_tokens": None, "gradient_cache_sort": False},
+            ChunkBudget(16, tokens=None, sort=False),
+        ),
+    ],
+)
+def test_chunks_are_cut_as_configured(values: dict[str, Any], expected: ChunkBudget) -> None:
+    cached = {"use_gradient_cache": True, "gradient_cache_chunk_size": 16}
+    assert chunk_budget(config(**{**cached, **values}).training) == expected
 
 
 def test_checkpoints_by_steps_and_by_epochs() -> None:

@@ -1,0 +1,85 @@
+"""Which streams' equal items are embedded once is decided on items of the run's own data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vembed_ds.data.dataset import Sample
+from vembed_ds.data.processors import EncodedItem
+from vembed_ds.training.merging import merge_duplicates
+from vembed_ds.training.self_test import _largest
+
+
+class Model(nn.Module):
+    """Has dropout in its text tower."""
+
+    streams = ("text", "image", "joint")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.embedded: list[tuple[str, int]] = []
+
+    def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        for stream, arguments in inputs.items():
+            self.embedded.append((stream, arguments["input_ids"].shape[1]))
+            if stream != "image":
+                self.dropout(arguments["input_ids"].float())
+        return {}
+
+
+def item(stream: str, length: int) -> EncodedItem:
+    return EncodedItem(stream, {"input_ids": np.arange(length)})
+
+
+def loop() -> Any:
+    model = Model().eval()
+    return SimpleNamespace(
+        model=model,
+        engine=SimpleNamespace(device=torch.device("cpu"), embed=model),
+        processor=SimpleNamespace(filler=lambda stream: item(stream, 1)),
+        pad=lambda stream, items: {
+            k: torch.from_numpy(v)[None] for k, v in items[0].inputs.items()
+        },
+        merged=None,
+    )
+
+
+def test_streams_without_random_numbers_are_merged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run = loop()
+    merge_duplicates(run, {"text": item("text", 5), "image": item("image", 3)})
+    assert run.merged == {"image"}, "nothing is known of a stream that nobody has met"
+    assert run.model.embedded == [("text", 5), ("image", 3)]
+    assert run.model.training, "it is tried out in training mode"
+    assert "equal text items of a batch are encoded each, since the model draws" in caplog.text
+    assert "equal image items of a batch are encoded once" in caplog.text
+
+
+def test_a_rank_without_a_stream_that_others_have_takes_a_filler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it would wait for, and be waited for, under ZeRO-3."""
+    found = iter([[1, 1, 0], [1, 0]])  # streams that any rank has met; those that draw on any
+    monkeypatch.setattr("vembed_ds.distributed.comm.all_max", lambda values: next(found))
+    run = loop()
+    merge_duplicates(run, {"image": item("image", 3)})
+    assert run.model.embedded == [("text", 1), ("image", 3)]
+    assert run.merged == {"image"}
+
+
+def test_the_largest_item_of_every_stream_is_tried() -> None:
+    samples = [
+        Sample(0, {"query": [item("text", 3)], "positive": [item("image", 2)]}, keys={}),
+        Sample(1, {"query": [item("text", 8)], "positive": [item("text", 4)]}, keys={}),
+    ]
+    sizes = {stream: len(i.inputs["input_ids"]) for stream, i in _largest(samples).items()}
+    assert sizes == {"text": 8, "image": 2}
