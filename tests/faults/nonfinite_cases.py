@@ -132,7 +132,7 @@ def _held(parameter: torch.nn.Parameter) -> Tensor:
 
 
 class _broken:  # noqa: N801 (a context manager)
-    """Breaks the backward pass of a chunk, or an embedding of every chunk."""
+    """Breaks the backward pass of a chunk, or the first embedding of every chunk."""
 
     def __init__(self, run: Run, fault: str | None) -> None:
         self.run, self.fault = run, fault

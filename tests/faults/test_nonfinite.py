@@ -123,9 +123,9 @@ def test_the_other_cells(
         (1, "nan loss", "the loss is nan on rank 1"),
         (
             2,
-            "nan embedding",
+            "nan embedding",  # of the longest query of each chunk
             "the loss is nan on rank 0, nan on rank 1; not finite are the embeddings of query of "
-            "pairs, record 106 (rank 1), query of pairs, record 109 (rank 1)",
+            "pairs, record 106 (rank 1), query of pairs, record 107 (rank 1)",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_the_report_has_what_is_needed_to_find_the_record(
     ]
     assert report["ranks"][0]["nonfinite_embeddings"] == []
     first = report["ranks"][1]["nonfinite_embeddings"][0]
-    assert first == {"role": "query", "data": "pairs", "record": 106}
+    assert first == {"role": "query", "data": "pairs", "record": 107}
 
 
 def test_too_many_in_a_row_end_the_run(run: Callable[..., Any], tmp_path: Path) -> None:
