@@ -19,6 +19,8 @@ THERE = "finds its tensors on the device already"
 # What waits (any pattern), in whose code, called by which function of ours; and why it may.
 ALLOWED = {
     ("*", "deepspeed", "engine.train_engine.TrainEngine.*"): "its own norms, checks and counts",
+    ("*", "deepspeed", "engine.teacher_engine.TeacherEngine.*"): "likewise",
+    ("*", "deepspeed", "models.*"): "its hooks on modules, at ZeRO-3",
     (
         "*",
         "transformers",

@@ -34,6 +34,7 @@ from typing import Any, Self
 import torch
 from torch.utils.data import Dataset
 
+from vembed_ds.data import transport
 from vembed_ds.data.collators import Batch, collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.sampler import SampleKey, StreamedRow
@@ -185,7 +186,7 @@ class _Worker:
                 while inside < IN_WORKER and not (inside and self._requests.empty()):
                     self._connection.send(self._requests.get())
                     inside += 1
-                self._answers.put(self._connection.recv())
+                self._answers.put(transport.receive(self._connection))
                 inside -= 1
         except (EOFError, OSError):
             self._answers.put(None)
@@ -218,7 +219,7 @@ def _serve(connection: Connection, payload: bytes, folder: str) -> None:
     try:
         while True:
             keys = connection.recv()
-            connection.send(_prepared(dataset, keys))
+            transport.send(connection, _prepared(dataset, keys))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
