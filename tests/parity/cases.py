@@ -51,6 +51,7 @@ def train(
     cosine: tuple[int, int] | None = None,
     rates: dict[str, float] | None = None,
     merge: bool = False,
+    modes: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train as the project does; losses, norms, and whole parameters after the last step.
 
@@ -59,7 +60,7 @@ def train(
     ``weight_decay`` sorts the parameters into the project's groups; ``None``: one group.
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
     ``rates`` are those of parts of the model. With ``merge``, equal items are embedded once where
-    the model draws no random numbers.
+    the model draws no random numbers. ``modes`` are of gathering and reducing.
     """
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
@@ -68,7 +69,9 @@ def train(
         for backbone in _backbones(model):
             enable_activation_checkpointing(backbone, mechanism=checkpointing)
     set_rates(model, rates or {})
-    engine = make_engine(model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine)
+    engine = make_engine(
+        model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine, modes=modes
+    )
     torch.manual_seed(comm.rank())
     model.train()
     merged: set[str] = set()
@@ -106,6 +109,7 @@ def make_engine(
     ds_config: dict[str, Any],
     weight_decay: float | None = None,
     cosine: tuple[int, int] | None = None,
+    modes: dict[str, str] | None = None,
 ) -> TrainEngine:
     """The project's engine; see `train`."""
     groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
@@ -115,7 +119,9 @@ def make_engine(
     if cosine:
         warm_up, total = cosine
         schedule = build_schedule("cosine", num_steps=total, warmup_steps=warm_up, warmup_ratio=0.0)
-    return initialize_engine(model, ds_config=ds_config, param_groups=groups, schedule=schedule)
+    return initialize_engine(
+        model, ds_config=ds_config, param_groups=groups, schedule=schedule, **(modes or {})
+    )
 
 
 def train_step(
@@ -271,13 +277,13 @@ def self_test(
     fault: str | None = None,
     kind: str = "clip",
     tolerance: float = 1e-3,
+    modes: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run the start-up self-test, then three steps; ``fault`` breaks the schedule first."""
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
     model = make_model(Path(folder), kind=kind, temperature=0.1)
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    engine = initialize_engine(model, ds_config=ds_config, param_groups=groups)
+    engine = make_engine(model, ds_config=ds_config, modes=modes)
     if fault == "repeated backward":
         engine.reduce_once = contextlib.nullcontext  # every backward reduces by itself
     if fault == "batch statistics":
@@ -329,15 +335,17 @@ def self_test(
     }
 
 
-def sum_chunks(*, folder: str, kind: str, ds_config: dict[str, Any]) -> list[dict[str, Tensor]]:
+def sum_chunks(
+    *, folder: str, kind: str, ds_config: dict[str, Any], modes: dict[str, str] | None = None
+) -> list[dict[str, Tensor]]:
     """One step of one-item chunks; per trained parameter, all float32:
 
     ``reduced``: what the engine would step with. ``summed``: the gradients of this rank's chunks,
     as autograd hands them over in 16 bit, summed in float32. ``rounded``: the same, rounded to 16
-    bit after every chunk, as plain accumulation in ``.grad`` does.
+    bit after every chunk, as plain accumulation in ``.grad`` does. ``each``: those of all chunks.
     """
     model = make_model(Path(folder), kind=kind, temperature=0.1)
-    engine = make_engine(model, ds_config=ds_config)
+    engine = make_engine(model, ds_config=ds_config, modes=modes)
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     chunks: list[list[Tensor]] = [[] for _ in trained]
     for seen, parameter in zip(chunks, trained, strict=True):
@@ -349,6 +357,7 @@ def sum_chunks(*, folder: str, kind: str, ds_config: dict[str, Any]) -> list[dic
             "reduced": reduced.clone(),
             "summed": sum((grad.float() for grad in seen), torch.zeros_like(reduced)),
             "rounded": sum(seen, torch.zeros_like(reduced, dtype=torch.bfloat16)).float(),
+            "each": torch.stack(seen).flatten(1).float(),
         }
         for reduced, seen in zip(engine.full_gradients(), chunks, strict=True)
     ]

@@ -15,6 +15,20 @@ from tests.parity.reference import PROJECTION, train_plain
 
 OPTIMIZER = {"type": "SGD", "lr": 0.05, "momentum": 0.9}
 
+MODES: dict[str, tuple[int, dict[str, str]]] = {
+    "2 per chunk": (2, {"gradient_reduction": "per_chunk"}),
+    "3 per module": (3, {"zero3_gather": "per_module"}),
+    "3 cache pass": (3, {"zero3_gather": "cache_pass"}),
+    **{
+        f"3 {gather.replace('_', ' ')}, per chunk": (
+            3,
+            {"zero3_gather": gather, "gradient_reduction": "per_chunk"},
+        )
+        for gather in ("once", "cache_pass", "per_module")
+    },
+}
+"""Ways to gather parameters and to reduce gradients beside the default, and their stages."""
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:

@@ -130,6 +130,7 @@ def train(
     chunk_size: int | None,
     dropout: float = 0.0,
     checkpointing: bool = False,
+    modes: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Three steps, as `cases.train`, with adapters."""
     if ds_config["fp16"]["enabled"]:
@@ -138,7 +139,7 @@ def train(
     if checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(backbone, mechanism="huggingface")
-    engine = cases.make_engine(model, ds_config=ds_config)
+    engine = cases.make_engine(model, ds_config=ds_config, modes=modes)
     torch.manual_seed(comm.rank())
     model.train()
     losses, norms = [], []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import ds_config, update_error
+from tests.parity.conftest import MODES, ds_config, update_error
 from tests.parity.reference import train_plain
 from tests.parity.test_step_matrix import TENSOR_TOLERANCE, TOLERANCE
 from tests.worlds import World
@@ -222,5 +222,25 @@ def test_16_bit_chunks_are_summed_in_float32(
 
     right, wrong = mean("summed"), mean("rounded")
     assert (wrong - right).norm() > 1e-3 * right.norm(), "the two sums must be distinguishable"
+    for rank in ranks:
+        assert torch.equal(torch.cat([g["reduced"].flatten() for g in rank]), right)
+
+
+@pytest.mark.parametrize("mode", ["2 per chunk", "3 once, per chunk", "3 per module, per chunk"])
+def test_16_bit_chunks_that_are_reduced_apart_are_summed_in_float32(
+    world: Callable[[int], World], folders: dict[float, Path], mode: str
+) -> None:
+    stage, modes = MODES[mode]
+    ranks = world(2).run(
+        "tests.parity.cases:sum_chunks",
+        folder=str(folders[0.0]),
+        kind="shared",
+        ds_config=ds_config(stage, 2, precision="bf16"),
+        modes=modes,
+    )
+    halves = [torch.cat([g["each"] for g in rank], dim=1).bfloat16() / 2 for rank in ranks]
+    means = halves[0] + halves[1]
+    right = sum(means.float(), torch.zeros(means.shape[1]))
+    assert not torch.equal(right, sum(means, torch.zeros(means.shape[1]).bfloat16()).float())
     for rank in ranks:
         assert torch.equal(torch.cat([g["reduced"].flatten() for g in rank]), right)

@@ -421,6 +421,14 @@ class TrainingConfig(Section):
         default=True,
         description="Embed equal items of a rank's batch once and sum their gradients, if the model draws no random numbers (dropout) for them.",
     )
+    gradient_reduction: Literal["once", "per_chunk", "auto"] = Field(
+        default="once",
+        description="When gradients travel: once per step, kept whole until then; or, at ZeRO-2 and 3, after every chunk, each rank keeping its part only: more traffic, less memory; auto: per_chunk where whole gradients take more than a quarter of the memory.",
+    )
+    zero3_gather: Literal["auto", "once", "cache_pass", "per_module"] = Field(
+        default="auto",
+        description="How often ZeRO-3 gathers the parameters: once per step; once for embedding and then for every replayed chunk; or for every module call. auto: the first whose parameters (and gradients, for once) take at most a quarter of the memory.",
+    )
     gradient_self_test: bool = Field(
         default=True, description="At start, compare a chunked gradient with a whole one."
     )

@@ -107,6 +107,16 @@ def _lora(config: Config) -> Iterator[str]:
         )
 
 
+def _reduction(config: Config) -> Iterator[str]:
+    model, reduction = config.model, config.training.gradient_reduction
+    re_entrant = model.gradient_checkpointing and model.activation_checkpointing == "deepspeed"
+    if reduction != "once" and re_entrant:
+        yield (
+            f"gradient_reduction={reduction}: activation_checkpointing=deepspeed gives the gradient "
+            "of a tower in several parts, which ZeRO-2 refuses to reduce; use huggingface"
+        )
+
+
 def _warmup(config: Config) -> Iterator[str]:
     warmup, total = config.optimizer.warmup_steps, config.training.max_steps
     if total is not None and warmup >= total:
@@ -309,6 +319,10 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
             *("gradient_checkpointing", "activation_checkpointing"),
         ),
         _lora,
+    ),
+    (
+        ("gradient_reduction", "gradient_checkpointing", "activation_checkpointing"),
+        _reduction,
     ),
     (("warmup_steps", "max_steps", "scheduler_type"), _warmup),
     (

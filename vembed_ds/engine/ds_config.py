@@ -44,6 +44,7 @@ class _Ours:
     world_size: int
     batch_size: int
     precision: str
+    gradient_reduction: str
     max_grad_norm: float
     lr: float
     betas: tuple[float, float]
@@ -104,6 +105,7 @@ def resolve_ds_config(
     device_type: str,
     fp16_supported: bool,
     bf16_supported: bool,
+    gradient_reduction: str = "once",
 ) -> dict[str, Any]:
     """Fill every ``"auto"``, write what DeepSpeed would default, and refuse contradictions.
 
@@ -126,6 +128,7 @@ def resolve_ds_config(
         device_type: ``cpu`` or ``cuda``: where the model is trained.
         fp16_supported: Whether that device computes in fp16.
         bf16_supported: Whether that device computes in bf16.
+        gradient_reduction: ``once``, ``per_chunk`` or ``auto``.
 
     Returns:
         A new dict in which nothing is left to chance.
@@ -134,8 +137,8 @@ def resolve_ds_config(
         ConfigError: Listing every unknown, refused or contradicting key.
     """
     ours = _Ours(
-        origin, origins, world_size, batch_size, precision, max_grad_norm, lr, betas, eps, weight_decay,
-        device_type,
+        origin, origins, world_size, batch_size, precision, gradient_reduction, max_grad_norm, lr, betas,
+        eps, weight_decay, device_type,
     )  # fmt: skip
     config = copy.deepcopy(dict(raw))
     problems = list(shape_problems(config, origin))
@@ -165,6 +168,12 @@ def _zero(config: dict[str, Any], ours: _Ours) -> Iterator[str]:
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         yield f"zero_optimization.stage={as_json(stage)} ({ours.origin}): expected 0, 1, 2 or 3"
         return
+    if ours.gradient_reduction == "per_chunk" and stage < 2:
+        yield (
+            f"gradient_reduction=per_chunk ({ours.place('gradient_reduction')}): at "
+            f"zero_optimization.stage={stage} ({ours.origin}) every rank keeps whole gradients in any "
+            "case, so it would only cost traffic; use stage 2 or 3, or gradient_reduction: once"
+        )
     for key in _SIZED_BY_HF:
         if zero.get(key) == "auto":
             del zero[key]

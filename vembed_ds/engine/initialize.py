@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import deepspeed
@@ -10,7 +10,9 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from vembed_ds.engine.choices import AUTO, Reduce, choose_gather, choose_reduce
 from vembed_ds.engine.communication import join_deepspeed
+from vembed_ds.engine.memory import whole_bytes
 from vembed_ds.engine.schedules import SchedulerFactory
 from vembed_ds.engine.train_engine import TrainEngine
 
@@ -21,6 +23,9 @@ def initialize_engine(
     ds_config: dict[str, Any],
     param_groups: Sequence[dict[str, Any]],
     schedule: SchedulerFactory | None = None,
+    zero3_gather: str = AUTO,
+    gradient_reduction: str = Reduce.ONCE,
+    idle: Collection[nn.Parameter] = (),
 ) -> TrainEngine:
     """Wrap ``model`` by :func:`deepspeed.initialize`. Collective, after ``init_distributed``.
 
@@ -29,14 +34,27 @@ def initialize_engine(
         ds_config: Resolved config without ``"auto"``; its optimizer is used.
         param_groups: From :func:`build_param_groups`.
         schedule: Learning-rate schedule; ``None``: constant.
+        zero3_gather: A value of :class:`Gather`, or ``auto``.
+        gradient_reduction: A value of :class:`Reduce`, or ``auto``.
+        idle: Parameters that no pass of a step needs.
 
     Raises:
         ValueError: A 0-dim parameter, which DeepSpeed cannot broadcast.
+        ConfigError: DeepSpeed cannot do what was asked for.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise ValueError(f"parameter {name} is 0-dim; hold it as shape [1] (lift_scalars)")
     join_deepspeed()
+    left_out = set(idle)
+    need = whole_bytes(
+        (p for p in model.parameters() if p not in left_out),
+        element_size=2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4,
+    )
+    stage = ds_config["zero_optimization"]["stage"]
+    reduce = choose_reduce(gradient_reduction, need, zero_stage=stage)
+    if reduce is Reduce.PER_CHUNK:  # DeepSpeed adds the chunks up, in this precision
+        ds_config = {**ds_config, "data_types": {"grad_accum_dtype": "fp32"}}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(param_groups),
@@ -44,7 +62,10 @@ def initialize_engine(
         lr_scheduler=schedule,
     )
     _undo_warm_up_step(engine.optimizer)
-    return TrainEngine(engine)
+    if reduce is Reduce.PER_CHUNK:
+        need = need._replace(gradients=0)
+    gather = choose_gather(zero3_gather, engine, need)
+    return TrainEngine(engine, gather=gather, reduce=reduce, idle=idle)
 
 
 def _undo_warm_up_step(optimizer: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,27 +12,44 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from vembed_ds.distributed.phases import Kind, phase
-from vembed_ds.engine.gradients import LocalGradients
+from vembed_ds.engine.choices import Gather, Reduce
 from vembed_ds.engine.loss_scale import LossScaleUpdates
 from vembed_ds.engine.reduced import Piece, norm_of, reduced_pieces
+from vembed_ds.engine.reduction import ReducedOnce, ReducedPerChunk, Reduction
+from vembed_ds.engine.whole_parameters import WholeParameters
 
 
 class TrainEngine:
     """Keeps the promise "one step, one gradient" on top of a DeepSpeed engine.
 
     A plain repeated ``engine.backward()`` loses gradients at ZeRO-1/2. Here every backward of
-    a step runs inside :meth:`reduce_once`, which sums locally and reduces at its end.
+    a step runs inside :meth:`reduce_once`, which leaves the reduced sum behind.
 
     Args:
         engine: What :func:`deepspeed.initialize` returned.
+        gather: When ZeRO-3 gathers parameters; without meaning below.
+        reduce: When gradients are reduced.
+        idle: Parameters that no pass of a step needs.
     """
 
-    def __init__(self, engine: DeepSpeedEngine) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        *,
+        gather: Gather = Gather.PER_MODULE,
+        reduce: Reduce = Reduce.ONCE,
+        idle: Collection[nn.Parameter] = (),
+    ) -> None:
         self.engine = engine
         self.zero_stage = int(engine.zero_optimization_stage())
         self._names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
         self._trained = list(self._names)
-        self._local = LocalGradients(self._trained)
+        reduction = ReducedPerChunk if reduce is Reduce.PER_CHUNK else ReducedOnce
+        self._reduction: Reduction = reduction(engine, self._trained)
+        self._gather = gather if self.zero_stage == 3 else Gather.PER_MODULE
+        held = self._gather is not Gather.PER_MODULE
+        self._whole = WholeParameters(engine, without=idle) if held else None
+        self._replaying = False
         # At stage 0 fp16 is refused.
         scaled = engine.fp16_enabled() and self.zero_stage > 0
         self._loss_scale_updates = LossScaleUpdates(engine.optimizer) if scaled else None
@@ -49,7 +66,9 @@ class TrainEngine:
         return torch.device(self.engine.device)
 
     def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Forward pass of a chunk. Collective under ZeRO-3."""
+        """Forward pass of a chunk. Collective under ZeRO-3, unless parameters are held."""
+        if self._replaying and self._gather is Gather.CACHE_PASS:
+            self._put_away()
         outputs: dict[str, Tensor] = self.engine(inputs)
         return outputs
 
@@ -58,28 +77,44 @@ class TrainEngine:
 
         Collective under ZeRO-3.
         """
-        self._local.before_backward()
+        self._reduction.before_backward()
         self.engine.backward(surrogate)
 
     @contextmanager
-    def reduce_once(self) -> Iterator[None]:
-        """Sum the gradients of every backward inside; average over ranks once, at the end.
+    def parameters_held(self) -> Iterator[None]:
+        """Around a whole step: ZeRO-3 may gather its parameters once instead of for every module.
 
-        Collective: every rank enters and leaves it. When the body raises, nothing is reduced,
-        so that the other ranks are not left in half a reduction.
+        Collective there. They are put away at the end, or when the body raises; with
+        ``cache_pass`` already when the first chunk is replayed.
         """
-        with ExitStack() as held_back:
-            held_back.enter_context(self._without_reduction())
-            try:
+        if self._whole is None:
+            yield
+            return
+        with self._whole.held():
+            yield
+
+    @contextmanager
+    def reduce_once(self) -> Iterator[None]:
+        """Around every backward of a step: leaves their sum, averaged over ranks.
+
+        Collective: every rank enters and leaves it. It is reduced once, at the end, or with
+        ``per_chunk`` behind every backward. When the body raises, nothing is left.
+        """
+        self._replaying = True
+        try:
+            with self._reduction.collect(self._put_away):
                 yield
-                self._local.finish()
-            except BaseException:
-                self._local.discard()
-                raise
-            with phase(Kind.REDUCTION):
-                held_back.close()
-                if self.zero_stage == 0:
-                    self.engine.allreduce_gradients()
+        except BaseException:
+            self.discard_gradients()  # DeepSpeed would add the next step's to what it has
+            raise
+        finally:
+            self._replaying = False
+
+    @property
+    def ranks_wait_in_chunks(self) -> bool:
+        """Whether passes over a chunk meet other ranks, which an error on one rank leaves waiting."""
+        gathers = self.zero_stage == 3 and self._gather is not Gather.ONCE
+        return gathers or isinstance(self._reduction, ReducedPerChunk)
 
     def step(self) -> Tensor | None:
         """Clip, update the parameters and advance the schedule. Collective.
@@ -159,7 +194,7 @@ class TrainEngine:
     def discard_gradients(self) -> None:
         """Forget reduced gradients instead of stepping, as if they had never been computed."""
         optimizer = self.engine.optimizer
-        self._local.discard()
+        self._reduction.discard()
         optimizer.zero_grad()
         if self.zero_stage in (1, 2):
             for group in optimizer.averaged_gradients:
@@ -185,10 +220,6 @@ class TrainEngine:
         norm: Tensor = nn.utils.get_total_norm(grads)
         return norm
 
-    def _without_reduction(self) -> AbstractContextManager[Any]:
-        if self.zero_stage == 0:
-            # Coalescing does not exist at stage 0. `no_sync` with an explicit reduction (rather
-            # than managed_gradient_accumulation=false, which reduces inside `step`) leaves the
-            # reduced gradient readable before the step at every stage alike.
-            return self.engine.no_sync()  # type: ignore[no-any-return]
-        return self.engine.coalesce_grad_reduction()  # type: ignore[no-any-return]
+    def _put_away(self) -> None:
+        if self._whole is not None:
+            self._whole.release()

@@ -27,6 +27,7 @@ from vembed_ds.models.foreign import Tensors
 from vembed_ds.models.lora import LoraSpec, add_adapters, merge_adapter_folder
 from vembed_ds.models.probe import Probe
 from vembed_ds.models.projections import load_projections
+from vembed_ds.models.reach import mark_idle
 from vembed_ds.models.scalars import demote_empty, is_lifted, lift_scalars
 from vembed_ds.models.vision_language import VisionLanguageEncoder, build_vision_language
 from vembed_ds.streams import LOGIT_BIAS, LOGIT_SCALE
@@ -165,7 +166,9 @@ def build_model(
     for stream in model.parts:
         if used is not None and stream not in used:
             # Its gradient is zero for ever: decay alone would move it.
-            _keep_fixed(model, model.encoder.idle_modules(stream))
+            idle = model.encoder.idle_modules(stream)
+            _keep_fixed(model, idle)
+            mark_idle(idle)
     if isinstance(encoder, TwoTowerEncoder):
         _settle_own_scalars(model, encoder)
     if lora is not None:

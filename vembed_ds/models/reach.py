@@ -1,4 +1,4 @@
-"""Which parameters an embedding depends on at all."""
+"""Which parameters an embedding depends on at all, and which no step of a run comes by."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vembed_ds.models.embedding_model import EmbeddingModel
 
 UNREACHED = "vembed_unreached"
+IDLE = "vembed_idle"
 
 
 def mark_unreached(model: EmbeddingModel, inputs: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -42,6 +43,17 @@ def mark_unreached(model: EmbeddingModel, inputs: Mapping[str, Mapping[str, Tens
 def is_unreached(parameter: nn.Parameter) -> bool:
     """Whether :func:`mark_unreached` marked it."""
     return bool(getattr(parameter, UNREACHED, False))
+
+
+def mark_idle(modules: Iterable[nn.Module]) -> None:
+    """Mark the parameters of modules through which no step passes, so that none gathers them."""
+    for parameter in (p for module in modules for p in module.parameters()):
+        setattr(parameter, IDLE, True)
+
+
+def is_idle(parameter: nn.Parameter) -> bool:
+    """Whether :func:`mark_idle` marked it."""
+    return bool(getattr(parameter, IDLE, False))
 
 
 def _leaves(outputs: Iterable[Tensor]) -> set[Tensor]:

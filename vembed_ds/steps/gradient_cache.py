@@ -51,6 +51,7 @@ class Embedder(Protocol):
 class Engine(Embedder, Protocol):
     """What the step needs of an engine; see ``engine.train_engine.TrainEngine``."""
 
+    def parameters_held(self) -> AbstractContextManager[None]: ...  # noqa: D102
     def backward(self, surrogate: Tensor) -> None: ...  # noqa: D102
     def reduce_once(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
@@ -78,12 +79,13 @@ def compute_gradient(
         trainable: Whether a stream's embeddings need a gradient; others are not replayed.
     """
     inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
-    outputs, states = _embed(engine, inputs)
-    after_embed = capture_rng(engine.device)
-    with phase(Kind.LOSS):
-        loss, gradients = _differentiate_loss(plan, outputs, loss_function)
-    with engine.reduce_once():
-        _replay(engine, inputs, outputs[-1], gradients, states, trainable)
+    with engine.parameters_held():
+        outputs, states = _embed(engine, inputs)
+        after_embed = capture_rng(engine.device)
+        with phase(Kind.LOSS):
+            loss, gradients = _differentiate_loss(plan, outputs, loss_function)
+        with engine.reduce_once():
+            _replay(engine, inputs, outputs[-1], gradients, states, trainable)
     restore_rng(after_embed, engine.device)
     return StepResult(loss, {name: v.detach().float() for name, v in _learned(outputs[-1]).items()})
 

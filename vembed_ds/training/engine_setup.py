@@ -27,7 +27,7 @@ from vembed_ds.losses import check_mrl_dims
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
-from vembed_ds.models.reach import mark_unreached
+from vembed_ds.models.reach import is_idle, mark_idle, mark_unreached
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.frozen_features import features_folder, store_features, stored_parts
 from vembed_ds.training.loop import Intervals
@@ -48,6 +48,7 @@ def fill_ds_config(
         world_size=comm.world_size(),
         batch_size=config.training.batch_size,
         precision=config.model.precision,
+        gradient_reduction=config.training.gradient_reduction,
         max_grad_norm=optimizer.max_grad_norm,
         lr=optimizer.lr,
         betas=(optimizer.adam_beta1, optimizer.adam_beta2),
@@ -127,6 +128,7 @@ def prepare_model(
             num_workers=config.data.num_workers,
             timeout_seconds=loader_timeout(config),
         )
+        mark_idle(model.encoder.backbone_modules(kind))
     inputs: dict[str, Mapping[str, Tensor]] = {
         part: data.processor.pad(part, [data.processor.filler(part)])
         for part in model.parts
@@ -162,6 +164,9 @@ def start_engine(
             warmup_steps=optimizer.warmup_steps,
             warmup_ratio=optimizer.warmup_ratio,
         ),
+        zero3_gather=config.training.zero3_gather,
+        gradient_reduction=config.training.gradient_reduction,
+        idle=[p for p in model.parameters() if is_idle(p)],
     )
     # Same weights everywhere, but each rank drops out units of its own.
     seed_everything(config.training.seed + 1 + comm.rank())

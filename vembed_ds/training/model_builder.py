@@ -167,7 +167,8 @@ def prepare_engine(
     origin = str(ds_config) if is_file else "ds_config"
     resolved = fill_ds_config(found, raw, origin=origin, origins={})
     zero_stage = resolved["zero_optimization"]["stage"]
-    refuse_layer_drop(model, zero_stage=zero_stage)
+    reduction = found.training.gradient_reduction
+    refuse_layer_drop(model, zero_stage=zero_stage, gradient_reduction=reduction)
     refuse_partitioned_4_bit(model, zero_stage=zero_stage)
     prepare_extensions(resolved)
     if found.model.precision != "fp32":
@@ -178,6 +179,8 @@ def prepare_engine(
         ds_config=resolved,
         param_groups=_groups(optimizer),
         schedule=None if scheduler is None else _schedule(scheduler),
+        zero3_gather=found.training.zero3_gather,
+        gradient_reduction=reduction,
     )
     # Same weights everywhere, but each rank drops out units of its own.
     seed_everything(found.training.seed + 1 + comm.rank())

@@ -170,7 +170,9 @@ def setup_model(
             f"precision={model.precision}: the model has batch normalisation, whose statistics "
             "stay float32 beside 16-bit weights; use precision: fp32"
         )
-    refuse_layer_drop(built, zero_stage=zero_stage)
+    refuse_layer_drop(
+        built, zero_stage=zero_stage, gradient_reduction=config.training.gradient_reduction
+    )
     refuse_partitioned_4_bit(built, zero_stage=zero_stage)
     return built
 
@@ -188,16 +190,21 @@ def refuse_partitioned_4_bit(model: EmbeddingModel, *, zero_stage: int) -> None:
         )
 
 
-def refuse_layer_drop(model: EmbeddingModel, *, zero_stage: int) -> None:
-    """Under ZeRO-3 every rank must run every layer.
+def refuse_layer_drop(
+    model: EmbeddingModel, *, zero_stage: int, gradient_reduction: str = "once"
+) -> None:
+    """Under ZeRO-3, and where ZeRO-2 reduces every chunk, every rank must run every layer.
 
     Raises:
-        ConfigError: The model leaves out layers at random, and the stage is 3.
+        ConfigError: The model leaves out layers at random, and ranks would wait for each other.
     """
-    if zero_stage == 3 and (key := _layer_drop(model)):
+    per_chunk = zero_stage == 2 and gradient_reduction != "once"
+    if (zero_stage == 3 or per_chunk) and (key := _layer_drop(model)):
+        waiting = f"gradient_reduction={gradient_reduction}" if per_chunk else "ZeRO-3"
+        remedy = "set gradient_reduction: once" if per_chunk else "use ZeRO stage 0 to 2"
         raise ConfigError(
-            f"{key}: the model leaves out layers at random, others on every rank, and ZeRO-3 would "
-            "wait for ever for the ranks that leave them out; use ZeRO stage 0 to 2, or a copy of "
+            f"{key}: the model leaves out layers at random, others on every rank, and {waiting} would "
+            f"wait for ever for the ranks that leave them out; {remedy}, or a copy of "
             "the model whose config.json says 0"
         )
 

@@ -58,6 +58,7 @@ FREE = frozenset(
         "gradient_cache_chunk_tokens",
         "gradient_cache_sort",
         "gradient_checkpointing",
+        "gradient_reduction",
         "gradient_self_test",
         "image_root",
         "loader_timeout_seconds",
@@ -89,6 +90,7 @@ FREE = frozenset(
         "trust_remote_code",
         "use_gradient_cache",
         "val_data_path",
+        "zero3_gather",
     ]
 )
 

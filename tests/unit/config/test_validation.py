@@ -333,6 +333,14 @@ def test_adapter_keys_that_do_nothing_or_harm(values, problem):
     assert found.startswith(problem)
 
 
+@pytest.mark.parametrize("reduction", ["per_chunk", "auto"])
+def test_reducing_per_chunk_needs_gradients_in_one_piece(reduction):
+    values = {"gradient_reduction": reduction, "activation_checkpointing": "deepspeed"}
+    assert problems_of(**values) == []
+    (found,) = problems_of(**values, gradient_checkpointing=True)
+    assert found.startswith(f"gradient_reduction={reduction}: activation_checkpointing=deepspeed")
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

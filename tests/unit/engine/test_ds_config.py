@@ -616,3 +616,14 @@ def test_load_missing_or_unreadable(tmp_path):
         load_ds_config(tmp_path / "no.json")
     with pytest.raises(ConfigError, match="the DeepSpeed config cannot be read: "):
         load_ds_config(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_reducing_per_chunk_needs_gradients_in_parts(stage):
+    raw = {"zero_optimization": {"stage": stage}}
+    ours = {"gradient_reduction": "per_chunk", "origins": {"gradient_reduction": "my.yaml"}}
+    (problem,) = problems_of(raw, **ours)
+    assert f"gradient_reduction=per_chunk (my.yaml): at zero_optimization.stage={stage}" in problem
+    assert "use stage 2 or 3, or gradient_reduction: once" in problem
+    resolve(raw, **(ours | {"gradient_reduction": "auto"}))
+    resolve({"zero_optimization": {"stage": 2}}, **ours)

@@ -1,0 +1,163 @@
+"""Bytes on the wire are those of the model, and parameters are held only while they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity import data
+from tests.parity.conftest import MODES, ds_config, update_error
+from tests.parity.traffic_cases import BERT
+from tests.thinning import one_in
+from tests.worlds import World
+from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
+
+pytestmark = [pytest.mark.parity]
+
+WAYS = {
+    **{f"{stage} once": (stage, {}) for stage in (0, 1, 2)},
+    "3 once": (3, {"zero3_gather": "once"}),
+    **MODES,
+}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that norms and embeddings do not count, small enough for a unit test."""
+    folder = tmp_path_factory.mktemp("bert")
+    data.save_backbone(folder / "text", BERT, dropout=0.0, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_bytes_are_the_predicted_ones(
+    world: Callable[[int], World], bert: Path, way: str, chunk_size: int | None
+) -> None:
+    stage, modes = WAYS[way]
+    for result in _count(world, bert, ds_config(stage, 2), modes, chunk_size):
+        predicted = _predict(result, stage, modes)
+        assert sum(result["sent"].values()) == pytest.approx(predicted, rel=0.01), result
+
+
+@pytest.mark.parametrize(
+    ("gather", "threshold", "reuse"),
+    one_in(2, ["once", "cache_pass"], [0, 5000], [0, 10**9]),
+)
+def test_small_parameters_and_distant_uses(
+    world: Callable[[int], World], bert: Path, gather: str, threshold: int, reuse: int
+) -> None:
+    zero = {
+        "stage3_param_persistence_threshold": threshold,
+        "stage3_max_reuse_distance": reuse,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    modes = {"zero3_gather": gather}
+    for result in _count(world, bert, ds_config(3, 2, zero=zero), modes, 2):
+        assert bool(result["persistent"]) == bool(threshold)
+        predicted = _predict(result, 3, modes, reused=1.0 if reuse else 0.0)
+        assert sum(result["sent"].values()) == pytest.approx(predicted, rel=0.01), result
+
+
+def _count(
+    world: Callable[[int], World],
+    folder: Path,
+    config: dict[str, Any],
+    modes: dict[str, str],
+    chunk_size: int | None,
+) -> list[dict[str, Any]]:
+    return world(2).run(
+        "tests.parity.traffic_cases:count_bytes",
+        folder=str(folder),
+        ds_config=config,
+        modes=modes,
+        chunk_size=chunk_size,
+    )
+
+
+def _predict(
+    result: dict[str, Any], stage: int, modes: dict[str, str], reused: float = 1.0
+) -> float:
+    embeddings = predict_embedding_bytes(world_size=2, rows=data.GLOBAL_BATCH, width=64)
+    return (
+        embeddings
+        + predict_step_bytes(
+            world_size=2,
+            zero_stage=stage,
+            parameters=result["parameters"],
+            trained=result["trained"],
+            element_size=4,
+            num_chunks=result["chunks"],
+            persistent=result["persistent"],
+            reused=reused,
+            **modes,
+        ).total
+    )
+
+
+@pytest.mark.parametrize("threshold", [0, 300])
+@pytest.mark.parametrize("gather", ["once", "cache_pass", "per_module"])
+def test_parameters_are_held_for_a_step_only(
+    world: Callable[[int], World],
+    folders: dict[float, Path],
+    reference: Callable[..., dict[str, Any]],
+    gather: str,
+    threshold: int,
+) -> None:
+    """Also when a step fails; and evaluations between steps see the weights of the last step."""
+    config = ds_config(3, 2, zero={"stage3_param_persistence_threshold": threshold})
+    for result in world(2).run(
+        "tests.parity.traffic_cases:hold", folder=str(folders[0.0]), ds_config=config, gather=gather
+    ):
+        whole = set() if gather == "per_module" else result["all"]
+        assert result["held"] == whole
+        assert not result["reduced"], "gradients are reduced beside whole parameters"
+        assert not result["afterwards"]
+        assert not result["after an error"]
+        assert max(result["distances"]) < 1e-5
+        assert update_error(reference("clip"), result["after"])["whole"] < 1e-5
+
+
+def test_idle_parameters_stay_in_parts(
+    world: Callable[[int], World], folders: dict[float, Path]
+) -> None:
+    for result in world(2).run(
+        "tests.parity.traffic_cases:hold",
+        folder=str(folders[0.0]),
+        ds_config=ds_config(3, 2),
+        gather="idle",
+    ):
+        missing = result["all"] - result["held"]
+        assert missing == {name for name in result["all"] if "vision_model" in name}
+
+
+def test_an_unknown_deepspeed_is_refused_by_name(
+    world: Callable[[int], World], folders: dict[float, Path]
+) -> None:
+    refused, taken = (
+        world(2).run(
+            "tests.parity.traffic_cases:refuse",
+            folder=str(folders[0.0]),
+            ds_config=ds_config(3, 2),
+            gather=gather,
+        )
+        for gather in ("once", "auto")
+    )
+    assert "zero3_gather=once: DeepSpeed" in refused[0]
+    assert "set zero3_gather: per_module" in refused[0]
+    assert taken[0] == "per_module"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_differentiate_other_parameters_are_stopped(
+    world: Callable[[int], World], folders: dict[float, Path], stage: int
+) -> None:
+    for message in world(2).run(
+        "tests.parity.traffic_cases:per_rank_graphs",
+        folder=str(folders[0.0]),
+        ds_config=ds_config(stage, 2),
+    ):
+        assert "did not differentiate the same parameters" in message

@@ -1,0 +1,64 @@
+"""The model of bytes per step against figures that were measured on the wire.
+
+56 MB of parameters, 8 chunks, 2 ranks, gloo, over all ranks: `tests/parity/test_traffic.py` counts
+those of a small model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "megabytes"),
+    [
+        ({"zero_stage": 0}, 112),
+        ({"zero_stage": 1}, 168),
+        ({"zero_stage": 2}, 168),
+        ({"zero_stage": 2, "gradient_reduction": "per_chunk"}, 952),
+        ({"zero_stage": 3, "zero3_gather": "once"}, 168),
+        ({"zero_stage": 3, "zero3_gather": "cache_pass"}, 560),
+        ({"zero_stage": 3, "zero3_gather": "per_module", "kept_chunks": 0}, 1456),
+        (
+            {
+                "zero_stage": 3,
+                "zero3_gather": "per_module",
+                "kept_chunks": 0,
+                "gradient_reduction": "per_chunk",
+            },
+            2240,
+        ),
+    ],
+)
+def test_measured_megabytes(settings: dict[str, Any], megabytes: float) -> None:
+    predicted = predict_step_bytes(
+        world_size=2,
+        parameters=14_000_000,
+        trained=14_000_000,
+        element_size=4,
+        num_chunks=8,
+        scatter_units=2,
+        **settings,
+    )
+    assert 2 * predicted.total / 1e6 == pytest.approx(megabytes)
+
+
+def test_small_frozen_and_many() -> None:
+    found = predict_step_bytes(
+        world_size=4,
+        zero_stage=3,
+        parameters=1000,
+        trained=100,
+        element_size=2,
+        num_chunks=5,
+        kept_chunks=2,
+        zero3_gather="cache_pass",
+        persistent=200,
+        reused=0.5,
+    )
+    assert found == (0.75 * 2 * 800 * (1 + 3 * 1.5), 0.75 * 2 * 100, 0.75 * 2 * 200)
+    assert predict_embedding_bytes(world_size=4, rows=8, width=10) == 0.75 * 2 * 4 * 80

@@ -1,0 +1,104 @@
+"""How many bytes a rank sends per step, from the model's size and the settings alone.
+
+In a ring of N ranks, one rank sends (N - 1)/N of a tensor to gather or to scatter it, and twice
+that to reduce it for all. What is left out is small: norms, the ranks' agreements, and the
+embeddings, for which there is :func:`predict_embedding_bytes`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StepBytes(NamedTuple):
+    """What one rank sends in one step.
+
+    Attributes:
+        gathered: Parameters of ZeRO-3, before they are used.
+        reduced: Gradients.
+        published: Updated parameters of ZeRO-1 and 2, and the small ones of ZeRO-3.
+    """
+
+    gathered: float
+    reduced: float
+    published: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.gathered + self.reduced + self.published
+
+
+def predict_step_bytes(
+    *,
+    world_size: int,
+    zero_stage: int,
+    parameters: int,
+    trained: int,
+    element_size: int,
+    num_chunks: int,
+    kept_chunks: int = 1,
+    zero3_gather: str = "once",
+    gradient_reduction: str = "once",
+    persistent: int = 0,
+    reused: float = 1.0,
+    scatter_units: int = 1,
+) -> StepBytes:
+    """What a rank sends from embedding a batch to the updated parameters.
+
+    Args:
+        world_size: N.
+        zero_stage: 0 to 3.
+        parameters: Elements that the passes use, over all ranks.
+        trained: Elements of them that are trained.
+        element_size: Bytes of an element.
+        num_chunks: Of a rank and step.
+        kept_chunks: Those of them whose graph is kept, so that they are not replayed.
+        zero3_gather: ``once``, ``cache_pass`` or ``per_module``.
+        gradient_reduction: ``once`` or ``per_chunk``.
+        persistent: Elements of the parameters that ZeRO-3 keeps gathered between passes, because
+            they are small (``stage3_param_persistence_threshold``).
+        reused: The share of the others that stays gathered from a chunk's forward to its backward
+            pass: 1 where the model has fewer elements than ``stage3_max_reuse_distance``, else
+            towards 0.
+        scatter_units: 2 with gloo, which scatters a reduced tensor by reducing it for all.
+    """
+    unit = element_size * (world_size - 1) / world_size
+    reductions = num_chunks if gradient_reduction == "per_chunk" else 1
+    if zero_stage < 3:
+        published = trained * unit if zero_stage else 0.0
+        return StepBytes(0.0, 2 * reductions * trained * unit, published)
+    gathers = _gathers(zero3_gather, num_chunks - kept_chunks, kept_chunks, reused)
+    return StepBytes(
+        gathered=gathers * (parameters - persistent) * unit,
+        reduced=scatter_units * reductions * trained * unit,
+        published=persistent * unit,
+    )
+
+
+def predict_embedding_bytes(
+    *, world_size: int, rows: int, width: int, scatter_units: int = 1
+) -> float:
+    """What a rank sends to gather the embeddings that are columns of the loss, and their gradient.
+
+    Args:
+        world_size: N.
+        rows: Embeddings of all ranks that are gathered, in float32.
+        width: Dimensions of one.
+        scatter_units: As of :func:`predict_step_bytes`.
+    """
+    return (1 + scatter_units) * 4 * rows * width * (world_size - 1) / world_size
+
+
+def _gathers(zero3_gather: str, replayed: int, kept: int, reused: float) -> float:
+    """How often ZeRO-3 gathers a parameter in one step."""
+    if zero3_gather == "once":
+        return 1.0
+    again = 2 - reused  # of a chunk's forward and backward pass
+    if zero3_gather == "cache_pass":
+        return 1 + replayed * again
+    if (replayed, kept) == (0, 1):
+        return again
+    # Passes without backward pass come between, so DeepSpeed's record of the order of modules
+    # never fits, and nothing is kept for a backward pass.
+    return 3.0 * replayed + 2 * kept
