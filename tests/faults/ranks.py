@@ -16,6 +16,12 @@ from vembed_ds import command
 from vembed_ds.command import Prepared, run_on_ranks
 from vembed_ds.errors import DataError
 
+
+def run_out_of_memory() -> None:
+    """As Python says it."""
+    raise MemoryError("cannot allocate memory")
+
+
 FAULTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -23,6 +29,7 @@ FAULTS = {
     "hold Python's lock": lambda: ctypes.PyDLL(None).sleep(1000),
     "exit": lambda: os._exit(0),
     "finish": lambda: True,
+    "memory": run_out_of_memory,
 }
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -32,9 +33,12 @@ from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
 from vembed_ds.steps.gradient_cache import compute_gradient
+from vembed_ds.steps.kept_graphs import KeptGraphs
 from vembed_ds.steps.random_draws import drawing_streams
 from vembed_ds.steps.self_test import check_gradient
 from vembed_ds.training.loss_inputs import loss_inputs
+
+_PLAIN_EMBED = TrainEngine.embed
 
 
 def train(
@@ -52,6 +56,7 @@ def train(
     rates: dict[str, float] | None = None,
     merge: bool = False,
     modes: dict[str, str] | None = None,
+    kept: int = 1,
 ) -> dict[str, Any]:
     """Train as the project does; losses, norms, and whole parameters after the last step.
 
@@ -60,7 +65,8 @@ def train(
     ``weight_decay`` sorts the parameters into the project's groups; ``None``: one group.
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
     ``rates`` are those of parts of the model. With ``merge``, equal items are embedded once where
-    the model draws no random numbers. ``modes`` are of gathering and reducing.
+    the model draws no random numbers. ``modes`` are of gathering and reducing. ``kept`` chunks keep
+    their graph.
     """
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
@@ -83,7 +89,15 @@ def train(
         with _counting(model, rows, step):
             losses.append(
                 train_step(
-                    engine, model, kind, step, chunk_size, bidirectional, temperature, merged
+                    engine,
+                    model,
+                    kind,
+                    step,
+                    chunk_size,
+                    bidirectional,
+                    temperature,
+                    merged=merged,
+                    kept=kept,
                 )
             )
         norm = engine.step()
@@ -101,6 +115,18 @@ def _counting(model: EmbeddingModel, rows: list[int], step: int) -> Iterator[Non
     hook = model.register_forward_pre_hook(count)
     yield
     hook.remove()
+
+
+def train_by_kept(*, kept: Sequence[Sequence[int]], **settings: Any) -> list[dict[str, Any]]:
+    """As :func:`train`, for every number of graphs, by rank; with how often the model was called."""
+    found = []
+    for numbers in kept:
+        number = numbers[comm.rank()]
+        with mock.patch.object(TrainEngine, "embed", autospec=True) as embed:
+            embed.side_effect = _PLAIN_EMBED
+            result = train(kept=number, **settings)
+        found.append({**result, "forwards": embed.call_count})
+    return found
 
 
 def make_engine(
@@ -133,6 +159,7 @@ def train_step(
     bidirectional: bool,
     temperature: float,
     merged: Collection[str] = (),
+    kept: int = 1,
 ) -> float:
     """Gradient of one step, left in the engine; the loss of the global batch."""
     loss_type = "colbert" if kind in ("tokens", "patches") else "infonce"
@@ -152,6 +179,7 @@ def train_step(
         loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
         pad=_pad,
         trainable=model.trainable,
+        graphs=KeptGraphs(kept),
     )
     return float(comm.mean_over_ranks(result.loss))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.traffic import CountedTraffic
 from tests.parity import cases, data
-from vembed_ds.data.batches import plan_step
+from vembed_ds.data.batches import lay_out
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.distributed import comm
 from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.train_engine import TrainEngine
@@ -41,7 +42,7 @@ def count_bytes(
         "parameters": sum(sizes.values()),
         "trained": sum(size for p, size in sizes.items() if p.requires_grad),
         "persistent": sum(size for p, size in sizes.items() if getattr(p, "ds_persist", False)),
-        "chunks": len(plan_step(roles, chunk_size=chunk_size).chunks),
+        "chunks": len(lay_out(roles, budget=ChunkBudget(chunk_size)).alone().chunks),
     }
     engine.engine.destroy()
     return found
@@ -96,7 +97,7 @@ def _distance_of_evaluation(engine: TrainEngine, folder: str) -> float:
     for name, parameter in plain.named_parameters():
         parameter.data.copy_(weights[cases.reference_name(name)].view(parameter.shape))
     roles = cases.rank_roles("clip", 7)
-    plan = plan_step(roles, chunk_size=2)
+    plan = lay_out(roles, budget=ChunkBudget(2)).alone()
     engine.module.eval()
     rows, expected = (
         embed_plan(embedder, plan, pad=_pad)  # type: ignore[arg-type]

@@ -403,7 +403,8 @@ class TrainingConfig(Section):
         default=42, description="Seed of weights, order and dropout."
     )
     use_gradient_cache: bool = Field(
-        default=False, description="Embed in chunks, then replay them: memory of one chunk."
+        default=False,
+        description="Embed in chunks, and differentiate one after the other: memory of one chunk, or of those whose graph is kept.",
     )
     gradient_cache_chunk_size: PositiveInt = Field(
         default=8,
@@ -420,6 +421,10 @@ class TrainingConfig(Section):
     encode_duplicates_once: bool = Field(
         default=True,
         description="Embed equal items of a rank's batch once and sum their gradients, if the model draws no random numbers (dropout) for them.",
+    )
+    gradient_cache_kept_graphs: Literal["auto"] | PositiveInt = Field(
+        default="auto",
+        description="Chunks that are not computed twice, because they keep the graph of their first pass: a number, or auto: as many as fit into memory. The update is the same, bit for bit.",
     )
     gradient_reduction: Literal["once", "per_chunk", "auto"] = Field(
         default="once",

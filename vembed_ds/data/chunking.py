@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from vembed_ds.data.processors import Array, EncodedItem
@@ -51,6 +51,22 @@ class ChunkBudget:
     items: int | None
     tokens: int | Literal["auto"] | None = AUTO
     sort: bool = True
+
+
+def halved(budget: ChunkBudget, *, largest: int) -> ChunkBudget | None:
+    """The budget of chunks that are half as large; ``None``: they cannot be smaller.
+
+    Args:
+        budget: Of the present ones.
+        largest: Items in the largest of them.
+    """
+    items = min(budget.items or largest, largest)
+    tokens = budget.tokens
+    if isinstance(tokens, int):
+        tokens = max(1, tokens // 2)
+    elif items == 1:
+        return None
+    return None if largest == 1 else replace(budget, items=max(1, items // 2), tokens=tokens)
 
 
 def size_of(item: EncodedItem) -> Size:

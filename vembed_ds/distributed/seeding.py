@@ -30,6 +30,13 @@ class RngState:
     host: Tensor
     accelerator: Tensor | None
 
+    def equals(self, other: RngState) -> bool:
+        """Whether nothing was drawn between the two; of the same device."""
+        pairs = [(self.host, other.host)]
+        if self.accelerator is not None and other.accelerator is not None:
+            pairs.append((self.accelerator, other.accelerator))
+        return all(torch.equal(one, another) for one, another in pairs)
+
 
 def capture_rng(device: torch.device) -> RngState:
     """Record the random state of the host and of ``device``."""
@@ -62,11 +69,8 @@ class GeneratorStates:
 
     def equals(self, other: GeneratorStates) -> bool:
         """Whether nothing was drawn between the two."""
-        pairs = [(self.torch.host, other.torch.host)]
-        if self.torch.accelerator is not None and other.torch.accelerator is not None:
-            pairs.append((self.torch.accelerator, other.torch.accelerator))
         return (
-            all(torch.equal(one, two) for one, two in pairs)
+            self.torch.equals(other.torch)
             and self.python == other.python
             and all(np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True))
         )

@@ -65,6 +65,25 @@ class TrainEngine:
         """Where inputs go."""
         return torch.device(self.engine.device)
 
+    @property
+    def chunks_are_local(self) -> bool:
+        """Whether the forward and backward passes of a chunk need no other rank."""
+        gathers = self.zero_stage == 3 and self._gather is not Gather.ONCE
+        return not gathers and not isinstance(self._reduction, ReducedPerChunk)
+
+    @property
+    def bytes_beside_graphs(self) -> int:
+        """What keeping several graphs takes beside what they hold.
+
+        In the backward pass of a graph behind which another was made, ZeRO-3 puts no parameter away
+        before its end: DeepSpeed counts the tensors of a module's newest graph only. Where they are
+        held anyway, nothing is added.
+        """
+        if self.zero_stage < 3 or self._whole is not None:
+            return 0
+        whole: list[tuple[Any, int]] = [(p, p.element_size()) for p in self.module.parameters()]
+        return sum(parameter.ds_numel * size for parameter, size in whole)
+
     def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Forward pass of a chunk. Collective under ZeRO-3, unless parameters are held."""
         if self._replaying and self._gather is Gather.CACHE_PASS:
@@ -109,12 +128,6 @@ class TrainEngine:
             raise
         finally:
             self._replaying = False
-
-    @property
-    def ranks_wait_in_chunks(self) -> bool:
-        """Whether passes over a chunk meet other ranks, which an error on one rank leaves waiting."""
-        gathers = self.zero_stage == 3 and self._gather is not Gather.ONCE
-        return gathers or isinstance(self._reduction, ReducedPerChunk)
 
     def step(self) -> Tensor | None:
         """Clip, update the parameters and advance the schedule. Collective.
@@ -192,10 +205,15 @@ class TrainEngine:
             yield grad.detach().float()
 
     def discard_gradients(self) -> None:
-        """Forget reduced gradients instead of stepping, as if they had never been computed."""
+        """Forget gradients instead of stepping, as if they had never been computed.
+
+        Reduced ones, or those of a step that broke off, in the middle of a backward pass too.
+        """
         optimizer = self.engine.optimizer
         self._reduction.discard()
         optimizer.zero_grad()
+        if self.zero_stage > 0:
+            optimizer._backward_active_depth = 0  # one that broke off has not counted back
         if self.zero_stage in (1, 2):
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = None

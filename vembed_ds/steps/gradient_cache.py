@@ -2,15 +2,18 @@
 
 Gradient caching (Gao et al. 2021, arXiv 2101.06983, section 3.2): ``dL/dw = sum_chunks
 dE_c/dw . dL/dE_c``, so once ``dL/dE`` is known for all embeddings, the chunks can be
-differentiated one at a time. The last chunk keeps the graph of its first pass: it is the first
-to be differentiated, so nothing else needs its memory. A batch of one chunk is therefore the
-standard step: one forward, one backward, the same code.
+differentiated one at a time, from the last to the first. The last ones may keep the graph of their
+first pass (:mod:`vembed_ds.steps.kept_graphs`) and are then not computed again; the very last one
+always does, because nothing else needs its memory before it is differentiated. A batch of one chunk
+is therefore the standard step, and so is any batch whose graphs are all kept: one forward, one
+backward, the same code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +24,8 @@ from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.distributed.seeding import RngState, capture_rng, restore_rng
 from vembed_ds.similarity import Embeddings
+from vembed_ds.steps.kept_graphs import KeptGraphs
+from vembed_ds.steps.shortage import Agree, may_run_out
 from vembed_ds.streams import is_learned
 
 Outputs = dict[str, Tensor]
@@ -63,6 +68,8 @@ def compute_gradient(
     loss_function: BatchLoss,
     pad: PadFunction,
     trainable: Callable[[str], bool],
+    graphs: KeptGraphs | None = None,
+    agree: Agree | None = None,
 ) -> StepResult:
     """Leave the gradient of the whole batch, reduced over ranks, in the engine.
 
@@ -77,17 +84,26 @@ def compute_gradient(
             whole batch.
         pad: Pads the items of a chunk to one batch ``{argument: [n, ...]}``.
         trainable: Whether a stream's embeddings need a gradient; others are not replayed.
+        graphs: How many chunks keep their graph; ``None``: the last one.
+        agree: Called before the loss and before the reduction, with what ran out of memory on
+            this rank since; ``None``: that ends this rank's step as any other error does.
+
+    Raises:
+        MemoryShortage: From ``agree``: nothing was reduced, and what was computed is gone.
     """
-    inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
-    with engine.parameters_held():
-        outputs, states = _embed(engine, inputs)
-        after_embed = capture_rng(engine.device)
+    graphs = graphs or KeptGraphs()
+    chunks = _Chunks(engine, plan, pad=pad, device=engine.device)
+    with graphs.step(plan) as number, engine.parameters_held():
+        with may_run_out(agree):
+            embedded = _embed(engine, chunks, graphs, first_kept=len(chunks) - number)
+        outputs = [chunk.outputs for chunk in embedded]
         with phase(Kind.LOSS):
             loss, gradients = _differentiate_loss(plan, outputs, loss_function)
-        with engine.reduce_once():
-            _replay(engine, inputs, outputs[-1], gradients, states, trainable)
-    restore_rng(after_embed, engine.device)
-    return StepResult(loss, {name: v.detach().float() for name, v in _learned(outputs[-1]).items()})
+        learned = {name: v.detach().float() for name, v in _learned(outputs[-1]).items()}
+        del outputs  # the replay frees every graph as soon as it is differentiated
+        with engine.reduce_once(), may_run_out(agree):
+            _replay(engine, chunks, embedded, gradients, graphs, trainable)
+    return StepResult(loss, learned)
 
 
 def embed_plan(engine: Embedder, plan: StepPlan, *, pad: PadFunction) -> dict[str, Embeddings]:
@@ -95,9 +111,9 @@ def embed_plan(engine: Embedder, plan: StepPlan, *, pad: PadFunction) -> dict[st
 
     Collective under ZeRO-3; arguments as in :func:`compute_gradient`.
     """
-    inputs = _ChunkInputs(plan, pad=pad, device=engine.device)
+    chunks = _Chunks(engine, plan, pad=pad, device=engine.device)
     with torch.no_grad():
-        outputs = [engine.embed(inputs.get(index)) for index in range(len(inputs))]
+        outputs = [chunks.embed(index) for index in range(len(chunks))]
     widened = [
         {name: v.float() if v.is_floating_point() else v for name, v in chunk.items()}
         for chunk in outputs
@@ -105,19 +121,24 @@ def embed_plan(engine: Embedder, plan: StepPlan, *, pad: PadFunction) -> dict[st
     return collect_roles(plan, widened)
 
 
-class _ChunkInputs:
-    """Padded inputs of chunk i, made when they are needed and not kept."""
+class _Chunks:
+    """The chunks of a step; their inputs are padded when they are needed and not kept."""
 
-    def __init__(self, plan: StepPlan, *, pad: PadFunction, device: torch.device) -> None:
-        self._plan, self._pad, self._device = plan, pad, device
+    def __init__(
+        self, engine: Embedder, plan: StepPlan, *, pad: PadFunction, device: torch.device
+    ) -> None:
+        self._engine, self._plan, self._pad, self._device = engine, plan, pad, device
 
     def __len__(self) -> int:
         return len(self._plan.chunks)
 
-    def get(
-        self, index: int, *, only: Callable[[str], bool] | None = None
-    ) -> dict[str, dict[str, Tensor]]:
-        return {
+    def has(self, index: int, only: Callable[[str], bool]) -> bool:
+        """Whether a chunk has a stream of this kind."""
+        return any(only(stream) for stream in self._plan.chunks[index])
+
+    def embed(self, index: int, *, only: Callable[[str], bool] | None = None) -> Outputs:
+        """A forward pass of a chunk, or of those of its streams."""
+        inputs = {
             stream: {
                 key: value.to(self._device, non_blocking=True)
                 for key, value in self._pad(stream, self._plan.streams[stream][places]).items()
@@ -125,18 +146,41 @@ class _ChunkInputs:
             for stream, places in self._plan.chunks[index].items()
             if only is None or only(stream)
         }
+        return self._engine.embed(inputs)
 
 
-def _embed(engine: Engine, inputs: _ChunkInputs) -> tuple[list[Outputs], list[RngState]]:
-    """Every chunk's outputs; all but the last without graph, their random state recorded."""
-    outputs, states = [], []
-    last = len(inputs) - 1
-    for index in range(len(inputs)):
-        states.append(capture_rng(engine.device))
-        words = f"embedding chunk {index + 1} of {len(inputs)}"
-        with phase(Kind.EMBEDDING, words), torch.set_grad_enabled(index == last):
-            outputs.append(engine.embed(inputs.get(index)))
-    return outputs, states
+class _Embedded(NamedTuple):
+    """A chunk that was embedded.
+
+    Attributes:
+        outputs: Of the model.
+        has_graph: Whether they can be differentiated as they are.
+        state: The random state before it; ``None``: it has drawn nothing.
+    """
+
+    outputs: Outputs
+    has_graph: bool
+    state: RngState | None
+
+
+def _embed(
+    engine: Engine, chunks: _Chunks, graphs: KeptGraphs, *, first_kept: int
+) -> list[_Embedded]:
+    """Embed every chunk, those from ``first_kept`` on with graph."""
+    embedded = []
+    before = capture_rng(engine.device)
+    for index in range(len(chunks)):
+        has_graph = index >= first_kept
+        with phase(Kind.EMBEDDING, f"embedding chunk {index + 1} of {len(chunks)}"):
+            if has_graph:
+                outputs = graphs.forward(partial(chunks.embed, index))
+            else:
+                with torch.no_grad():
+                    outputs = chunks.embed(index)
+        after = capture_rng(engine.device)
+        embedded.append(_Embedded(outputs, has_graph, None if after.equals(before) else before))
+        before = after
+    return embedded
 
 
 def _differentiate_loss(
@@ -167,24 +211,39 @@ def _learned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _replay(
     engine: Engine,
-    inputs: _ChunkInputs,
-    kept: Outputs,
+    chunks: _Chunks,
+    embedded: list[_Embedded],
     gradients: list[Outputs],
-    states: list[RngState],
+    graphs: KeptGraphs,
     trainable: Callable[[str], bool],
 ) -> None:
-    """Differentiate the kept chunk, then recompute and differentiate the others."""
-    if any(output.requires_grad for output in kept.values()):
-        with phase(Kind.REPLAY, "differentiating the last chunk"):
-            engine.backward(_surrogate(kept, gradients[-1]))
-    for index in range(len(inputs) - 1):
-        # What is not trained is not computed again; frozen towers draw no random numbers, so
-        # the others still see the state they saw in the embed phase.
-        chunk = inputs.get(index, only=trainable)
-        if chunk:
-            restore_rng(states[index], engine.device)
-            with phase(Kind.REPLAY, f"replaying chunk {index + 1} of {len(inputs)}"):
-                engine.backward(_surrogate(engine.embed(chunk), gradients[index]))
+    """Differentiate the chunks from the last to the first; compute again what has no graph.
+
+    Uses ``embedded`` up, also when it fails: what is left there holds its memory.
+    """
+    after_embed, has_drawn = capture_rng(engine.device), False
+    try:
+        while embedded:
+            outputs, has_graph, state = embedded.pop()
+            index = len(embedded)
+            of = f"chunk {index + 1} of {len(chunks)}"
+            if has_graph:
+                if any(output.requires_grad for output in outputs.values()):
+                    with phase(Kind.REPLAY, f"differentiating {of}"):
+                        engine.backward(_surrogate(outputs, gradients[index]))
+            # What is not trained is not computed again; frozen towers draw no random numbers, so
+            # the others still see the state they saw in the embed phase.
+            elif chunks.has(index, trainable):
+                if state is not None:
+                    restore_rng(state, engine.device)
+                    has_drawn = True
+                with phase(Kind.REPLAY, f"replaying {of}"):
+                    outputs = graphs.forward(partial(chunks.embed, index, only=trainable))
+                    engine.backward(_surrogate(outputs, gradients[index]))
+    finally:
+        embedded.clear()
+    if has_drawn:
+        restore_rng(after_embed, engine.device)
 
 
 def _surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:

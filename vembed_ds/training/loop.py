@@ -24,6 +24,7 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.waiting import WaitInterrupted
 from vembed_ds.distributed import comm, phases
 from vembed_ds.distributed.phases import Kind, phase
+from vembed_ds.distributed.seeding import capture_rng, restore_rng
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import SaveError, StoppedError, VembedError
@@ -31,11 +32,14 @@ from vembed_ds.losses import LossFunction
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
+from vembed_ds.steps.kept_graphs import KeptGraphs
+from vembed_ds.steps.shortage import MemoryShortage, emptied
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.log_window import LogWindow
 from vembed_ds.training.loss_inputs import loss_inputs
 from vembed_ds.training.nonfinite import StepGuard
 from vembed_ds.training.saves import Saves
+from vembed_ds.training.step_memory import StepMemory
 from vembed_ds.training.stopping import StopRequested, StopSignals, raise_agreed
 from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
@@ -92,6 +96,8 @@ class TrainingLoop:
         pin_memory: Page-lock padded chunks, for faster copies to an accelerator.
         attach: Adds to every batch what the loss needs of it beside its items, or an ``error``.
         teachers: Whom the student follows.
+        memory: What becomes smaller when a step has none; ``None``: the last chunk alone keeps its
+            graph.
     """
 
     how_to_go_on = "start again with --resume auto"
@@ -122,6 +128,7 @@ class TrainingLoop:
         pin_memory: bool = False,
         attach: Callable[[Batch], Batch] = lambda batch: batch,
         teachers: Teachers = NO_TEACHERS,
+        memory: StepMemory | None = None,
     ) -> None:
         self.engine, self.model, self.processor = engine, model, processor
         self.loader, self.budget = loader, budget
@@ -129,6 +136,7 @@ class TrainingLoop:
         self.intervals, self.tracker = intervals, tracker
         self._judge, self._evaluate, self._attach = judge, evaluate, attach
         self.teachers, self.guard, self.replicas = teachers, guard, replicas
+        self.memory = memory or StepMemory(KeptGraphs(), can_agree=engine.chunks_are_local)
         self.step = step
         self._saves = Saves(
             write=save,
@@ -240,18 +248,35 @@ class TrainingLoop:
         return self.teachers.attach(self._attach(batch))
 
     def compute_gradient(self, batch: Batch) -> StepResult:
-        """Gradient of the global batch, reduced, left in the engine. Collective."""
+        """Gradient of the global batch, reduced, left in the engine. Collective.
+
+        Where memory runs out, it is computed again from the start, with what takes less.
+        """
         plan = self.plan(batch)
-        # Once, before anything is embedded with gradient; the replay does not ask again.
+        # Once, before anything is embedded with gradient; neither the replay nor a second attempt
+        # asks again.
         with phase(Kind.TEACHER):
             said = self.teachers.judge(batch, plan, self.pad)
-        return compute_gradient(
-            self.engine,
-            plan,
-            loss_function=self.batch_loss(batch, said),
-            pad=self.pad,
-            trainable=self.model.trainable,
-        )
+        start = capture_rng(self.engine.device)
+        while True:
+            self.memory.begin(plan, self.budget)
+            try:
+                return compute_gradient(
+                    self.engine,
+                    plan,
+                    loss_function=self.batch_loss(batch, said),
+                    pad=self.pad,
+                    trainable=self.model.trainable,
+                    graphs=self.memory.graphs,
+                    agree=self.memory.agree,
+                )
+            except MemoryShortage as error:
+                shortage = emptied(error)
+            # Outside of the handler, which would hold the tensors of the attempt.
+            self.engine.discard_gradients()
+            self.budget = self.memory.make_room(shortage)
+            restore_rng(start, self.engine.device)
+            plan = self.plan(batch)
 
     def plan(self, batch: Batch) -> StepPlan:
         """The chunks of a batch. Collective.

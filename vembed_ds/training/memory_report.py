@@ -5,22 +5,22 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from deepspeed.accelerator import get_accelerator
 
 from vembed_ds.config.schema import Config
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.host_memory import free_host_bytes
 from vembed_ds.distributed.phases import Kind, status_of
-from vembed_ds.errors import DistributedError, OutOfMemoryError, one_line
-from vembed_ds.training.engine_setup import inference_batch_size
+from vembed_ds.errors import OutOfMemoryError, one_line
+from vembed_ds.steps.shortage import memory_cause
+from vembed_ds.training.engine_setup import chunk_budget, inference_batch_size
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How the accelerator, its libraries, torch's host allocator and the system say it.
-_SAID = re.compile(r"out of memory|can.t allocate memory|cannot allocate memory|ALLOC_FAILED", re.I)
 _ON_HOST = re.compile(r"DefaultCPUAllocator|cannot allocate memory|unable to allocate", re.I)
 _SIZE = r"([\d.]+ (?:[KMGTPE]iB|bytes))"
 _ASKED = re.compile(rf"(?:tried to allocate|unable to allocate) {_SIZE}", re.I)
@@ -32,7 +32,8 @@ class Setting(NamedTuple):
 
     Attributes:
         batch_size: Pairs per rank and step.
-        chunk_size: Items per chunk; ``None``: no gradient cache.
+        budget: Of the chunks of a step.
+        kept_graphs: Chunks that keep their graph.
         eval_batch_size: Items per forward pass of an evaluation.
         gradient_checkpointing: Whether activations are computed again.
         zero_stage: Of DeepSpeed.
@@ -44,7 +45,8 @@ class Setting(NamedTuple):
     """
 
     batch_size: int
-    chunk_size: int | None
+    budget: ChunkBudget
+    kept_graphs: int
     eval_batch_size: int
     gradient_checkpointing: bool
     zero_stage: int
@@ -74,27 +76,18 @@ def reports_memory(
     ) -> T:
         try:
             return work(config, ds_config, *args, **kwargs)
+        except OutOfMemoryError:  # a step has said more
+            raise
         except Exception as error:
             cause = memory_cause(error)
             if cause is None:
                 raise
-            raise report(cause, _setting(config, ds_config)) from error
+            zero = ds_config.get("zero_optimization") or {}
+            offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+            found = setting(config, zero_stage=zero.get("stage", 0), offload=offload)
+            raise report(cause, found) from error
 
     return reporting
-
-
-def memory_cause(error: BaseException) -> BaseException | None:
-    """The error, or its cause, that says that there is no memory; ``None``: there is none."""
-    if isinstance(error, DistributedError):  # another rank's
-        return None
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, MemoryError):
-            return found
-        if isinstance(found, RuntimeError | OSError) and _SAID.search(str(found)):
-            return found
-        found = found.__cause__ or found.__context__
-    return None
 
 
 def report(error: BaseException, setting: Setting) -> OutOfMemoryError:
@@ -135,11 +128,18 @@ def suggestions(kinds: Sequence[Kind], setting: Setting, *, on_host: bool) -> li
     elif Kind.TEACHER in inside:
         found = [*_chunks(setting), _TEACHER]
     elif Kind.LOSS in inside:
-        found = [*_batch(setting), *_chunks(setting), *_zero(setting), *_offload(setting)]
+        found = [
+            *_graphs(setting),
+            *_batch(setting),
+            *_chunks(setting),
+            *_zero(setting),
+            *_offload(setting),
+        ]
     elif _WHOLE_MODEL & inside:
         found = [*_zero(setting), *_offload(setting), _LESS_TRAINED]
     else:
         found = [
+            *_graphs(setting),
             *_chunks(setting),
             *_checkpointing(setting),
             *_zero(setting),
@@ -159,17 +159,25 @@ _TEACHER = "teacher_mode: cached, teacher_precision: bf16, or offload_param in t
 _LESS_TRAINED = "a smaller model, precision: bf16, or use_lora: true"
 
 
-def _chunks(setting: Setting) -> list[str]:
-    if setting.chunk_size is None:
-        return [
-            "use_gradient_cache: true, with gradient_cache_chunk_size below "
-            f"batch_size={setting.batch_size} (the update stays the same)"
-        ]
-    if setting.chunk_size == 1:
+def _graphs(setting: Setting) -> list[str]:
+    if setting.kept_graphs == 1:
         return []
     return [
-        f"gradient_cache_chunk_size below {setting.chunk_size} (slower, the update stays the same)"
+        f"gradient_cache_kept_graphs: 1, not {setting.kept_graphs} (slower, the update stays the same)"
     ]
+
+
+def _chunks(setting: Setting) -> list[str]:
+    items, tokens = setting.budget.items, setting.budget.tokens
+    if (items or setting.batch_size) == 1:
+        return []
+    if items is None:
+        half = f"gradient_cache_chunk_size: {setting.batch_size // 2}, half of batch_size"
+        return [f"use_gradient_cache: true, with {half} (the update stays the same)"]
+    halves = [f"gradient_cache_chunk_size: {items // 2}"]
+    if isinstance(tokens, int):
+        halves.append(f"gradient_cache_chunk_tokens: {tokens // 2}")
+    return [f"{' and '.join(halves)}, half of now (slower, the update stays the same)"]
 
 
 def _checkpointing(setting: Setting) -> list[str]:
@@ -223,7 +231,7 @@ def _figures(text: str, *, on_host: bool) -> str:
     known = [f"{_readable(asked[1])} asked"] if asked else []
     if free:
         known.append(f"{free[2]} of {free[1]} free")
-    elif on_host and (available := _available()):
+    elif on_host and (available := free_host_bytes()):
         known.append(f"{_readable(f'{available} bytes')} free now")
     return f" ({', '.join(known)})" if known else ""
 
@@ -233,25 +241,24 @@ def _readable(size: str) -> str:
     return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else size
 
 
-def _available() -> int | None:
-    """Bytes of the host's memory that are not in use, where the system says so."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
+def setting(config: Config, *, zero_stage: int, offload: bool) -> Setting:
+    """What a run has set.
 
-
-def _setting(config: Config, ds_config: Mapping[str, Any]) -> Setting:
-    zero = ds_config.get("zero_optimization") or {}
+    Args:
+        config: Of the run.
+        zero_stage: Of DeepSpeed.
+        offload: Whether the optimizer's state lies on the host.
+    """
     training = config.training
+    kept = training.gradient_cache_kept_graphs
     return Setting(
         batch_size=training.batch_size,
-        chunk_size=training.gradient_cache_chunk_size if training.use_gradient_cache else None,
+        budget=chunk_budget(training),
+        kept_graphs=1 if kept == "auto" else kept,
         eval_batch_size=inference_batch_size(config),
         gradient_checkpointing=config.model.gradient_checkpointing,
-        zero_stage=zero.get("stage", 0),
-        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        zero_stage=zero_stage,
+        offload=offload,
         world_size=comm.world_size(),
         on_device=get_accelerator().device_name() != "cpu",
         num_workers=config.data.num_workers,

@@ -56,6 +56,7 @@ FREE = frozenset(
         "frozen_features_dir",
         "gradient_cache_chunk_size",
         "gradient_cache_chunk_tokens",
+        "gradient_cache_kept_graphs",
         "gradient_cache_sort",
         "gradient_checkpointing",
         "gradient_reduction",

@@ -22,7 +22,6 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout
 from vembed_ds.training.engine_setup import (
-    chunk_budget,
     inference_batch_size,
     prepare_model,
     read_model,
@@ -34,6 +33,7 @@ from vembed_ds.training.log_window import resumed_window
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_losses, evaluated_dims, loss_configs
 from vembed_ds.training.memory_report import reports_memory
+from vembed_ds.training.memory_setup import BUDGET, resumed_budget, saved_budget, step_memory
 from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.output import warn_of_little_space
 from vembed_ds.training.plan import RunPlan, plan_run
@@ -259,7 +259,7 @@ def build_loop(
             config.distillation,
             num_steps=intervals.num_steps,
         ),
-        budget=chunk_budget(training),
+        budget=resumed_budget(training, resumption),
         intervals=intervals,
         tracker=tracker,
         save=lambda step: save_step(
@@ -267,7 +267,12 @@ def build_loop(
             model,
             saver,
             data.processor,
-            {**state, EVALUATION_LEFT: loop.evaluation_left, WINDOW: loop.window.state()},
+            {
+                **state,
+                EVALUATION_LEFT: loop.evaluation_left,
+                WINDOW: loop.window.state(),
+                BUDGET: saved_budget(loop.budget),
+            },
             teachers,
             step,
         ),
@@ -285,6 +290,7 @@ def build_loop(
         pin_memory=loading.pin_memory,
         attach=attach,
         teachers=teachers,
+        memory=step_memory(config, engine),
     )
     return loop
 

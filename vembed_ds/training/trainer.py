@@ -32,6 +32,7 @@ from vembed_ds.training.engine_setup import chunk_budget
 from vembed_ds.training.evaluator import Evaluator
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_distillation
+from vembed_ds.training.memory_setup import step_memory
 from vembed_ds.training.merging import merge_duplicates
 from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.teacher_loading import teacher_ds_config
@@ -125,6 +126,7 @@ class Trainer(TrainingLoop):
             evaluate=None if val_dataloader is None else lambda: self._val_loss(val_dataloader),
             pin_memory=self.config.data.pin_memory,
             teachers=teachers,
+            memory=step_memory(self.config, engine),
         )
         self._items, self._criterion = items, task
         self._result: StepResult | None = None

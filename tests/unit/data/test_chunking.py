@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from vembed_ds.data.chunking import ChunkBudget, Size, cut, order_of, padded, size_of, split
+from vembed_ds.data.chunking import ChunkBudget, Size, cut, halved, order_of, padded, size_of, split
 from vembed_ds.data.processors import EncodedItem
 
 BUDGETS = [
@@ -143,3 +143,21 @@ def test_sizes() -> None:
     assert size(input_ids=ids, pixel_values=patches, image_grid_thw=grid) == Size(7, 20)
     assert size(features=np.zeros(384, np.float32)) == Size(1, 0)
     assert padded([Size(7, 2), Size(3, 9)]) == Size(14, 11)
+
+
+@pytest.mark.parametrize(
+    ("budget", "largest", "expected"),
+    [
+        (ChunkBudget(8), 8, ChunkBudget(4)),
+        (ChunkBudget(5, sort=False), 9, ChunkBudget(2, sort=False)),
+        (ChunkBudget(8), 3, ChunkBudget(1)),  # there are no more
+        (ChunkBudget(None), 7, ChunkBudget(3)),
+        (ChunkBudget(1), 5, None),  # short ones, together as large as the longest
+        (ChunkBudget(8, tokens=None), 1, None),
+        (ChunkBudget(8, tokens=101), 20, ChunkBudget(4, tokens=50)),
+        (ChunkBudget(1, tokens=50), 4, ChunkBudget(1, tokens=25)),
+        (ChunkBudget(1, tokens=50), 1, None),
+    ],
+)
+def test_half_a_budget(budget: ChunkBudget, largest: int, expected: ChunkBudget | None) -> None:
+    assert halved(budget, largest=largest) == expected

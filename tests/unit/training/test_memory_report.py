@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.distributed import phases
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.errors import DistributedError
-from vembed_ds.training.memory_report import Setting, memory_cause, report, suggestions
+from vembed_ds.steps.shortage import memory_cause
+from vembed_ds.training.memory_report import Setting, report, suggestions
 
 SETTING = Setting(
     batch_size=64,
-    chunk_size=16,
+    budget=ChunkBudget(16),
+    kept_graphs=1,
     eval_batch_size=16,
     gradient_checkpointing=False,
     zero_stage=1,
@@ -25,11 +28,16 @@ SETTING = Setting(
     num_workers=4,
     prefetch_factor=2,
 )
-CHUNKS = "gradient_cache_chunk_size below 16 (slower, the update stays the same)"
+CHUNKS = "gradient_cache_chunk_size: 8, half of now (slower, the update stays the same)"
+TOKENS = (
+    "gradient_cache_chunk_size: 8 and gradient_cache_chunk_tokens: 150, half of now (slower, the "
+    "update stays the same)"
+)
 CACHE = (
-    "use_gradient_cache: true, with gradient_cache_chunk_size below batch_size=64 (the update "
+    "use_gradient_cache: true, with gradient_cache_chunk_size: 32, half of batch_size (the update "
     "stays the same)"
 )
+GRAPHS = "gradient_cache_kept_graphs: 1, not 3 (slower, the update stays the same)"
 CHECKPOINTING = "gradient_checkpointing: true (slower)"
 ZERO = "a higher ZeRO stage than 1 (--ds_config ds_configs/zero2.json)"
 ZERO3 = "a higher ZeRO stage than 2 (--ds_config ds_configs/zero3.json)"
@@ -42,7 +50,11 @@ LESS = "a smaller model, precision: bf16, or use_lora: true"
     ("kinds", "changed", "expected"),
     [
         ([Kind.REPLAY], {}, [CHUNKS, CHECKPOINTING, ZERO, OFFLOAD, BATCH]),
-        ([Kind.EMBEDDING], {"chunk_size": None}, [CACHE, CHECKPOINTING, ZERO, OFFLOAD, BATCH]),
+        (
+            [Kind.EMBEDDING],
+            {"budget": ChunkBudget(None)},
+            [CACHE, CHECKPOINTING, ZERO, OFFLOAD, BATCH],
+        ),
         (
             [Kind.REPLAY],
             {"gradient_checkpointing": True, "offload": True, "zero_stage": 2},
@@ -50,17 +62,34 @@ LESS = "a smaller model, precision: bf16, or use_lora: true"
         ),
         (
             [Kind.REPLAY],
-            {"chunk_size": 1, "zero_stage": 3, "offload": True},
+            {"budget": ChunkBudget(1), "zero_stage": 3, "offload": True},
             [CHECKPOINTING, BATCH],
         ),
+        (
+            [Kind.REPLAY],
+            {"budget": ChunkBudget(16, tokens=300)},
+            [TOKENS, CHECKPOINTING, ZERO, OFFLOAD, BATCH],
+        ),
         ([Kind.LOSS], {"world_size": 1}, [BATCH, CHUNKS, OFFLOAD]),
+        ([Kind.LOSS], {"kept_graphs": 3, "world_size": 1}, [GRAPHS, BATCH, CHUNKS, OFFLOAD]),
+        (
+            [Kind.REPLAY],
+            {"kept_graphs": 3, "zero_stage": 3},
+            [
+                GRAPHS,
+                CHUNKS,
+                CHECKPOINTING,
+                "the optimizer on the host (--ds_config ds_configs/zero3_offload.json)",
+                BATCH,
+            ],
+        ),
         ([Kind.OPTIMIZER], {}, [ZERO, OFFLOAD, LESS]),
         ([Kind.BUILDING], {"zero_stage": 3, "offload": True}, [LESS]),
         ([Kind.EVALUATION, Kind.EMBEDDING], {}, ["eval_batch_size below 16", ZERO]),
         (
             [Kind.REPLAY],
             {
-                "chunk_size": 1,
+                "budget": ChunkBudget(1),
                 "batch_size": 1,
                 "gradient_checkpointing": True,
                 "zero_stage": 3,

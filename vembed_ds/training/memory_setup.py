@@ -1,0 +1,80 @@
+"""What the configuration, and the checkpoint, say of a step's memory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from vembed_ds.config.schema import Config, TrainingConfig
+from vembed_ds.data.chunking import ChunkBudget
+from vembed_ds.distributed import comm
+from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.errors import OutOfMemoryError
+from vembed_ds.steps.kept_graphs import GraphBudget, KeptGraphs
+from vembed_ds.steps.meters import build_meter
+from vembed_ds.training.engine_setup import chunk_budget
+from vembed_ds.training.memory_report import report, setting
+from vembed_ds.training.resuming import Resumption
+from vembed_ds.training.step_memory import StepMemory
+
+logger = logging.getLogger(__name__)
+
+BUDGET = "chunk_budget"  # in the state of a checkpoint
+
+
+def step_memory(config: Config, engine: TrainEngine) -> StepMemory:
+    """What the configuration and the engine ask for."""
+    offload = bool(engine.engine.zero_use_cpu_optimizer())
+    known = setting(config, zero_stage=engine.zero_stage, offload=offload)
+
+    def explain(cause: BaseException, budget: ChunkBudget, kept_graphs: int) -> OutOfMemoryError:
+        return report(cause, known._replace(budget=budget, kept_graphs=kept_graphs))
+
+    return StepMemory(
+        _kept_graphs(config, engine), can_agree=engine.chunks_are_local, explain=explain
+    )
+
+
+def _kept_graphs(config: Config, engine: TrainEngine) -> KeptGraphs:
+    number = config.training.gradient_cache_kept_graphs
+    if number != "auto":
+        return KeptGraphs(number)
+    meter = build_meter(engine.device, local_ranks=comm.local_world_size())
+    budget = GraphBudget(meter, reserve=engine.bytes_beside_graphs)
+    # What ZeRO-3 gathers for a chunk depends on whether it is computed again.
+    return KeptGraphs(budget=budget, agree=None if engine.chunks_are_local else _fewest)
+
+
+def _fewest(number: int) -> int:
+    """Of all ranks. Collective."""
+    (negative,) = comm.all_max([-number])
+    return -negative
+
+
+def resumed_budget(training: TrainingConfig, resumption: Resumption | None) -> ChunkBudget:
+    """How large chunks are: as configured, or smaller where the run has been short of memory.
+
+    Chunks decide what dropout draws, so a run that goes on cuts as it did; unless other chunks are
+    configured now.
+    """
+    configured = chunk_budget(training)
+    if resumption is None or BUDGET not in resumption.state:
+        return configured
+    keys = ("use_gradient_cache", "gradient_cache_chunk_size", "gradient_cache_chunk_tokens")
+    if any(resumption.settings.get(key) != getattr(training, key) for key in keys):
+        return configured
+    found = replace(configured, **resumption.state[BUDGET])
+    if found != configured:
+        logger.warning(
+            "chunks are smaller than configured, as since memory ran out: gradient_cache_chunk_size "
+            "%s, gradient_cache_chunk_tokens %s; set either to have them otherwise",
+            found.items,
+            found.tokens,
+        )
+    return found
+
+
+def saved_budget(budget: ChunkBudget) -> dict[str, Any]:
+    """What :func:`resumed_budget` needs."""
+    return {"items": budget.items, "tokens": budget.tokens}
