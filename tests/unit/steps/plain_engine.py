@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ class PlainEngine:
     def backward(self, surrogate: Tensor) -> None:
         self.backwards += 1
         surrogate.backward()  # type: ignore[no-untyped-call]
+
+    def parameters_held(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def reduce_once(self) -> Iterator[None]:
