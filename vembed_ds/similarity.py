@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-# Token similarities that MaxSim holds at a time (64 MB); blocks are recomputed in backward.
-BLOCK_ELEMENTS = 2**24
+# Token similarities that MaxSim holds at a time (16 MB); blocks are recomputed in backward.
+BLOCK_ELEMENTS = 2**22
 SHORTEST = 1e-12  # of a vector that has a direction
 
 
@@ -96,6 +96,8 @@ class Embeddings:
     def padded(self, *, items: int | None = None, tokens: int | None = None) -> Self:
         """Zeros appended up to a number of items, and of tokens; masked where there is a mask."""
         more = 0 if items is None else items - len(self)
+        if self.mask is None and more == 0:
+            return self
         if self.mask is None:
             return replace(self, values=functional.pad(self.values, (0, 0, 0, more)))
         longer = 0 if tokens is None else tokens - self.mask.shape[1]
@@ -135,8 +137,12 @@ def similarity(rows: Embeddings, columns: Embeddings, *, reduction: str = "mean"
     Raises:
         ValueError: Vectors against token embeddings, or unequal widths.
     """
-    _check_kinds(rows, columns)
-    rows, columns = rows.normalized(), columns.normalized()
+    check_kinds(rows, columns)
+    return unit_similarity(rows.normalized(), columns.normalized(), reduction=reduction)
+
+
+def unit_similarity(rows: Embeddings, columns: Embeddings, *, reduction: str = "mean") -> Tensor:
+    """:func:`similarity` of items that :meth:`Embeddings.normalized` has scaled already."""
     if rows.mask is None or columns.mask is None:
         return rows.values @ columns.values.T
     if not len(rows) or not len(columns):
@@ -144,6 +150,8 @@ def similarity(rows: Embeddings, columns: Embeddings, *, reduction: str = "mean"
     pair = max(1, rows.mask.shape[1] * columns.mask.shape[1])
     wide = min(len(columns), max(1, BLOCK_ELEMENTS // pair))
     high = max(1, BLOCK_ELEMENTS // (pair * wide))
+    if len(rows) <= high and len(columns) <= wide:
+        return _maxsim(rows.values, rows.mask, columns.values, columns.mask, reduction)
     return torch.cat(
         [
             torch.cat(
@@ -173,7 +181,7 @@ def paired_similarity(rows: Embeddings, columns: Embeddings, *, reduction: str =
     Returns:
         ``[n]``.
     """
-    _check_kinds(rows, columns)
+    check_kinds(rows, columns)
     rows, columns = rows.normalized(), columns.normalized()
     if rows.mask is None or columns.mask is None:
         return (rows.values * columns.values).sum(dim=-1)
@@ -182,7 +190,12 @@ def paired_similarity(rows: Embeddings, columns: Embeddings, *, reduction: str =
     return _over_tokens(best_BL, rows.mask, reduction)
 
 
-def _check_kinds(rows: Embeddings, columns: Embeddings) -> None:
+def check_kinds(rows: Embeddings, columns: Embeddings) -> None:
+    """Refuse items that cannot be compared.
+
+    Raises:
+        ValueError: Vectors against token embeddings, or unequal widths.
+    """
     if rows.values.dim() != columns.values.dim() or rows.width != columns.width:
         raise ValueError(
             f"embeddings of shapes {tuple(rows.values.shape)} and {tuple(columns.values.shape)} "

@@ -30,6 +30,7 @@ def loss_and_gradients(
     batch: dict[str, Any],
     options: dict[str, Any],
     distillation: dict[str, Any] | None = None,
+    tile_size: int | None,
 ) -> dict[str, Any]:
     """This rank's share of a batch as `loss_reference` describes it.
 
@@ -38,6 +39,7 @@ def loss_and_gradients(
         batch: The whole of it.
         options: Of the task.
         distillation: As `distillation_reference` describes it.
+        tile_size: As of `build_loss`.
 
     Returns:
         The loss of the whole batch; per role the gradients of this rank's items, and of the
@@ -69,7 +71,7 @@ def loss_and_gradients(
         **learned,
     )
     followed = None if distillation is None else _distillation(distillation, options)
-    loss = build_loss(loss_type, distillation=followed, **options)(inputs)
+    loss = build_loss(loss_type, distillation=followed, tile_size=tile_size, **options)(inputs)
     loss.backward()
     return {
         "loss": float(comm.mean_over_ranks(loss)),

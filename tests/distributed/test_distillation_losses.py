@@ -143,6 +143,7 @@ def test_task_and_distillation_equal_their_formulas_on_the_whole_batch(
         batch=batch_of(case),
         options=case.options,
         distillation=followed_by(case),
+        tile_size=2 if world_size == 2 else None,
     )
     # Tolerances as in test_losses.py.
     assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)

@@ -124,14 +124,18 @@ def expected_of(place: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "tile_size"), [(1, None), (1, 4), (2, 2)])
 def test_a_loss_equals_its_formula_on_the_whole_batch(
-    world: Callable[[int], World], world_size: int, kind: Kind
+    world: Callable[[int], World], world_size: int, tile_size: int | None, kind: Kind
 ) -> None:
     loss_type, options, data = kind
     batch = make_batch(**data)
     results = world(world_size).run(
-        f"{CASES}:loss_and_gradients", loss_type=loss_type, batch=batch, options=options
+        f"{CASES}:loss_and_gradients",
+        loss_type=loss_type,
+        batch=batch,
+        options=options,
+        tile_size=tile_size,
     )
     expected = expected_of(KINDS.index(kind))
     # float32 against float64: logits of size 10 to 40 are off by 1e-6 to 4e-6.

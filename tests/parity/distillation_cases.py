@@ -156,6 +156,7 @@ def _loss(scenario: Scenario) -> Any:
             scale=scenario.scale,
             prefixes=Prefixes(dims, (1.0,) * len(dims)) if dims else None,
         ),
+        tile_size=2,  # several on every rank
         **options,
     )
 

@@ -27,6 +27,7 @@ from vembed_ds.training.loss_inputs import GUIDE, loss_inputs
 
 STEPS = 3
 PAIRS = 6
+TILE_SIZE = 2  # of 3 rows on each rank: tiles that do not divide them
 LEARNED = {"logit_scale": 1.3, "logit_bias": -2.0}
 # The second of two ranks has no explicit negative, and each rank has a pair of both labels.
 COUNTS = [2, 0, 1, 0, 0, 0]
@@ -117,7 +118,7 @@ def train(
     """The same through the engine; see `tests.parity.cases.train`."""
     model = _make_model(Path(folder), case)
     engine = cases.make_engine(model, ds_config=ds_config)
-    loss_function = build_loss(loss_type, **options)
+    loss_function = build_loss(loss_type, tile_size=TILE_SIZE, **options)
     model.train()
     losses, norms = [], []
     for step in range(STEPS):

@@ -434,6 +434,10 @@ class TrainingConfig(Section):
         default="auto",
         description="How often ZeRO-3 gathers the parameters: once per step; once for embedding and then for every replayed chunk; or for every module call. auto: the first whose parameters (and gradients, for once) take at most a quarter of the memory.",
     )
+    loss_tile_size: PositiveInt | Literal["auto"] | None = Field(
+        default="auto",
+        description="The loss compares this many rows with this many columns at a time, so that its memory does not grow with the square of the batch; auto: 512 on a CPU, 4096 elsewhere; null: all at once.",
+    )
     gradient_self_test: bool = Field(
         default=True, description="At start, compare a chunked gradient with a whole one."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from vembed_ds.losses.inputs import Guide, LossInputs, TeacherScores, TeacherVec
 from vembed_ds.losses.matryoshka import BatchFunction, Prefixes, check_mrl_dims, matryoshka
 from vembed_ds.losses.ranking import cosent, triplet
 from vembed_ds.losses.sigmoid import sigmoid
+from vembed_ds.losses.tiles import tile_size_of
 from vembed_ds.similarity import Embeddings
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Prefixes",
     "TeacherScores",
     "TeacherVectors",
+    "TileSize",
     "alpha_schedule",
     "build_loss",
     "check_mrl_dims",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 LossFunction = Callable[[LossInputs], Tensor]
+TileSize = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def build_loss(
     mrl_layers: Sequence[int] | None = None,
     mrl_layer_weights: Sequence[float] | None = None,
     distillation: Distillation | None = None,
+    tile_size: TileSize = "auto",
     **options: Any,
 ) -> LossFunction:
     """The loss of that name; options are called as in the configuration.
@@ -131,6 +135,7 @@ def build_loss(
         mrl_layers: Only their number matters here.
         mrl_layer_weights: Likewise.
         distillation: What the student follows beside its task; ``None``: nothing.
+        tile_size: Rows and columns that are compared at a time; ``None``: all, in one piece.
         **options: Of ``LOSSES[loss_type].options``; what is not given is off.
 
     Returns:
@@ -163,25 +168,33 @@ def build_loss(
     queries = any(direction.endswith("query") for direction in options.get("directions", ()))
 
     def loss(inputs: LossInputs) -> Tensor:
-        batch = gather_batch(inputs, queries=queries)
+        batch = gather_batch(inputs, queries=queries, tile_size=_size(inputs, tile_size))
         found = task(batch)
         return found if distillation is None else distillation.combine(found, batch, inputs)
 
     return loss
 
 
-def with_distillation(task: LossFunction, distillation: Distillation) -> LossFunction:
+def with_distillation(
+    task: LossFunction, distillation: Distillation, *, tile_size: TileSize = "auto"
+) -> LossFunction:
     """A task's loss, whatever computes it, beside what its teachers say; for a script of one's own.
 
     Args:
         task: Of this rank's inputs; its mean over ranks is the loss of the whole batch.
         distillation: How the student follows.
+        tile_size: As in :func:`build_loss`.
     """
 
     def loss(inputs: LossInputs) -> Tensor:
-        return distillation.combine(task(inputs), gather_batch(inputs, queries=False), inputs)
+        batch = gather_batch(inputs, queries=False, tile_size=_size(inputs, tile_size))
+        return distillation.combine(task(inputs), batch, inputs)
 
     return loss
+
+
+def _size(inputs: LossInputs, tile_size: TileSize) -> int | None:
+    return tile_size_of(inputs.query.values.device) if tile_size == "auto" else tile_size
 
 
 def _directions(options: dict[str, Any]) -> dict[str, Any]:

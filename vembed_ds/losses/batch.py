@@ -44,21 +44,27 @@ class GlobalBatch:
         query: This rank's B queries.
         positive: This rank's B positives.
         index: ``[B]`` int64, the number of each row's pair, counted over all ranks.
+        first: The first of them.
+        num_pairs: N * B.
         documents: ``N * B`` positives in rank order, then the explicit negatives of all ranks.
         queries: ``N * B`` queries; ``None`` when the loss compares nothing with queries.
         labels: ``[N * B]`` int64, if there are labels.
         scores: ``[N * B]`` float64, if there are scores.
         local: The inputs of this rank.
+        tile_size: Rows and columns that the losses compare at a time; ``None``: all.
     """
 
     query: Embeddings
     positive: Embeddings
     index: Tensor
+    first: int
+    num_pairs: int
     documents: Columns
     queries: Columns | None
     labels: Tensor | None
     scores: Tensor | None
     local: LossInputs
+    tile_size: int | None = None
 
     def dims(self, start: int, stop: int) -> Self:
         """The same batch, of every embedding only some neighbouring dimensions."""
@@ -76,7 +82,7 @@ class GlobalBatch:
         return 1.0 / temperature if learned is None else learned.exp()
 
 
-def gather_batch(inputs: LossInputs, *, queries: bool) -> GlobalBatch:
+def gather_batch(inputs: LossInputs, *, queries: bool, tile_size: int | None = None) -> GlobalBatch:
     """Gather the columns of a loss over ranks, with gradient.
 
     Negatives are padded to the most of any rank and token embeddings to the longest of any rank;
@@ -88,6 +94,7 @@ def gather_batch(inputs: LossInputs, *, queries: bool) -> GlobalBatch:
     Args:
         inputs: This rank's share.
         queries: Also gather the queries.
+        tile_size: As of the batch.
 
     Raises:
         ValueError: Counts that do not fit; a mistake of the caller, on this rank only.
@@ -111,11 +118,14 @@ def gather_batch(inputs: LossInputs, *, queries: bool) -> GlobalBatch:
         query=inputs.query,
         positive=inputs.positive,
         index=every_pair[first : first + num_rows],
+        first=first,
+        num_pairs=len(every_pair),
         documents=documents,
         queries=_gather_queries(inputs, documents, sizes) if queries else None,
         labels=_gather(inputs.labels),
         scores=_gather(inputs.scores),
         local=inputs,
+        tile_size=tile_size,
     )
 
 

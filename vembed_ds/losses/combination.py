@@ -12,6 +12,7 @@ from torch import Tensor
 from vembed_ds.errors import ConfigError
 from vembed_ds.losses.batch import GlobalBatch
 from vembed_ds.losses.distillation import (
+    Judge,
     Judged,
     cut,
     judge_by_scores,
@@ -25,7 +26,7 @@ from vembed_ds.losses.distillation import (
 )
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
 from vembed_ds.losses.matryoshka import Prefixes, sum_over
-from vembed_ds.similarity import similarity
+from vembed_ds.losses.tiles import Similarities, by_rows, similarities
 
 Alpha = Callable[[int], float]
 """From the steps already done to the share of the task."""
@@ -97,15 +98,21 @@ class Distillation:
             assert isinstance(teacher, TeacherVectors)
             return self._regression(inputs, teacher, inputs.projections.get(number))
         if isinstance(teacher, TeacherScores):
-            judged = judge_by_scores(batch, teacher)
+            judge: Judge = judge_by_scores(batch, teacher)
         else:
-            judged = judge_by_vectors(inputs, teacher, reduction=self.reduction)
-        loss = self._similarity_loss(number)
+            judge = judge_by_vectors(
+                inputs, teacher, reduction=self.reduction, tile_size=batch.tile_size
+            )
 
         def of(start: int, stop: int) -> Tensor:
             part = batch.dims(start, stop)
-            student = similarity(part.query, part.documents.items, reduction=self.reduction)
-            return loss(student, judged)
+            student = similarities(
+                part.query,
+                part.documents.items,
+                reduction=self.reduction,
+                tile_size=batch.tile_size,
+            )
+            return self._similarity_loss(student, judge, number)
 
         return sum_over(self.prefixes, batch.query.width, of)
 
@@ -118,13 +125,14 @@ class Distillation:
 
         return sum_over(self.prefixes, inputs.query.width, of)
 
-    def _similarity_loss(self, number: int) -> Callable[[Tensor, Judged], Tensor]:
+    def _similarity_loss(self, student: Similarities, judge: Judge, number: int) -> Tensor:
         if self.loss_type == "kl":
             own = self.teacher_temperatures[number] if self.teacher_temperatures else None
-            return partial(kl, temperature=self.temperature, teacher_temperature=own)
-        if self.loss_type == "rank":
-            return partial(rank, scale=self.scale)
-        return {"mse": mse, "margin_mse": margin_mse}[self.loss_type]
+            return kl(student, judge, temperature=self.temperature, teacher_temperature=own)
+        of_rows: dict[str, Callable[[Tensor, Judged], Tensor]]
+        of_rows = {"mse": mse, "margin_mse": margin_mse, "rank": partial(rank, scale=self.scale)}
+        loss = of_rows[self.loss_type]
+        return by_rows(student, lambda rows, part: loss(part, judge.of_rows(rows))).mean()
 
 
 def alpha_schedule(kind: str, *, start: float, end: float, num_steps: int) -> Alpha:

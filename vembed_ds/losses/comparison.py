@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from vembed_ds.losses.batch import Columns, GlobalBatch
-from vembed_ds.similarity import Embeddings, paired_similarity, similarity
+from vembed_ds.losses.positives import Marked, Positives, own_column
+from vembed_ds.losses.tiles import Similarities, similarities
+from vembed_ds.similarity import Embeddings, paired_similarity
 
 DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
 CROSSING = ("query_to_doc", "doc_to_query")
@@ -38,18 +42,38 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """B rows of this rank against C columns.
+class Choice:
+    """What the columns are to the rows, of a tile; what is neither of both is a negative.
+
+    Most tiles have neither, and are known to without looking at them.
 
     Attributes:
-        similarity: ``[B, C]`` float32.
-        positive: ``[B, C]`` bool.
-        negative: ``[B, C]`` bool; disjoint from ``positive``. What is neither is left out.
+        positive: Where there are positives; ``None``: nowhere.
+        left_out: ``[r, c]`` bool, false at positives; ``None``: nothing is.
     """
 
-    similarity: Tensor
-    positive: Tensor
-    negative: Tensor
+    positive: Positives | None
+    left_out: Tensor | None
+
+    def negative(self, like: Tensor) -> Tensor:
+        """``[r, c]`` bool, for similarities of that shape."""
+        found = torch.ones_like(like, dtype=torch.bool)
+        if self.positive is not None:
+            found = self.positive.update(found, torch.zeros_like)
+        return found if self.left_out is None else found & ~self.left_out
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B rows of this rank against C columns of every rank, which are looked at a tile at a time.
+
+    Attributes:
+        similarities: Of the rows with the columns.
+        choose: What the columns ``[c]`` are to the rows ``[r]``.
+    """
+
+    similarities: Similarities
+    choose: Callable[[slice, slice], Choice]
 
 
 def compare(
@@ -73,24 +97,69 @@ def compare(
     Raises:
         ValueError: Keys, or the guide's vectors of some items, are needed and missing.
     """
-    columns, crossing = _columns(batch, direction), direction in CROSSING
-    own = columns.owner == batch.index.unsqueeze(1)
-    positive = own & ~columns.explicit if crossing else own & False
-    negative = ~(positive if crossing else own)
-    if selection.negatives_scope == "own":
-        negative = negative & (own | ~columns.explicit)
-    if batch.labels is not None and selection.label_mode != "ignore":
-        same = batch.labels[columns.owner] == batch.labels[batch.index].unsqueeze(1)
-        same = same & ~columns.explicit
-        negative = negative & ~same
-        if selection.label_mode == "multi_positive" and crossing:
-            positive = positive | same
+    columns, of_queries = _columns(batch, direction), direction.startswith("query")
+    tests: list[Callable[[slice, slice], Tensor]] = []
     if selection.mask_duplicates:
-        negative = negative & ~_holds_the_same(batch, columns)
+        tests.append(_holds_the_same(batch, columns))
     if batch.local.guide is not None:
-        negative = negative & ~_false_negatives(batch, columns, direction, selection)
-    found = _similarity(batch, columns, direction, reduction)
-    return Comparison(found, positive=positive, negative=negative)
+        tests.append(_false_negatives(batch, columns, direction, selection))
+
+    def choose(rows: slice, places: slice) -> Choice:
+        choice = _by_owner(batch, columns, rows, places, direction, selection)
+        left_out = choice.left_out
+        for test in tests:
+            left_out = _either(left_out, test(rows, places))
+        if left_out is not None and choice.positive is not None:
+            left_out = choice.positive.update(left_out, torch.zeros_like)
+        return replace(choice, left_out=left_out)
+
+    compared = similarities(
+        batch.query if of_queries else batch.positive,
+        columns.items,
+        tile_size=batch.tile_size,
+        # MaxSim is not symmetric: a query's tokens choose among a document's, never the reverse.
+        columns_choose=not of_queries,
+        reduction=reduction,
+    )
+    return Comparison(compared, choose)
+
+
+def _by_owner(
+    batch: GlobalBatch,
+    columns: Columns,
+    rows: slice,
+    places: slice,
+    direction: str,
+    selection: Selection,
+) -> Choice:
+    """By what the pair of a column is to the row's: the same, of one label, another."""
+    owner, explicit = columns.owner[places], columns.explicit[places]
+    index, crossing = batch.index[rows].unsqueeze(1), direction in CROSSING
+    first, last, _ = rows.indices(len(batch.query))
+    start, stop, _ = places.indices(len(columns.items))
+    # Told without the device: columns are the items of all pairs in order, and behind them the
+    # explicit negatives.
+    has_own = start < batch.first + last and batch.first + first < stop
+    has_explicit = stop > batch.num_pairs
+    positive: Positives | None = None
+    left_out = None
+    if crossing and has_own:
+        positive = own_column(batch.index[rows], start, stop)
+    if not crossing and (has_own or has_explicit):
+        left_out = owner == index
+    if selection.negatives_scope == "own" and has_explicit:
+        left_out = _either(left_out, explicit & (owner != index))
+    if batch.labels is not None and selection.label_mode != "ignore":
+        same = (batch.labels[owner] == batch.labels[index]) & ~explicit
+        if selection.label_mode == "multi_positive" and crossing:
+            positive = Marked(same)  # its own among them
+        else:
+            left_out = _either(left_out, same)
+    return Choice(positive, left_out)
+
+
+def _either(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one | other
 
 
 def _columns(batch: GlobalBatch, direction: str) -> Columns:
@@ -100,26 +169,20 @@ def _columns(batch: GlobalBatch, direction: str) -> Columns:
     return batch.queries
 
 
-def _similarity(batch: GlobalBatch, columns: Columns, direction: str, reduction: str) -> Tensor:
-    if direction.startswith("query"):
-        return similarity(batch.query, columns.items, reduction=reduction)
-    # MaxSim is not symmetric: a query's tokens choose among a document's, never the reverse.
-    return similarity(columns.items, batch.positive, reduction=reduction).T
-
-
-def _holds_the_same(batch: GlobalBatch, columns: Columns) -> Tensor:
-    """``[B, C]``: the column equals the item of its kind in the row's own pair."""
+def _holds_the_same(batch: GlobalBatch, columns: Columns) -> Callable[[slice, slice], Tensor]:
+    """Whether a column equals the item of its kind in the row's own pair."""
     local = batch.local
-    keys = local.query_keys if columns is batch.queries else local.positive_keys
-    if keys is None or columns.keys is None:
+    own = local.query_keys if columns is batch.queries else local.positive_keys
+    keys = columns.keys
+    if own is None or keys is None:
         raise ValueError("mask_duplicates needs the content keys of all queries and documents")
-    return columns.keys == keys.unsqueeze(1)
+    return lambda rows, places: keys[places] == own[rows].unsqueeze(1)
 
 
 def _false_negatives(
     batch: GlobalBatch, columns: Columns, direction: str, selection: Selection
-) -> Tensor:
-    """``[B, C]``: the guide finds the column closer than the row's own pair.
+) -> Callable[[slice, slice], Tensor]:
+    """Whether the guide finds a column closer than the row's own pair.
 
     GISTEmbed (Solatorio 2024, arXiv 2402.16829, section 3); the margins are those of
     NV-Retriever (Moreira et al. 2024, arXiv 2407.15831, section 4.2).
@@ -132,6 +195,10 @@ def _false_negatives(
     margin: Tensor | float = selection.guide_margin
     if selection.guide_margin_type == "relative":
         margin = margin * own.abs()
-    rows = query if direction.startswith("query") else positive
-    found = similarity(rows, Embeddings(columns.guide))
-    return found > (own - margin + GUIDE_TIE).unsqueeze(1)
+    bound = (own - margin + GUIDE_TIE).unsqueeze(1)
+    found = similarities(
+        query if direction.startswith("query") else positive,
+        Embeddings(columns.guide),
+        tile_size=batch.tile_size,
+    )
+    return lambda rows, places: found.tile(rows, places) > bound[rows]

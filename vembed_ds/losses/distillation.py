@@ -1,14 +1,15 @@
 """Losses that pull a student's similarities, or embeddings, towards a teacher's.
 
-Shapes: B rows of this rank (its queries), C columns (the documents of all ranks). Every function
-gives the mean over this rank's rows, so that the mean over ranks is that of the whole batch. Memory
-is a few tensors of ``[B, C]``.
+Shapes: B rows of this rank (its queries), r of them at a time, C columns (the documents of all
+ranks). Losses are means over this rank's rows, so that the mean over ranks is that of the whole
+batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from torch import Tensor
 from vembed_ds.distributed import comm
 from vembed_ds.losses.batch import GlobalBatch, gather_batch
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
-from vembed_ds.similarity import Embeddings, similarity, unit_length
+from vembed_ds.losses.ranking import inversions
+from vembed_ds.losses.running import RunningSum
+from vembed_ds.losses.tiles import Similarities, Tile, similarities, tiled
+from vembed_ds.similarity import Embeddings, unit_length
 
 # Cosines of a teacher as close as this are equal: rounding depends on how many rows a rank has.
 TEACHER_TIE = 1e-6
@@ -24,14 +28,14 @@ TEACHER_TIE = 1e-6
 
 @dataclass(frozen=True)
 class Judged:
-    """What a teacher says of the documents of this rank's queries.
+    """What a teacher says of all documents for some of this rank's queries.
 
     Attributes:
-        teacher: ``[B, C]`` similarities or scores, constants.
-        known: ``[B, C]`` bool, where the teacher says something.
-        own: ``[B]`` int64, the column of each row's positive.
-        explicit: ``[B, C]`` bool, the row's own explicit negatives.
-        tie: ``[B, 1]``, how close two values are that only rounding tells apart.
+        teacher: ``[r, C]`` similarities or scores, constants.
+        known: ``[r, C]`` bool, where the teacher says something.
+        own: ``[r]`` int64, the column of each row's positive.
+        explicit: ``[r, C]`` bool, the row's own explicit negatives.
+        tie: ``[r, 1]``, how close two values are that only rounding tells apart.
     """
 
     teacher: Tensor
@@ -41,8 +45,76 @@ class Judged:
     tie: Tensor
 
 
+class Judge(Protocol):
+    """What a teacher says, made when it is asked for."""
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """``[r, c]`` similarities or scores; ``[r, c]`` bool, where they are known, or everywhere."""
+
+    def of_rows(self, rows: slice) -> Judged:
+        """Of all columns."""
+
+
+@dataclass(frozen=True)
+class VectorJudge:
+    """A teacher's embeddings of the same items."""
+
+    batch: GlobalBatch
+    similarities: Similarities
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, None]:
+        """See :class:`Judge`."""
+        return self.similarities.tile(rows, columns), None
+
+    def of_rows(self, rows: slice) -> Judged:
+        """See :class:`Judge`."""
+        found, _ = self.tile(rows, slice(None))
+        own = _own(self.batch, rows)
+        return Judged(
+            found,
+            known=torch.ones_like(found, dtype=torch.bool),
+            own=self.batch.index[rows],
+            explicit=own & self.batch.documents.explicit,
+            # A sum over many tokens has the rounding of its size.
+            tie=TEACHER_TIE * found.abs().amax(dim=1, keepdim=True).clamp(min=1.0),
+        )
+
+
+@dataclass(frozen=True)
+class ScoreJudge:
+    """Scores that stand in the data: known are a query's own positive and explicit negatives.
+
+    Attributes:
+        batch: The student's.
+        scores: ``[C]`` of every column with the query it belongs to, where that is this rank's.
+    """
+
+    batch: GlobalBatch
+    scores: Tensor
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """See :class:`Judge`."""
+        known = _own(self.batch, rows)[:, columns]
+        return self.scores[columns].expand(known.shape).masked_fill(~known, 0.0), known
+
+    def of_rows(self, rows: slice) -> Judged:
+        """See :class:`Judge`."""
+        found, known = self.tile(rows, slice(None))
+        explicit = known & self.batch.documents.explicit
+        tie = found.new_zeros(len(found), 1)  # scores are exact, so that every difference counts
+        return Judged(found, known=known, own=self.batch.index[rows], explicit=explicit, tie=tie)
+
+
+def _own(batch: GlobalBatch, rows: slice) -> Tensor:
+    return batch.documents.owner == batch.index[rows].unsqueeze(1)
+
+
 def kl(
-    student: Tensor, judged: Judged, *, temperature: float, teacher_temperature: float | None = None
+    student: Similarities,
+    judge: Judge,
+    *,
+    temperature: float,
+    teacher_temperature: float | None = None,
 ) -> Tensor:
     """``T^2 mean_i KL(softmax(t_i / U) || softmax(s_i / T))`` over a row's columns.
 
@@ -50,24 +122,86 @@ def kl(
     all ranks. The gradient is that of ``T (softmax(s_i / T) - softmax(t_i / U))``.
 
     Args:
-        student: ``[B, C]`` similarities s, with gradient; here and below.
-        judged: Of the same columns, here and below.
+        student: s, with gradient.
+        judge: Of the same columns.
         temperature: T > 0.
         teacher_temperature: U > 0, for scores of another range; ``None``: T.
     """
-    log_q = _log_softmax(student / temperature, judged.known)
-    log_p = _log_softmax(judged.teacher / (teacher_temperature or temperature), judged.known)
-    terms = log_p.exp() * (log_p - log_q)
-    return temperature**2 * terms.sum(dim=1).mean()
+    loss = _Divergence(judge, student, scale=1 / (teacher_temperature or temperature))
+    return temperature**2 * tiled(loss, [student], scale=1 / temperature).mean()
+
+
+class _Divergence:
+    """``KL(p || q)`` of every row, of what the teacher knows, from running sums.
+
+    With ``p = exp(y) / P`` and ``q = exp(x) / Q`` it is ``sum_c exp(y) (y - x) / P - log P + log Q``:
+    the difference of numbers that may be a thousand times as large, so that all sums are taken in
+    float64.
+    """
+
+    def __init__(self, judge: Judge, student: Similarities, *, scale: float) -> None:
+        self._judge, self._scale = judge, scale
+        self._student = RunningSum(("powers",), of=student)
+        self._teacher = RunningSum(("powers", "differences"), of=student)
+
+    def add(self, tile: Tile) -> None:
+        """See :class:`vembed_ds.losses.tiles.TileLoss`."""
+        student, teacher, known = self._logits(tile)
+        powers = self._student.rise(tile.rows, student)
+        self._student.sums["powers"][tile.rows] += _exact_sums(powers)
+        powers = self._teacher.rise(tile.rows, teacher)
+        self._teacher.sums["powers"][tile.rows] += _exact_sums(powers)
+        difference = teacher.double() - student
+        if known is not None:
+            difference.masked_fill_(~known, 0.0)  # of infinities
+        self._teacher.sums["differences"][tile.rows] += _exact_sums(difference.mul_(powers))
+
+    def terms(self) -> Tensor:
+        """See :class:`vembed_ds.losses.tiles.TileLoss`."""
+        of_teacher, of_student = self._teacher.sums, self._student.sums
+        rows = of_teacher["differences"] / of_teacher["powers"]
+        rows = rows - of_teacher["powers"].log() + of_student["powers"].log()
+        return rows + (self._student.highest.double() - self._teacher.highest).squeeze(1)
+
+    def gradient(self, tile: Tile, outer: Tensor) -> Tensor:
+        """See :class:`vembed_ds.losses.tiles.TileLoss`."""
+        student, teacher, _ = self._logits(tile)
+        q, p = (
+            running.powers(tile.rows, some).div_(
+                running.sums["powers"][tile.rows].unsqueeze(1).to(some.dtype)
+            )
+            for running, some in ((self._student, student), (self._teacher, teacher))
+        )
+        return q.sub_(p).mul_(outer)
+
+    def _logits(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of student and teacher, minus infinity where the teacher knows nothing; where it does."""
+        teacher, known = self._judge.tile(tile.rows, tile.columns)
+        student, teacher = tile.logits, teacher * self._scale
+        if known is not None:
+            student, teacher = (x.masked_fill(~known, -torch.inf) for x in (student, teacher))
+        return student, teacher, known
+
+
+def _exact_sums(terms: Tensor) -> Tensor:
+    return terms.sum(dim=1, dtype=torch.float64)
 
 
 def mse(student: Tensor, judged: Judged) -> Tensor:
-    """``mean_i mean_c (s_ic - t_ic)^2`` over a row's columns; every query weighs the same."""
-    return _row_means((student - judged.teacher).square(), judged.known).mean()
+    """``mean_c (s_ic - t_ic)^2`` over a row's columns; every query weighs the same.
+
+    Args:
+        student: ``[r, C]`` similarities s of some rows; here and below.
+        judged: Of the same rows; here and below.
+
+    Returns:
+        ``[r]``; here and below.
+    """
+    return _row_means((student - judged.teacher).square(), judged.known)
 
 
 def margin_mse(student: Tensor, judged: Judged) -> Tensor:
-    """``mean_i mean_n ((s_ii - s_in) - (t_ii - t_in))^2`` (Hofstaetter et al. 2020, arXiv 2010.02666).
+    """``mean_n ((s_ii - s_in) - (t_ii - t_in))^2`` (Hofstaetter et al. 2020, arXiv 2010.02666).
 
     Over the query's own explicit negatives; a query that has none takes all other documents of the
     batch, where the teacher knows them. Without any negative it contributes 0.
@@ -78,34 +212,21 @@ def margin_mse(student: Tensor, judged: Judged) -> Tensor:
     negative = torch.where(has_explicit, judged.explicit, others)
     margins = student.gather(1, own) - student
     wanted = judged.teacher.gather(1, own) - judged.teacher
-    return _row_means((margins - wanted).square(), negative).mean()
+    return _row_means((margins - wanted).square(), negative)
 
 
 def rank(student: Tensor, judged: Judged, *, scale: float) -> Tensor:
-    """CoSENT over a row: ``mean_i log(1 + sum_{t_ia < t_ib} exp(scale (s_ia - s_ib)))``.
+    """CoSENT over a row: ``log(1 + sum_{t_ia < t_ib} exp(scale (s_ia - s_ib)))``.
 
     Keeps the teacher's order, whatever its similarities' range (CoSENT: Su 2022; Huang et al. 2024,
-    doi 10.1109/TASLP.2024.3402087). Columns are sorted by the teacher, so that memory is linear in
-    C, not square.
+    doi 10.1109/TASLP.2024.3402087).
 
     Args:
         student: Similarities.
         judged: Values that differ by no more than ``tie`` have no order.
         scale: Multiplies the student's.
     """
-    # What the teacher does not know goes first, and weighs nothing.
-    sorted_teacher, order = judged.teacher.masked_fill(~judged.known, -torch.inf).sort(dim=1)
-    student = (student * scale).gather(1, order)
-    known = judged.known.gather(1, order)
-    below = torch.logcumsumexp(student.masked_fill(~known, -torch.inf), dim=1)
-    # Of how many columns is the teacher's similarity really lower?
-    lower = torch.searchsorted(sorted_teacher, sorted_teacher - judged.tie)
-    sums = below.gather(1, (lower - 1).clamp(min=0))
-    # Not where nothing is below: minus infinity there would give NaN in the backward pass.
-    valid = known & (lower > (~known).sum(dim=1, keepdim=True))
-    terms = torch.where(valid, sums - student, -torch.inf)
-    zero = terms.new_zeros(len(terms), 1)
-    return torch.logsumexp(torch.cat([zero, terms], dim=1), dim=1).mean()
+    return inversions(student * scale, judged.teacher, known=judged.known, tie=judged.tie)
 
 
 def regression(inputs: LossInputs, teacher: TeacherVectors, projection: Tensor | None) -> Tensor:
@@ -139,7 +260,9 @@ def regression(inputs: LossInputs, teacher: TeacherVectors, projection: Tensor |
 
 
 @torch.no_grad()
-def judge_by_vectors(inputs: LossInputs, teacher: TeacherVectors, *, reduction: str) -> Judged:
+def judge_by_vectors(
+    inputs: LossInputs, teacher: TeacherVectors, *, reduction: str, tile_size: int | None = None
+) -> VectorJudge:
     """Compare every local query with the documents of all ranks, as the teacher embeds them.
 
     Collective: the teacher's vectors are gathered in the order of the student's columns.
@@ -148,6 +271,7 @@ def judge_by_vectors(inputs: LossInputs, teacher: TeacherVectors, *, reduction: 
         inputs: The student's, of this rank.
         teacher: Of the same items; other width, other kind.
         reduction: MaxSim's, for a teacher of token embeddings.
+        tile_size: As in :class:`vembed_ds.losses.tiles.Similarities`.
     """
     same_items = LossInputs(
         teacher.query,
@@ -156,34 +280,29 @@ def judge_by_vectors(inputs: LossInputs, teacher: TeacherVectors, *, reduction: 
         negative_counts=inputs.negative_counts,
     )
     batch = gather_batch(same_items, queries=False)
-    found = similarity(batch.query, batch.documents.items, reduction=reduction)
-    own = batch.documents.owner == batch.index.unsqueeze(1)
-    return Judged(
-        found,
-        known=torch.ones_like(own),
-        own=batch.index,
-        explicit=own & batch.documents.explicit,
-        # A sum over many tokens has the rounding of its size.
-        tie=TEACHER_TIE * found.abs().amax(dim=1, keepdim=True).clamp(min=1.0),
+    compared = similarities(
+        batch.query, batch.documents.items, reduction=reduction, tile_size=tile_size
     )
+    return VectorJudge(batch, compared)
 
 
-def judge_by_scores(batch: GlobalBatch, scores: TeacherScores) -> Judged:
-    """Scores that stand in the data: known are a query's own positive and explicit negatives.
+def judge_by_scores(batch: GlobalBatch, scores: TeacherScores) -> ScoreJudge:
+    """Scores that stand in the data.
 
     Args:
         batch: The student's.
-        scores: Of this rank; exact, so that every difference counts.
+        scores: Of this rank.
     """
-    own = batch.documents.owner == batch.index.unsqueeze(1)
-    explicit = own & batch.documents.explicit
-    found = scores.positive.new_zeros(own.shape)
-    found = found.scatter(1, batch.index.unsqueeze(1), scores.positive.unsqueeze(1))
+    documents = batch.documents
+    found = scores.positive.new_zeros(len(documents.items))
+    found[batch.index] = scores.positive
     if scores.negative is not None:
-        # Row by row, as the negatives stand in the columns.
-        found = found.masked_scatter(explicit, scores.negative)
-    tie = found.new_zeros(len(own), 1)
-    return Judged(found, known=own, own=batch.index, explicit=explicit, tie=tie)
+        first, last = batch.index[0], batch.index[-1]
+        # In the order of the columns, which is that of the pairs and of each pair's negatives.
+        found[documents.explicit & (documents.owner >= first) & (documents.owner <= last)] = (
+            scores.negative
+        )
+    return ScoreJudge(batch, found)
 
 
 def cut(inputs: LossInputs, start: int, stop: int) -> LossInputs:
@@ -208,10 +327,6 @@ def _check_regression(student: Embeddings, teacher: Embeddings, projection: Tens
             f"the student's embeddings have {student.width} dimensions, the teacher's "
             f"{teacher.width}: regression needs a projection"
         )
-
-
-def _log_softmax(logits: Tensor, known: Tensor) -> Tensor:
-    return torch.log_softmax(logits.masked_fill(~known, -torch.inf), dim=1).masked_fill(~known, 0.0)
 
 
 def _row_means(values: Tensor, where: Tensor) -> Tensor:

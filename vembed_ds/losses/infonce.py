@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vembed_ds.losses.batch import GlobalBatch
-from vembed_ds.losses.comparison import Comparison, Selection, compare
+from vembed_ds.losses.comparison import DIRECTIONS, Comparison, Selection, compare
+from vembed_ds.losses.positives import Positives
+from vembed_ds.losses.ranking import log_one_plus
+from vembed_ds.losses.running import RunningSum
+from vembed_ds.losses.tiles import Tile, by_rows, tiled
 
 
 def info_nce(
@@ -41,19 +45,19 @@ def info_nce(
     Returns:
         Scalar float32.
     """
-    scale = batch.scale(temperature)
-    found = {
-        direction: compare(batch, direction, selection=selection, reduction=reduction)
-        for direction in directions
-    }
-    if partition == "joint":
-        logits = torch.cat([_denominator(c, scale) for c in found.values()], dim=1)
-        return (torch.logsumexp(logits, dim=1) - _attraction(found["query_to_doc"], scale)).mean()
-    losses = [
-        (torch.logsumexp(_denominator(c, scale), dim=1) - _attraction(c, scale)).mean()
-        for c in found.values()
-    ]
-    return torch.stack(losses).mean()
+    directions = sorted(directions, key=DIRECTIONS.index)  # query_to_doc is the first
+    found = [compare(batch, d, selection=selection, reduction=reduction) for d in directions]
+    # One process has all pairs as rows: what it searches with documents is in the first matrix.
+    mirrored = {"doc_to_query"} if batch.num_pairs == len(batch.query) else set()
+    losses = [_CrossEntropy({number: own}) for number, own in enumerate(found)]
+    return tiled(
+        _CrossEntropy(dict(enumerate(found))) if partition == "joint" else _Mean(losses),
+        [
+            None if direction in mirrored else comparison.similarities
+            for direction, comparison in zip(directions, found, strict=True)
+        ],
+        scale=batch.scale(temperature),
+    ).mean()
 
 
 def colbert(batch: GlobalBatch, **options: object) -> Tensor:
@@ -93,21 +97,90 @@ def in_batch_hard(
     Returns:
         Scalar float32.
     """
-    found = compare(batch, "query_to_doc", selection=selection)
-    logits = found.similarity * batch.scale(temperature)
-    own = logits.gather(1, batch.index.unsqueeze(1))
-    hard = logits.masked_fill(~found.negative, -torch.inf)
-    if not use_all_negatives:
-        hard = hard.topk(min(hard_mining_topk, hard.shape[1]), dim=1).values
-    return (torch.logsumexp(torch.cat([own, hard], dim=1), dim=1) - own.squeeze(1)).mean()
+    found, every = compare(batch, "query_to_doc", selection=selection), slice(None)
+
+    def losses(rows: slice, logits: Tensor) -> Tensor:
+        margins = logits - logits.gather(1, batch.index[rows].unsqueeze(1))
+        negative = found.choose(rows, every).negative(logits)
+        hard = margins.masked_fill(~negative, -torch.inf)
+        if not use_all_negatives:
+            hard = hard.topk(min(hard_mining_topk, hard.shape[1]), dim=1).values
+        return log_one_plus(torch.logsumexp(hard, dim=1))
+
+    return by_rows(found.similarities, losses, scale=batch.scale(temperature)).mean()
 
 
-def _denominator(found: Comparison, scale: Tensor | float) -> Tensor:
-    left_out = ~(found.positive | found.negative)
-    return (found.similarity * scale).masked_fill(left_out, -torch.inf)
+class _Mean:
+    """The mean of cross-entropies, each over a matrix of its own."""
+
+    def __init__(self, losses: Sequence[_CrossEntropy]) -> None:
+        self._losses = losses
+
+    def add(self, tile: Tile) -> None:
+        """See :class:`TileLoss`."""
+        self._losses[tile.matrix].add(tile)
+
+    def terms(self) -> Tensor:
+        """See :class:`TileLoss`."""
+        return torch.stack([loss.terms() for loss in self._losses]).mean(dim=0)
+
+    def gradient(self, tile: Tile, outer: Tensor) -> Tensor:
+        """See :class:`TileLoss`."""
+        return self._losses[tile.matrix].gradient(tile, outer / len(self._losses))
 
 
-def _attraction(found: Comparison, scale: Tensor | float) -> Tensor:
-    """``[B]``: the mean over a row's positives."""
-    logits = (found.similarity * scale).masked_fill(~found.positive, 0.0)
-    return logits.sum(dim=1) / found.positive.sum(dim=1)
+class _CrossEntropy:
+    """``log sum_c exp(z_ic) - mean_{p in P_i} z_ip`` of every row i.
+
+    The sum goes over the columns of all comparisons that are not left out, the mean over the
+    positives of the first. A small loss is the last digits of a sum: what is not a positive has a
+    sum R of its own, all sums are kept in float64, and the gradient at the only positive p of a row
+    is ``-R / (R + exp(z_p))``, not 1 less than the quotient.
+
+    Args:
+        comparisons: Of the same rows, by the numbers of their matrices; the first has a positive
+            in every row.
+    """
+
+    def __init__(self, comparisons: Mapping[int, Comparison]) -> None:
+        self._comparisons, self._first = comparisons, min(comparisons)
+        self._running = RunningSum(("own", "others"), of=comparisons[self._first].similarities)
+        self._positives = torch.zeros_like(self._running.sums["own"])  # their number
+        self._pull = torch.zeros_like(self._positives)  # sum of z_ip
+
+    def add(self, tile: Tile) -> None:
+        """See :class:`TileLoss`."""
+        logits, positive = self._compared(tile)
+        powers, sums = self._running.rise(tile.rows, logits), self._running.sums
+        if positive is not None:
+            sums["own"][tile.rows] += positive.sums(powers)
+            powers = positive.update(powers, torch.zeros_like)
+            self._positives[tile.rows] += positive.count()
+            self._pull[tile.rows] += positive.sums(logits)
+        sums["others"][tile.rows] += powers.sum(dim=1)
+
+    def terms(self) -> Tensor:
+        """See :class:`TileLoss`."""
+        own, others = self._running.sums["own"], self._running.sums["others"]
+        highest = self._running.highest.squeeze(1).double()
+        return highest + (own + others).log() - self._pull / self._positives
+
+    def gradient(self, tile: Tile, outer: Tensor) -> Tensor:
+        """See :class:`TileLoss`."""
+        logits, positive = self._compared(tile)
+        own, others = (self._running.sums[n][tile.rows].unsqueeze(1) for n in ("own", "others"))
+        weight = outer / (own + others)
+        grad = self._running.powers(tile.rows, logits).mul_(weight.to(logits.dtype))
+        if positive is None:
+            return grad
+        number = self._positives[tile.rows].unsqueeze(1)
+        lone, share = (x.to(logits.dtype) for x in (-others * weight, outer / number))
+        return positive.update(grad, lambda p: torch.where(number == 1, lone, p - share))
+
+    def _compared(self, tile: Tile) -> tuple[Tensor, Positives | None]:
+        """Logits, minus infinity where a column is left out; and what attracts the rows."""
+        choice = self._comparisons[tile.matrix].choose(tile.rows, tile.columns)
+        logits = tile.logits
+        if choice.left_out is not None:
+            logits = logits.masked_fill(choice.left_out, -torch.inf)
+        return logits, choice.positive if tile.matrix == self._first else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vembed_ds.losses.batch import GlobalBatch
-from vembed_ds.losses.comparison import Selection, compare
+from vembed_ds.losses.comparison import Comparison, Selection, compare
+from vembed_ds.losses.positives import Positives
+from vembed_ds.losses.tiles import Tile, tiled
 
 
 def sigmoid(batch: GlobalBatch, *, selection: Selection) -> Tensor:
@@ -31,7 +34,38 @@ def sigmoid(batch: GlobalBatch, *, selection: Selection) -> Tensor:
     if scale is None or bias is None:
         raise ValueError("loss_type=sigmoid needs logit_scale and logit_bias of the model")
     found = compare(batch, "query_to_doc", selection=selection)
-    logits = found.similarity * scale.exp() + bias
-    signs = found.positive.to(logits.dtype) - found.negative.to(logits.dtype)
-    terms = functional.logsigmoid(signs * logits).masked_fill(signs == 0, 0.0)
-    return -terms.sum() / len(batch.query)
+    return tiled(_Decisions(found), [found.similarities], scale=scale.exp(), bias=bias).mean()
+
+
+class _Decisions:
+    """``-sum_j log sigmoid(z_ij x_ij) = sum_j log(1 + exp(-z_ij x_ij))`` of every row i."""
+
+    def __init__(self, found: Comparison) -> None:
+        num_rows, _ = found.similarities.shape
+        self._found = found
+        self._sums = found.similarities.rows.lengths.new_zeros(num_rows, dtype=torch.float64)
+
+    def add(self, tile: Tile) -> None:
+        """See :class:`TileLoss`."""
+        wrong, _ = self._wrong(tile)
+        self._sums[tile.rows] += functional.softplus(wrong, threshold=50).sum(dim=1)
+
+    def terms(self) -> Tensor:
+        """See :class:`TileLoss`."""
+        return self._sums
+
+    def gradient(self, tile: Tile, outer: Tensor) -> Tensor:
+        """See :class:`TileLoss`."""
+        wrong, positive = self._wrong(tile)
+        grad = torch.sigmoid(wrong).mul_(outer)
+        return grad if positive is None else positive.update(grad, torch.neg)
+
+    def _wrong(self, tile: Tile) -> tuple[Tensor, Positives | None]:
+        """``-z_ij x_ij``, minus infinity where there is no term; and where z is 1."""
+        choice = self._found.choose(tile.rows, tile.columns)
+        wrong = tile.logits
+        if choice.positive is not None:
+            wrong = choice.positive.update(wrong, torch.neg)
+        if choice.left_out is not None:
+            wrong = wrong.masked_fill(choice.left_out, -torch.inf)
+        return wrong, choice.positive

@@ -19,6 +19,7 @@ from vembed_ds.losses import (
     Distillation,
     LossFunction,
     Prefixes,
+    TileSize,
     alpha_schedule,
     build_loss,
     ignored_data,
@@ -48,7 +49,11 @@ def loss_configs(loss: LossConfig, entries: Mapping[str, DatasetEntry]) -> list[
 
 
 def build_losses(
-    losses: Iterable[LossConfig], distillation: DistillationConfig, *, num_steps: int
+    losses: Iterable[LossConfig],
+    distillation: DistillationConfig,
+    *,
+    num_steps: int,
+    tile_size: TileSize = "auto",
 ) -> list[LossFunction]:
     """The loss of every data set.
 
@@ -56,11 +61,13 @@ def build_losses(
         losses: Of every data set.
         distillation: Of all of them.
         num_steps: Of the run.
+        tile_size: As configured.
     """
     return [
         build_loss(
             own.loss_type,
             distillation=build_distillation(own, distillation, num_steps=num_steps),
+            tile_size=tile_size,
             **_options(own),
         )
         for own in losses

@@ -64,6 +64,7 @@ FREE = frozenset(
         "image_root",
         "loader_timeout_seconds",
         "logging_steps",
+        "loss_tile_size",
         "max_bad_records",
         "max_nonfinite_steps",
         "max_steps",

@@ -258,6 +258,7 @@ def build_loop(
             loss_configs(config.loss, dataset_entries(config.data)),
             config.distillation,
             num_steps=intervals.num_steps,
+            tile_size=training.loss_tile_size,
         ),
         budget=resumed_budget(training, resumption),
         intervals=intervals,

@@ -243,7 +243,7 @@ def _followed(criterion: LossFunction, config: Config, *, num_steps: int) -> Los
             "distillation_loss_type=regression: its projection would have to be in the model before "
             "the engine is made; choose kl, mse, margin_mse or rank"
         )
-    return with_distillation(criterion, distillation)
+    return with_distillation(criterion, distillation, tile_size=config.training.loss_tile_size)
 
 
 def _intervals(config: Config, *, steps_per_epoch: int) -> Intervals:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.unit.losses.matrices import GivenJudge, matrix
 from vembed_ds.losses import (
     DISTILLATION_LOSSES,
     Distillation,
@@ -111,7 +112,10 @@ def test_rounding_makes_no_order_but_every_difference_of_scores_does() -> None:
 def test_the_rounding_of_a_sum_over_tokens_grows_with_it() -> None:
     tokens = Embeddings(draw(2, 40, 6, seed=1), torch.ones(2, 40, dtype=torch.bool))
     teacher = TeacherVectors(tokens, tokens)
-    sums, means = (judge_by_vectors(given(2, None), teacher, reduction=r) for r in ("sum", "mean"))
+    sums, means = (
+        judge_by_vectors(given(2, None), teacher, reduction=r).of_rows(slice(None))
+        for r in ("sum", "mean")
+    )
     torch.testing.assert_close(sums.tie, torch.full((2, 1), 40e-6))
     torch.testing.assert_close(means.tie, torch.full((2, 1), 1e-6))
 
@@ -127,7 +131,7 @@ def test_a_teacher_that_knows_the_positive_only_makes_kl_infonce_times_the_squar
         explicit=torch.zeros(4, 6, dtype=torch.bool),
         tie=torch.zeros(4, 1),
     )
-    value = kl(student, certain, temperature=0.05, teacher_temperature=1e-3)
+    value = kl(matrix(student), GivenJudge(certain), temperature=0.05, teacher_temperature=1e-3)
     task = torch.nn.functional.cross_entropy(student / 0.05, own)
     assert value.item() == pytest.approx(0.05**2 * task.item(), rel=1e-5)
 
@@ -137,7 +141,8 @@ def test_kl_at_a_high_temperature_is_half_the_variance_of_the_differences() -> N
     student, teacher = (torch.rand(4, 6, generator=generator).double() for _ in range(2))
     found = replace(judged([0.0], tie=0.0), teacher=teacher, known=torch.ones(4, 6) > 0)
     expected = (student - teacher).var(dim=1, unbiased=False).mean() / 2
-    assert kl(student, found, temperature=100.0).item() == pytest.approx(expected.item(), rel=1e-2)
+    value = kl(matrix(student), GivenJudge(found), temperature=100.0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("name", SIMILARITY_LOSSES)
