@@ -46,6 +46,7 @@ VERIFIED, UNFLUSHED = "verified", "without fsync"
 STALL, BACKGROUND = "background, stall", "background, whole"
 LOAD_RAW, CHECK, LOAD = "DeepSpeed, load", "verify", "verify and load"
 SAVES = (RAW, RAW_FLUSHED, VERIFIED, UNFLUSHED, BACKGROUND)
+WALL, CPU = 0, 1  # place in a pair of seconds
 
 Times = dict[str, list[tuple[float, float]]]  # wall and CPU seconds by what was done
 
@@ -230,19 +231,25 @@ def table(ranks: Sequence[Times]) -> str:
     for name in (RAW, RAW_FLUSHED, VERIFIED, UNFLUSHED, STALL, BACKGROUND, LOAD_RAW, CHECK, LOAD):
         base = LOAD_RAW if name in (LOAD_RAW, CHECK, LOAD) else RAW
         cells = []
-        for kind, joined in ((0, max), (1, sum)):
-            own, other = (
-                [joined(turn[kind] for turn in turns) for turns in _turns(ranks, way)]
-                for way in (name, base)
-            )
-            ratio = median(mine / raw for mine, raw in zip(own, other, strict=True))
-            cells.append(f"{median(own):.2f} ({min(own):.2f}-{max(own):.2f}) | {ratio:.2f}")
+        for kind in (WALL, CPU):
+            own = _seconds(ranks, name, kind)
+            against = ratio(ranks, name, base, kind)
+            cells.append(f"{median(own):.2f} ({min(own):.2f}-{max(own):.2f}) | {against:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _turns(ranks: Sequence[Times], name: str) -> Iterator[tuple[tuple[float, float], ...]]:
-    return zip(*(times[name] for times in ranks), strict=True)
+def ratio(ranks: Sequence[Times], name: str, base: str, kind: int) -> float:
+    """Median of the ratios to another way of the same turn, in seconds of a kind."""
+    pairs = zip(_seconds(ranks, name, kind), _seconds(ranks, base, kind), strict=True)
+    return median(mine / raw for mine, raw in pairs)
+
+
+def _seconds(ranks: Sequence[Times], name: str, kind: int) -> list[float]:
+    """Of every turn: on the clock the slowest rank's, of the processor those of all."""
+    joined = max if kind == WALL else sum
+    turns = zip(*(times[name] for times in ranks), strict=True)
+    return [joined(turn[kind] for turn in ranks_of_turn) for ranks_of_turn in turns]
 
 
 def _parse() -> argparse.Namespace:

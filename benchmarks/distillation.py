@@ -30,22 +30,13 @@ from benchmarks.distillation_plain import (
 )
 from benchmarks.distillation_report import ALONE, summarize, table
 from benchmarks.measuring import memory, reset_peak, run_ranks
+from benchmarks.peers import ours
 from benchmarks.traffic import CountedTraffic, loopback_bytes
-from vembed_ds.checkpointing.saver import SavePolicy, Saver
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch
 from vembed_ds.distributed import comm
-from vembed_ds.engine.ds_config import load_ds_config
-from vembed_ds.engine.extensions import prepare_extensions
-from vembed_ds.training.data_setup import dataset_entries, setup_data
-from vembed_ds.training.engine_setup import fill_ds_config, prepare_model, read_model, start_engine
 from vembed_ds.training.loop import TrainingLoop
-from vembed_ds.training.loss_setup import loss_configs
-from vembed_ds.training.model_setup import model_spec
-from vembed_ds.training.plan import plan_intervals
-from vembed_ds.training.run import build_loop
-from vembed_ds.training.teachers import join_student, load_teachers, prepare_teachers
 
 BATCH_SIZE, CHUNK_SIZE = 32, 8  # pairs of a rank; items of a chunk
 ITEMS = 2 * BATCH_SIZE
@@ -62,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "teachers": [{"model_name": TEACHER, "name": name} for name in ("first", "second")],
     },
     "cached": {**LIVE, "teacher_mode": "cached"},
+    "first epoch": {**LIVE, "teacher_mode": "first_epoch"},
     "EMA": {**FOLLOW, "teacher_ema_decay": 0.999},
 }
 FOLLOWED = {ALONE: None, "EMA": "student"}  # the others: the teacher
@@ -130,7 +122,7 @@ def measure(
     """Train a variant in this world; what this rank saw. Collective."""
     before = reset_peak()
     config = configure(name, folder, output=folder / f"{name} {round_number}")
-    loop, preparation = build(config, stage=arguments.stage)
+    loop, _, preparation = ours.build(config, stage=arguments.stage)
     batches = loop.batches()
     first = take_step(loop, batches)
     with CountedTraffic() as traffic:
@@ -151,7 +143,7 @@ def measure(
     }
 
 
-def configure(name: str, folder: Path, *, output: Path) -> Config:
+def configure(name: str, folder: Path, *, output: Path, epochs: int = 1) -> Config:
     """A variant's configuration, as a run would have it."""
     settings = {
         "model_name": str(folder / "student"),
@@ -166,7 +158,7 @@ def configure(name: str, folder: Path, *, output: Path) -> Config:
         "loss_bidirectional": False,
         "lr": 1e-4,
         "max_grad_norm": 0.0,
-        "epochs": 1,
+        "epochs": epochs,
         "report_to": "none",
         "output_dir": str(output),
         **VARIANTS[name],
@@ -174,47 +166,6 @@ def configure(name: str, folder: Path, *, output: Path) -> Config:
     if "teacher_ds_config" in settings:
         settings["teacher_ds_config"] = str(folder / settings["teacher_ds_config"])
     return parse_config(settings)
-
-
-def build(config: Config, *, stage: int) -> tuple[TrainingLoop, dict[str, float]]:
-    """As ``vembed_ds.training.run.train`` builds it; and what preparing the teachers cost."""
-    origin = f"ds_configs/zero{stage}.json"
-    ds_config = fill_ds_config(config, load_ds_config(Path(origin)), origin=origin, origins={})
-    losses = loss_configs(config.loss, dataset_entries(config.data))
-    spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
-    data = setup_data(config, spec)
-    intervals = plan_intervals(config, per_epoch=data.steps_per_epoch)
-    prepare_extensions(ds_config)
-    folder = Path(config.run.output_dir)
-    loaded = load_teachers(config, data)
-    started = time.process_time()
-    teachers = prepare_teachers(
-        loaded, config, data, step=0, steps_per_epoch=intervals.steps_per_epoch
-    )
-    preparation = {
-        "preparation_seconds": time.process_time() - started,
-        "preparation_forwards": sum(found.teacher.forwards for found in loaded),
-        "cache_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
-    }
-    model = read_model(config, spec, data, zero_stage=stage)
-    width = prepare_model(config, model, data, folder)
-    join_student(teachers, model, config, width=width, mrl_dims=())
-    engine = start_engine(config, model, ds_config, intervals)
-    loop = build_loop(
-        config,
-        model,
-        engine,
-        data,
-        intervals,
-        Saver(engine.engine, output_dir=folder, policy=SavePolicy()),
-        {},
-        tracker=None,
-        resumption=None,
-        attach=lambda batch: batch,
-        teachers=teachers,
-    )
-    model.train()
-    return loop, preparation
 
 
 def take_step(loop: TrainingLoop, batches: Iterator[Batch]) -> dict[str, Any]:

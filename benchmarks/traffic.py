@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup  # noqa: TID251 (only to read a group's size)
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Times (N - 1) / N of the whole tensor that a rank of a ring sends (of a broadcast: on average).
@@ -23,8 +23,22 @@ UNITS = {
     "allreduce_coalesced_": 2,
     "broadcast_": 1,
     "reduce_": 1,
+    "scatter_": 1,
     "barrier": 0,
 }
+SCATTERED = "input_tensors"  # what a scatter sends; only the rank that has it
+
+# gloo has no reduce-scatter of its own: it reduces everything everywhere.
+TWICE_OVER_GLOO = (
+    "_reduce_scatter_base_",
+    "reduce_scatter_",
+    "reduce_scatter_tensor_coalesced_",
+)
+
+
+def sent_over_gloo(sent: Mapping[str, int]) -> int:
+    """Bytes that a rank sends over gloo, from what it would send around a ring."""
+    return sum(n * (2 if name in TWICE_OVER_GLOO else 1) for name, n in sent.items())
 
 
 class CountedTraffic(TorchDispatchMode):
@@ -46,7 +60,8 @@ class CountedTraffic(TorchDispatchMode):
 
     def _count(self, name: str, arguments: dict[str, Any]) -> None:
         size = ProcessGroup.unbox(arguments["process_group"]).size()
-        whole = max(sum(t.nbytes for t in _tensors(a)) for a in arguments.values())
+        sources = [arguments[SCATTERED]] if name == "scatter_" else arguments.values()
+        whole = max(sum(t.nbytes for t in _tensors(source)) for source in sources)
         self.sent[name] += UNITS[name] * whole * (size - 1) // size
 
 

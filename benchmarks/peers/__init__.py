@@ -1,0 +1,1 @@
+"""Those who are compared: each trains the same task in its own way."""
