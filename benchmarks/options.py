@@ -66,7 +66,7 @@ class Workload:
     Attributes:
         title: What is compared.
         run: Compares it.
-        plotted: Keys of the rows: what the plot shows across and, if there are two, upwards.
+        plotted: Keys of the rows: what the plot shows across, and upwards; empty: no plot.
     """
 
     title: str

@@ -10,6 +10,7 @@ from benchmarks.peers.job import Variant
 Keys = Mapping[str, Any]
 
 STANDARD: Keys = {"use_gradient_cache": False}
+LEAN: Keys = {"gradient_cache_kept_graphs": 1}  # the least memory: only the last chunk is kept
 
 
 def cached(**keys: Any) -> dict[str, Any]:

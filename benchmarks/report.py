@@ -70,7 +70,7 @@ def write_report(
             parts.append("\n".join(f"* {note}" for note in result.notes))
         if outcomes:
             parts.append(targets_table(outcomes))
-        if plot(workload, result.rows, folder / f"{number}.png"):
+        if plot(workload, result, folder / f"{number}.png"):
             parts.append(f"![{workload.title}]({number}.png)")
         found[number] = {
             "title": workload.title,
@@ -108,10 +108,10 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def plot(workload: Workload, rows: Sequence[Row], file: Path) -> bool:
+def plot(workload: Workload, result: Result, file: Path) -> bool:
     """One point for each variant that was measured; ``False``: nothing to plot, or no matplotlib."""
     keys = workload.plotted
-    points = [row for row in rows if keys and all(row.get(key) is not None for key in keys)]
+    points = [row for row in result.rows if keys and all(row.get(key) is not None for key in keys)]
     if not points:
         return False
     try:
@@ -121,14 +121,18 @@ def plot(workload: Workload, rows: Sequence[Row], file: Path) -> bool:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    titles = {key: title for title, (key, _) in result.columns.items()}
     series: dict[str, list[Row]] = {}
     for row in points:
         series.setdefault(row["variant"], []).append(row)
-    for name, own in series.items():
-        mark = "o-" if own[0]["peer"] == "ours" else "s--"
-        axes.plot([r[keys[0]] for r in own], [r[keys[1]] for r in own], mark, label=name)
-    axes.set(xlabel=keys[0], ylabel=keys[1], title=workload.title, ylim=(0, None))
+    colours = mpl.colormaps["tab20"]
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for number, (name, own) in enumerate(series.items()):
+        mark = "o-" if own[0]["peer"] == "ours" else "s:"
+        across, upwards = ([row[key] for row in own] for key in keys)
+        axes.plot(across, upwards, mark, label=name, color=colours(number % 20))
+    across, upwards = (titles.get(key, key) for key in keys)
+    axes.set(xlabel=across, ylabel=upwards, title=workload.title, xlim=(0, None), ylim=(0, None))
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -24,7 +24,6 @@ from benchmarks.models import (
 )
 
 EXACT, TIMED = "exact", "timed"  # folders of the same weights, without and with dropout
-DROPOUT = 0.1
 MEAN_SHARE = 0.35  # of the longest: the mean of log-normal lengths
 
 
@@ -48,6 +47,7 @@ class Task:
         repeated: Share of the items of each role that repeat another one.
         pixels: Edge of a picture.
         symmetric: Whether pictures are searched with texts and texts with pictures.
+        dropout: Where time is measured.
         temperature: Of InfoNCE.
         lr: Of AdamW without decay.
     """
@@ -66,6 +66,7 @@ class Task:
     repeated: float = 0.0
     pixels: int = 64
     symmetric: bool = False
+    dropout: float = 0.1
     temperature: float = 0.05
     lr: float = 1e-4
 
@@ -99,7 +100,7 @@ def write_task(task: Task, folder: Path) -> None:
     torch.manual_seed(0)
     model = MODELS[task.kind](task.shape)
     words, pictures = tokenizer(task.kind, task.shape), image_processor(task.kind, task.shape)
-    for name, dropout in ((EXACT, 0.0), (TIMED, DROPOUT)):
+    for name, dropout in ((EXACT, 0.0), (TIMED, task.dropout)):
         set_dropout(model, dropout)
         if name == EXACT:
             model.save_pretrained(folder / name)

@@ -24,6 +24,7 @@ from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.plan import plan_intervals
 from vembed_ds.training.run import build_loop
+from vembed_ds.training.self_test import examine
 from vembed_ds.training.teachers import join_student, load_teachers, prepare_teachers
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -45,7 +46,9 @@ class Built(NamedTuple):
 
 def train(job: Job, meter: Meter) -> None:
     """Options: ``stage`` of ZeRO (0), ``keys`` of the configuration."""
-    built = build(configure(job, steps=meter.steps), stage=job.options.get("stage", 0))
+    config = configure(job, steps=meter.steps)
+    built = build(config, stage=job.options.get("stage", 0))
+    examine(built.loop, built.data, config.training, precision=config.model.precision)
     first = comm.rank() * job.task.pairs_per_rank
     rows = range(first, first + job.task.pairs_per_rank)
     batch = collate([built.data.train[row] for row in rows])
@@ -113,6 +116,7 @@ def configure(job: Job, *, steps: int) -> Config:
             "max_steps": steps + 1,  # the end of a run is not measured
             # The first step and, without a wait for a device, hardly another.
             "logging_steps": 1 if job.setting.device == "cpu" or not job.timed else steps + 1,
+            "gradient_self_test": False,  # before the first step
             "report_to": "none",
             "output_dir": str(job.scratch),
             **job.options.get("keys", {}),

@@ -104,8 +104,9 @@ def cached_gradient(
     after = _random_state()
     for number, (_, part) in enumerate(chunks):
         _restore(states[number])
-        surrogate = (encoder(**part) * rows[number].grad).sum()
-        backward(surrogate, number == len(chunks) - 1)
+        again = encoder(**part)
+        if again.requires_grad:  # not of a frozen tower
+            backward((again * rows[number].grad).sum(), number == len(chunks) - 1)
     _restore(after)
     return loss.detach()
 

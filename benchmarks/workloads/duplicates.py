@@ -1,4 +1,7 @@
-"""W6: a share rho of the texts of each role stands in the batch more than once."""
+"""W6: a share rho of the texts of each role stands in the batch more than once.
+
+Without dropout, for with it two equal texts are not embedded alike.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ VARIANTS = [
 def run(options: Options) -> Result:
     found = {
         rho: compare(
-            Task(repeated=rho),
+            Task(repeated=rho, dropout=0.0),
             VARIANTS,
             options.within(f"rho {rho}"),
             base=BASE,

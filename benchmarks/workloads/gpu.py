@@ -12,7 +12,7 @@ import torch
 from benchmarks.comparing import compare
 from benchmarks.models import MODELS
 from benchmarks.options import Options, Result, Row, Workload
-from benchmarks.ours_variants import STANDARD, cached, ours
+from benchmarks.ours_variants import LEAN, STANDARD, cached, ours
 from benchmarks.peers.job import Setting, Variant
 from benchmarks.task import Task
 from benchmarks.workloads.one_process import BASE, PLAIN, ST
@@ -83,7 +83,7 @@ def variants(task: Task) -> list[Variant]:
     text = task.kind == "text"
     chosen = [
         Variant("plain torch, cached", "plain", PLAIN, {"cached": True}),
-        ours("cached", cached(gradient_cache_keep=1), stage=STAGE),
+        ours("cached", cached(**LEAN), stage=STAGE),
         ours("cached, as it comes", cached(), stage=STAGE),
     ]
     if text:

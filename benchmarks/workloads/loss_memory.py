@@ -33,9 +33,9 @@ VARIANTS = [
     Variant("open_clip's ClipLoss", "open_clip", f"{HERE}:open_clip", code="open_clip_loss"),
     Variant("sentence-transformers, rows of 512", "st", f"{HERE}:sentence_transformers"),
     Variant("ours", "ours", f"{HERE}:ours"),
-    Variant("ours, tiles of 512", "ours", f"{HERE}:ours", {"loss_tile_size": 512}),
+    Variant("ours, all at once", "ours", f"{HERE}:ours", {"loss_tile_size": None}),
 ]
-BOUNDED = ("sentence-transformers, rows of 512", "ours, tiles of 512")
+BOUNDED = ("sentence-transformers, rows of 512", "ours")
 COLUMNS = {
     "pairs": ("pairs", "{:d}"),
     "CPU s": ("cpu_seconds", "{:.2f}"),
@@ -52,28 +52,38 @@ def run(options: Options) -> Result:
     present = [v for v in wanted if not v.code or v.code in options.code]
     options.scratch.mkdir(parents=True)
     write_task(Task().small(), options.scratch)  # a model for whoever wants one
-    rows, rounds = [], []
+    rows, raw = [], []
     for pairs in QUICK_SIZES if options.quick else SIZES:
-        ((loss, norm),) = run_ranks(reference, pairs, ranks=1)
         tried = [v for v in present if pairs <= MOST_WHOLE or v.name in BOUNDED]
-        found: dict[str, list[dict[str, float]]] = {v.name: [] for v in tried}
-        failed: dict[str, str] = {}
-        for number in range(options.rounds):
-            for variant in tried if number % 2 == 0 else reversed(tried):
-                if variant.name not in failed:
-                    try:
-                        found[variant.name] += run_ranks(measure, variant, pairs, options, ranks=1)
-                    except RankError as error:
-                        failed[variant.name] = str(error)
-        rounds.append({"pairs": pairs, "expected": [loss, norm], "found": found})
-        rows += [
-            _row(v, pairs, found[v.name], failed.get(v.name), loss=loss, norm=norm) for v in tried
-        ]
-        _add_ratios(rows, pairs)
+        own, found = _compare(pairs, tried, options)
+        rows += own
+        raw.append(found)
     notes = absent(variant for variant in wanted if variant not in present)
     notes += [f"{r['variant']}, {r['pairs']} pairs: {r['reason']}" for r in rows if "reason" in r]
     notes.append(f"Above {MOST_WHOLE:,} pairs only what is meant for it (whole matrices: 6 GB).")
-    return Result(COLUMNS, rows, notes, rounds)
+    return Result(COLUMNS, rows, notes, raw)
+
+
+def _compare(
+    pairs: int, variants: Sequence[Variant], options: Options
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of the table, and everything measured, for batches of one size."""
+    ((loss, norm),) = run_ranks(reference, pairs, ranks=1)
+    found: dict[str, list[dict[str, float]]] = {v.name: [] for v in variants}
+    failed: dict[str, str] = {}
+    for number in range(options.rounds):
+        for variant in variants if number % 2 == 0 else reversed(variants):
+            if variant.name in failed:
+                continue
+            try:
+                found[variant.name] += run_ranks(measure, variant, pairs, options, ranks=1)
+            except RankError as error:
+                failed[variant.name] = str(error)
+    rows = [
+        _row(v, pairs, found[v.name], failed.get(v.name), loss=loss, norm=norm) for v in variants
+    ]
+    _add_ratios(rows)
+    return rows, {"pairs": pairs, "expected": [loss, norm], "found": found}
 
 
 def measure(variant: Variant, pairs: int, options: Options) -> dict[str, float]:
@@ -210,10 +220,11 @@ def _row(
     return row | {"status": "measured", **figures}
 
 
-def _add_ratios(rows: list[Row], pairs: int) -> None:
-    own = [row for row in rows if row["pairs"] == pairs and "cpu_seconds" in row]
-    base = next((row["cpu_seconds"] for row in own if row["variant"] == VARIANTS[0].name), None)
-    for row in own:
+def _add_ratios(rows: Sequence[Row]) -> None:
+    """Of CPU time to the whole matrices of the same size, where those were measured."""
+    measured = [row for row in rows if row["status"] == "measured"]
+    base = next((r["cpu_seconds"] for r in measured if r["variant"] == VARIANTS[0].name), None)
+    for row in measured:
         row["ratio"] = None if base is None else row["cpu_seconds"] / base
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.comparing import MEMORY, TIME, compare
 from benchmarks.options import Options, Result, Workload
-from benchmarks.ours_variants import STANDARD, cached, ours
+from benchmarks.ours_variants import LEAN, STANDARD, cached, ours
 from benchmarks.peers.job import Variant
 from benchmarks.task import Task
 
@@ -30,9 +30,10 @@ VARIANTS = [
     Variant("sentence-transformers", "st", ST),
     Variant("sentence-transformers, cached", "st", ST, {"cached": True}),
     ours("standard step", STANDARD),
-    ours("cached", cached(gradient_cache_keep=1)),
-    ours("cached, a quarter kept", cached(gradient_cache_keep=0.25)),
-    ours("cached, half kept", cached(gradient_cache_keep=0.5)),
+    ours("cached", cached(**LEAN)),
+    # Of 16 chunks.
+    ours("cached, a quarter kept", cached(gradient_cache_kept_graphs=4)),
+    ours("cached, half kept", cached(gradient_cache_kept_graphs=8)),
     ours("cached, as it comes", cached()),
 ]
 

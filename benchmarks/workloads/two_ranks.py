@@ -41,7 +41,7 @@ VARIANTS = [
     ours("ZeRO-3, gathered once", cached(zero3_gather="once"), stage=3),
     ours("ZeRO-3, gathered per chunk", cached(zero3_gather="cache_pass"), stage=3),
     ours("ZeRO-2, reduced per chunk", cached(gradient_reduction="per_chunk"), stage=2),
-    ours("ZeRO-2, half kept", cached(gradient_cache_keep=0.5), stage=2),
+    ours("ZeRO-2, half kept", cached(gradient_cache_kept_graphs=4), stage=2),
 ]
 
 
