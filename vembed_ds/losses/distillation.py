@@ -299,9 +299,9 @@ def judge_by_scores(batch: GlobalBatch, scores: TeacherScores) -> ScoreJudge:
     if scores.negative is not None:
         first, last = batch.index[0], batch.index[-1]
         # In the order of the columns, which is that of the pairs and of each pair's negatives.
-        found[documents.explicit & (documents.owner >= first) & (documents.owner <= last)] = (
-            scores.negative
-        )
+        own = documents.explicit & (documents.owner >= first) & (documents.owner <= last)
+        # An assignment by a mask would wait for the device to count it.
+        found = found.masked_scatter(own, scores.negative)
     return ScoreJudge(batch, found)
 
 
