@@ -21,6 +21,7 @@ ALLOWED = {
     ("*", "deepspeed", "engine.train_engine.TrainEngine.*"): "its own norms, checks and counts",
     ("*", "deepspeed", "engine.teacher_engine.TeacherEngine.*"): "likewise",
     ("*", "deepspeed", "models.*"): "its hooks on modules, at ZeRO-3",
+    ("*", "deepspeed", "engine.whole_parameters.*"): "its gathering, which " + THERE,
     (
         "*",
         "transformers",
@@ -34,6 +35,7 @@ ALLOWED = {
     ("tolist", "", "losses.batch._gather_negatives"): HOST,
     ("*", "", "losses.inputs.LossInputs.check"): HOST,
     ("*", "", "distributed.comm.all_*"): HOST,
+    ("equal", "", "distributed.seeding.RngState.equals*"): HOST,  # an accelerator's state too
 }
 
 

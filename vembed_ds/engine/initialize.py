@@ -49,7 +49,7 @@ def initialize_engine(
     left_out = set(idle)
     need = whole_bytes(
         (p for p in model.parameters() if p not in left_out),
-        element_size=2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4,
+        element_size=2 if _is_16_bit(ds_config) else 4,
     )
     stage = ds_config["zero_optimization"]["stage"]
     reduce = choose_reduce(gradient_reduction, need, zero_stage=stage)
@@ -66,6 +66,10 @@ def initialize_engine(
         need = need._replace(gradients=0)
     gather = choose_gather(zero3_gather, engine, need)
     return TrainEngine(engine, gather=gather, reduce=reduce, idle=idle)
+
+
+def _is_16_bit(ds_config: dict[str, Any]) -> bool:
+    return any(ds_config.get(kind, {}).get("enabled", False) for kind in ("bf16", "fp16"))
 
 
 def _undo_warm_up_step(optimizer: Any) -> None:
