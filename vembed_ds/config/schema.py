@@ -424,7 +424,7 @@ class TrainingConfig(Section):
     )
     gradient_cache_kept_graphs: Literal["auto"] | PositiveInt = Field(
         default="auto",
-        description="Chunks that are not computed twice, because they keep the graph of their first pass: a number, or auto: as many as fit into memory. The update is the same, bit for bit.",
+        description="Chunks that are not computed twice, because they keep the graph of their first pass: a number, or auto: as many as fit into memory. The update is the same.",
     )
     gradient_reduction: Literal["once", "per_chunk", "auto"] = Field(
         default="once",
