@@ -61,7 +61,7 @@ def run(world: Callable[[int], World], folders: dict[float, Path]) -> Run:
 
 @pytest.mark.parametrize(
     ("kind", "mode", "chunk", "world_size"),
-    one_in(6, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], MODES, CHUNKS, [1, 2]),
+    one_in(12, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], MODES, CHUNKS, [1, 2]),
 )
 def test_plain(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, chunk: str, world_size: int
@@ -73,7 +73,7 @@ def test_plain(
     ("kind", "mode", "mechanism"),
     [
         cell
-        for cell in one_in(3, KINDS, MODES, [None, "huggingface", "deepspeed"])
+        for cell in one_in(6, KINDS, MODES, [None, "huggingface", "deepspeed"])
         # Refused when the configuration is read.
         if cell.values[1] not in PER_CHUNK or cell.values[2] != "deepspeed"
     ],
@@ -87,7 +87,7 @@ def test_dropout_clipping_and_recomputation(
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "precision"), one_in(2, ["shared", "clip", "skip"], MODES, PRECISIONS)
+    ("kind", "mode", "precision"), one_in(4, ["shared", "clip", "skip"], MODES, PRECISIONS)
 )
 def test_16_bit(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, precision: str
@@ -106,7 +106,7 @@ def test_16_bit(
     [
         # In "mixed" the step's first chunk has no image: DeepSpeed's sums on the host are a trap.
         *[(kind, "2 per chunk", "optimizer") for kind in ("skip", "mixed")],
-        *one_in(2, ["skip", "mixed"], list(MODES)[1:], ["optimizer", "both"]),
+        *one_in(4, ["skip", "mixed"], list(MODES)[1:], ["optimizer", "both"]),
     ],
 )
 def test_on_the_host(
