@@ -148,7 +148,7 @@ class KeptGraphs:
     def _tell(self, num_chunks: int) -> None:
         """Log the first decision."""
         budget = self._budget
-        if self._told or num_chunks == 1 or (budget is not None and budget.measures):
+        if self._told or num_chunks == 1 or (budget.measures if budget else self._wanted == 1):
             return
         self._told = True
         logger.info(
