@@ -123,7 +123,7 @@ def train(
             return {}
         loop, saver = _build(plan, resumption, process_ends=process_ends)
     try:
-        phases.set_place("gradient self-test")
+        phases.set_place("before the first step")
         examine(loop, plan.data, config.training, precision=config.model.precision)
         return loop.train()
     finally:

@@ -11,7 +11,7 @@ from vembed_ds.data.chunking import size_of
 from vembed_ds.data.collators import collate
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.processors import EncodedItem
-from vembed_ds.distributed import comm
+from vembed_ds.distributed import comm, phases
 from vembed_ds.errors import VembedError
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.training.data_setup import RunData
@@ -41,6 +41,7 @@ def examine(loop: TrainingLoop, data: RunData, training: TrainingConfig, *, prec
     if training.encode_duplicates_once:
         merge_duplicates(loop, _largest(samples))
     if training.gradient_self_test:
+        phases.set_place("gradient self-test")
         self_test(loop, samples, precision=precision)
 
 
