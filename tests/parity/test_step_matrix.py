@@ -17,6 +17,8 @@ where they run the same code:
 * "fused": texts, images and items that are both, at random in both roles.
 * "negatives" and "tokens": ragged explicit negatives, in one step on one rank only; InfoNCE over
   vectors, ColBERT over token embeddings.
+* "lengths": one rank has many long texts and the other few short ones, so that each by itself would
+  make another number of chunks.
 * "patches": token embeddings of images, of which the class token and two patches are kept.
 * The default suite runs one cell of three, or of two, so chosen that every two settings meet.
 * "One chunk" is the standard step: `compute_gradient` with a single chunk whose graph is kept.

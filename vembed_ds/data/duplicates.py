@@ -45,7 +45,7 @@ def _digest(item: EncodedItem, *, sample: bool) -> bytes:
     """128 bits of an item's inputs, or of some values of each."""
     found = xxhash.xxh3_128()
     for name, array in sorted(item.inputs.items()):
-        found.update(f"{name} {array.dtype} {array.shape} ".encode())
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
         step = max(1, array.size // _SAMPLE) if sample else 1
         found.update(np.ascontiguousarray(array.reshape(-1)[::step]).data)
     return found.digest()
