@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from benchmarks.models import (
 )
 
 EXACT, TIMED = "exact", "timed"  # folders of the same weights, without and with dropout
-MEAN_SHARE = 0.35  # of the longest: the mean of log-normal lengths
+MEDIAN_SHARE = 0.35  # of the longest: the median of log-normal lengths
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,8 @@ def _texts(task: Task) -> list[str]:
 def _lengths(task: Task, number: int) -> list[int]:
     if not task.sigma:
         return [task.length] * number
-    mean = math.log(MEAN_SHARE * task.length) - task.sigma**2 / 2
-    drawn = torch.exp(mean + task.sigma * torch.randn(number)).round().int()
-    lengths: list[int] = drawn.clamp(2, task.length).tolist()
+    drawn = MEDIAN_SHARE * task.length * torch.exp(task.sigma * torch.randn(number))
+    lengths: list[int] = drawn.round().int().clamp(2, task.length).tolist()
     return lengths
 
 
