@@ -34,6 +34,7 @@ class Setting(NamedTuple):
         batch_size: Pairs per rank and step.
         budget: Of the chunks of a step.
         kept_graphs: Chunks that keep their graph.
+        loss_in_one_piece: Whether the loss holds all its similarities at once.
         eval_batch_size: Items per forward pass of an evaluation.
         gradient_checkpointing: Whether activations are computed again.
         zero_stage: Of DeepSpeed.
@@ -47,6 +48,7 @@ class Setting(NamedTuple):
     batch_size: int
     budget: ChunkBudget
     kept_graphs: int
+    loss_in_one_piece: bool
     eval_batch_size: int
     gradient_checkpointing: bool
     zero_stage: int
@@ -129,6 +131,7 @@ def suggestions(kinds: Sequence[Kind], setting: Setting, *, on_host: bool) -> li
         found = [*_chunks(setting), _TEACHER]
     elif Kind.LOSS in inside:
         found = [
+            *([_TILES] if setting.loss_in_one_piece else []),
             *_graphs(setting),
             *_batch(setting),
             *_chunks(setting),
@@ -156,6 +159,7 @@ _FEWER_RANKS = (
     "while it is loaded or described"
 )
 _TEACHER = "teacher_mode: cached, teacher_precision: bf16, or offload_param in the file of teacher_ds_config"
+_TILES = "loss_tile_size: auto, not null (the update stays the same)"
 _LESS_TRAINED = "a smaller model, precision: bf16, or use_lora: true"
 
 
@@ -255,6 +259,7 @@ def setting(config: Config, *, zero_stage: int, offload: bool) -> Setting:
         batch_size=training.batch_size,
         budget=chunk_budget(training),
         kept_graphs=1 if kept == "auto" else kept,
+        loss_in_one_piece=training.loss_tile_size is None,
         eval_batch_size=inference_batch_size(config),
         gradient_checkpointing=config.model.gradient_checkpointing,
         zero_stage=zero_stage,

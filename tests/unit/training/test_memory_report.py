@@ -19,6 +19,7 @@ SETTING = Setting(
     batch_size=64,
     budget=ChunkBudget(16),
     kept_graphs=1,
+    loss_in_one_piece=False,
     eval_batch_size=16,
     gradient_checkpointing=False,
     zero_stage=1,
@@ -72,6 +73,16 @@ LESS = "a smaller model, precision: bf16, or use_lora: true"
         ),
         ([Kind.LOSS], {"world_size": 1}, [BATCH, CHUNKS, OFFLOAD]),
         ([Kind.LOSS], {"kept_graphs": 3, "world_size": 1}, [GRAPHS, BATCH, CHUNKS, OFFLOAD]),
+        (
+            [Kind.LOSS],
+            {"loss_in_one_piece": True, "world_size": 1},
+            [
+                "loss_tile_size: auto, not null (the update stays the same)",
+                BATCH,
+                CHUNKS,
+                OFFLOAD,
+            ],
+        ),
         (
             [Kind.REPLAY],
             {"kept_graphs": 3, "zero_stage": 3},
