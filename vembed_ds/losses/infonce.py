@@ -12,7 +12,7 @@ from vembed_ds.losses.comparison import DIRECTIONS, Comparison, Selection, compa
 from vembed_ds.losses.positives import Positives
 from vembed_ds.losses.ranking import log_one_plus
 from vembed_ds.losses.running import RunningSum
-from vembed_ds.losses.tiles import Tile, by_rows, tiled
+from vembed_ds.losses.tiles import Tile, TileLoss, by_rows, tiled
 
 
 def info_nce(
@@ -49,9 +49,14 @@ def info_nce(
     found = [compare(batch, d, selection=selection, reduction=reduction) for d in directions]
     # One process has all pairs as rows: what it searches with documents is in the first matrix.
     mirrored = {"doc_to_query"} if batch.num_pairs == len(batch.query) else set()
-    losses = [_CrossEntropy({number: own}) for number, own in enumerate(found)]
+    numbered = dict(enumerate(found))
+    loss: TileLoss = (
+        _CrossEntropy(numbered)
+        if partition == "joint"
+        else _Mean([_CrossEntropy({number: own}) for number, own in numbered.items()])
+    )
     return tiled(
-        _CrossEntropy(dict(enumerate(found))) if partition == "joint" else _Mean(losses),
+        loss,
         [
             None if direction in mirrored else comparison.similarities
             for direction, comparison in zip(directions, found, strict=True)
