@@ -22,7 +22,7 @@ from vembed_ds.losses.inputs import Guide, LossInputs, TeacherScores, TeacherVec
 from vembed_ds.losses.matryoshka import BatchFunction, Prefixes, check_mrl_dims, matryoshka
 from vembed_ds.losses.ranking import cosent, triplet
 from vembed_ds.losses.sigmoid import sigmoid
-from vembed_ds.losses.tiles import tile_size_of
+from vembed_ds.losses.similarities import tile_size_of
 from vembed_ds.similarity import Embeddings
 
 __all__ = [

@@ -26,7 +26,8 @@ from vembed_ds.losses.distillation import (
 )
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
 from vembed_ds.losses.matryoshka import Prefixes, sum_over
-from vembed_ds.losses.tiles import Similarities, by_rows, similarities
+from vembed_ds.losses.similarities import Similarities, similarities
+from vembed_ds.losses.tiles import by_rows
 
 Alpha = Callable[[int], float]
 """From the steps already done to the share of the task."""

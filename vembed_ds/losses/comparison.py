@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vembed_ds.losses.batch import Columns, GlobalBatch
 from vembed_ds.losses.positives import Marked, Positives, own_column
-from vembed_ds.losses.tiles import Similarities, similarities
+from vembed_ds.losses.similarities import Similarities, similarities
 from vembed_ds.similarity import Embeddings, paired_similarity
 
 DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")

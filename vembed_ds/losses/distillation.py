@@ -19,7 +19,8 @@ from vembed_ds.losses.batch import GlobalBatch, gather_batch
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
 from vembed_ds.losses.ranking import inversions
 from vembed_ds.losses.running import RunningSum
-from vembed_ds.losses.tiles import Similarities, Tile, similarities, tiled
+from vembed_ds.losses.similarities import Similarities, similarities
+from vembed_ds.losses.tiles import Tile, tiled
 from vembed_ds.similarity import Embeddings, unit_length
 
 # Cosines of a teacher as close as this are equal: rounding depends on how many rows a rank has.
@@ -271,7 +272,7 @@ def judge_by_vectors(
         inputs: The student's, of this rank.
         teacher: Of the same items; other width, other kind.
         reduction: MaxSim's, for a teacher of token embeddings.
-        tile_size: As in :class:`vembed_ds.losses.tiles.Similarities`.
+        tile_size: As in :class:`vembed_ds.losses.similarities.Similarities`.
     """
     same_items = LossInputs(
         teacher.query,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vembed_ds.losses.tiles import Similarities
+from vembed_ds.losses.similarities import Similarities
 
 
 class RunningSum:

@@ -8,135 +8,20 @@ tile once more, and from it the gradient of its rows and columns (Inf-CL, Cheng 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vembed_ds.losses.units import Units, units
-from vembed_ds.similarity import Embeddings, check_kinds, unit_similarity
+from vembed_ds.losses.similarities import Similarities
+from vembed_ds.similarity import Embeddings
 
-TILE_SIZES = {"cpu": 512}
-"""Rows and columns of a tile, by the kind of device: a tile is to stay in the cache of a CPU core."""
-TILE_SIZE = 4096
-"""Of other devices, which need more at a time to be busy."""
-FEWEST_ROWS = 32
-"""The part of a tile's rows that :func:`by_rows` takes at least, whatever the number of columns."""
-
-
-def tile_size_of(device: torch.device) -> int:
-    """Rows and columns of a tile, when the run does not say."""
-    return TILE_SIZES.get(device.type, TILE_SIZE)
-
-
-PullBack = Callable[[Tensor, Tensor, Tensor], None]
-"""Adds to the gradient of rows, and of columns, what one of their similarities makes of it."""
-
-
-@dataclass(frozen=True)
-class Similarities:
-    """What is compared: B rows of this rank with C columns.
-
-    Attributes:
-        rows: B.
-        columns: C, of the same kind and width.
-        columns_choose: Of token embeddings, the columns' tokens take their closest of the row's,
-            not the row's of the column's (MaxSim is not symmetric).
-        reduction: MaxSim's.
-        tile_size: Rows and columns of a tile, of token embeddings all their tokens; ``None``: all
-            at once.
-    """
-
-    rows: Units
-    columns: Units
-    columns_choose: bool = False
-    reduction: str = "mean"
-    tile_size: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(B, C)``."""
-        return len(self.rows), len(self.columns)
-
-    def of(self, rows: Embeddings, columns: Embeddings) -> Tensor:
-        """``[r, c]``: of some rows and columns of unit length."""
-        if self.columns_choose:
-            return unit_similarity(columns, rows, reduction=self.reduction).T
-        return unit_similarity(rows, columns, reduction=self.reduction)
-
-    def linearised(self, rows: Embeddings, columns: Embeddings) -> tuple[Tensor, PullBack]:
-        """:meth:`of`, and what takes a gradient back from there."""
-        if rows.mask is None or columns.mask is None:
-
-            def pull_back(grad: Tensor, of_rows: Tensor, of_columns: Tensor) -> None:
-                of_rows.addmm_(grad, columns.values)
-                of_columns.addmm_(grad.T, rows.values)
-
-            return self.of(rows, columns), pull_back
-        leaves = [Embeddings(e.values.detach().requires_grad_(), e.mask) for e in (rows, columns)]
-        with torch.enable_grad():
-            similarity = self.of(*leaves)
-
-        def through_tokens(grad: Tensor, *totals: Tensor) -> None:
-            found = torch.autograd.grad(similarity, [leaf.values for leaf in leaves], grad)
-            for total, more in zip(totals, found, strict=True):
-                total += more
-
-        return similarity.detach(), through_tokens
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        """``[r, c]``, without gradient."""
-        return self.of(self.rows.part(rows), self.columns.part(columns))
-
-    def cut(self) -> tuple[int, int]:
-        """Rows and columns of a tile, as square as the number of rows allows."""
-        num_rows, num_columns = self.shape
-        if self.tile_size is None:
-            return max(1, num_rows), max(1, num_columns)
-        most = max(1, self.tile_size**2 // self._numbers_per_pair())
-        high = max(1, min(num_rows, max(math.isqrt(most), most // max(1, num_columns))))
-        return high, max(1, most // high)
-
-    def cut_rows(self) -> tuple[int, int]:
-        """Rows at a time that are compared with all columns, and the number of columns."""
-        num_rows, num_columns = (max(1, number) for number in self.shape)
-        if self.tile_size is None:
-            return num_rows, num_columns
-        return max(1, self.tile_size**2 // num_columns, self.tile_size // FEWEST_ROWS), num_columns
-
-    def _numbers_per_pair(self) -> int:
-        """Similarities of tokens that a similarity is made of."""
-        rows, columns = self.rows.items.mask, self.columns.items.mask
-        if rows is None or columns is None:
-            return 1
-        return max(1, rows.shape[1] * columns.shape[1])
-
-
-def similarities(
-    rows: Embeddings,
-    columns: Embeddings,
-    *,
-    tile_size: int | None,
-    columns_choose: bool = False,
-    reduction: str = "mean",
-) -> Similarities:
-    """The similarities of items of any length; see :class:`Similarities`.
-
-    Raises:
-        ValueError: Vectors against token embeddings, or unequal widths.
-    """
-    check_kinds(rows, columns)
-    return Similarities(
-        units(rows),
-        units(columns),
-        columns_choose=columns_choose,
-        reduction=reduction,
-        tile_size=tile_size,
-    )
+Gradients = dict[int, tuple[Tensor, Tensor]]
+"""Of rows and columns, by the number of their matrix."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +132,7 @@ class _Work:
     matrices: Sequence[Similarities | None]
     cut: Callable[[Similarities], tuple[int, int]]
 
-    @property
+    @cached_property
     def computed(self) -> dict[int, Similarities]:
         """By their numbers."""
         return {number: m for number, m in enumerate(self.matrices) if m is not None}
@@ -256,7 +141,7 @@ class _Work:
         """Of every computed matrix the rows' and the columns'."""
         return [part.items.values for m in self.computed.values() for part in (m.rows, m.columns)]
 
-    def zeros(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def zeros(self) -> Gradients:
         """For the gradients of every computed matrix's rows and columns."""
         return {
             number: (
@@ -266,7 +151,7 @@ class _Work:
             for number, m in self.computed.items()
         }
 
-    def pull_back(self, totals: dict[int, tuple[Tensor, Tensor]], scale: Tensor) -> Tensor:
+    def pull_back(self, totals: Gradients, scale: Tensor) -> Tensor:
         """From unit vectors to the items, in place; gives the gradient of the scale."""
         of_scale = scale.new_zeros(1, dtype=torch.float64)
         for number, (of_rows, of_columns) in totals.items():
@@ -297,7 +182,7 @@ class _Work:
 def _run(loss: TileLoss, work: _Work, scale: Tensor | float, bias: Tensor | None) -> Tensor:
     values = work.values()
     if not isinstance(scale, Tensor):
-        scale = values[0].new_tensor([scale])
+        scale = values[0].new_full((1,), scale)
     found: Tensor = _Tiled.apply(loss, work, scale, bias, *values)  # type: ignore[no-untyped-call]
     return found
 
@@ -310,33 +195,54 @@ class _Tiled(torch.autograd.Function):
         # The values are those of `work`, which nobody else changes.
         ctx.loss, ctx.work = loss, work
         ctx.save_for_backward(scale, bias)
-        for number, rows, columns, *items in work.parts(scale):
-            similarity = work.computed[number].of(*items)
-            tile = Tile(number, rows, columns, _plus(similarity, bias))
-            for view in (tile, *work.mirrors(tile)):
-                loss.add(view)
-        return loss.terms().to(values[0].dtype)
+        with _as_given(scale):
+            for number, rows, columns, *items in work.parts(scale):
+                similarity = work.computed[number].of(*items)
+                tile = Tile(number, rows, columns, _plus(similarity, bias))
+                for view in (tile, *work.mirrors(tile)):
+                    loss.add(view)
+            return loss.terms().to(scale.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        loss, work, outer = ctx.loss, ctx.work, grads[0].unsqueeze(1)
         scale, bias = ctx.saved_tensors
-        totals = work.zeros()
-        of_bias = scale.new_zeros(1, dtype=torch.float64)
-        for number, rows, columns, *items in work.parts(scale):
-            similarity, pull_back = work.computed[number].linearised(*items)
-            tile = Tile(number, rows, columns, _plus(similarity, bias))
-            grad = loss.gradient(tile, outer[rows])
-            for view in work.mirrors(tile):
-                grad[:, : len(view.logits)] += loss.gradient(view, outer[view.rows]).T
-            if bias is not None:
-                of_bias += grad.sum(dtype=torch.float64)
-            of_rows, of_columns = totals[number]
-            pull_back(grad, of_rows[rows], of_columns[columns])
-        of_scale = work.pull_back(totals, scale)
-        learned = (of_scale.to(scale.dtype), None if bias is None else of_bias.to(bias.dtype))
+        with _as_given(scale):
+            totals, learned = _gradients(ctx.loss, ctx.work, scale, bias, grads[0].unsqueeze(1))
         return (None, None, *learned, *itertools.chain(*totals.values()))
+
+
+def _gradients(
+    loss: TileLoss, work: _Work, scale: Tensor, bias: Tensor | None, outer: Tensor
+) -> tuple[Gradients, tuple[Tensor, Tensor | None]]:
+    """Of every computed matrix's rows and columns; of scale and bias.
+
+    Args:
+        loss: Has seen every tile.
+        work: What is computed.
+        scale: ``[1]``.
+        bias: ``[1]``, if there is one.
+        outer: ``[B, 1]``, with respect to the terms.
+    """
+    totals = work.zeros()
+    of_bias = scale.new_zeros(1, dtype=torch.float64)
+    for number, rows, columns, *items in work.parts(scale):
+        similarity, pull_back = work.computed[number].linearised(*items)
+        tile = Tile(number, rows, columns, _plus(similarity, bias))
+        grad = loss.gradient(tile, outer[rows])
+        for view in work.mirrors(tile):
+            grad[:, : len(view.logits)] += loss.gradient(view, outer[view.rows]).T
+        if bias is not None:
+            of_bias += grad.sum(dtype=torch.float64)
+        of_rows, of_columns = totals[number]
+        pull_back(grad, of_rows[rows], of_columns[columns])
+    of_scale = work.pull_back(totals, scale).to(scale.dtype)
+    return totals, (of_scale, None if bias is None else of_bias.to(bias.dtype))
+
+
+def _as_given(scale: Tensor) -> torch.autocast:
+    """Autocast would round what is compared to 16 bit, and in one of the two passes only."""
+    return torch.autocast(scale.device.type, enabled=False)
 
 
 def _plus(similarity: Tensor, bias: Tensor | None) -> Tensor:

@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_losses(loss_type: str, more: dict[str, Any]) -> None:
-    loss = build_loss(loss_type, **OPTIONS[loss_type], **more)
+    loss = build_loss(loss_type, tile_size=2, **OPTIONS[loss_type], **more)
     given = inputs(tokens=loss_type == "colbert", learned=loss_type == "sigmoid")
     assert waits(loss, given) == set()
 
@@ -85,7 +85,7 @@ def test_losses(loss_type: str, more: dict[str, Any]) -> None:
 def test_a_guide_and_all_directions(partition: str) -> None:
     guide = Guide(*(torch.randn(3, 5) for _ in range(3)))
     options = {"loss_directions": DIRECTIONS, "loss_partition": partition, "guide_margin": 0.1}
-    loss = build_loss("infonce", temperature=0.1, negatives_scope="own", **options)
+    loss = build_loss("infonce", temperature=0.1, negatives_scope="own", tile_size=2, **options)
     assert waits(loss, inputs(tokens=False, learned=True, guide=guide)) == set()
 
 
@@ -106,5 +106,5 @@ def test_teachers(loss_type: str, stored: bool) -> None:
         else TeacherVectors(*(Embeddings(torch.randn(3, 8)) for _ in range(3)))
     )
     distillation = Distillation(loss_type, weights=(1.0,), alpha=lambda step: 0.5)
-    loss = build_loss("infonce", temperature=0.1, distillation=distillation)
+    loss = build_loss("infonce", temperature=0.1, distillation=distillation, tile_size=2)
     assert waits(loss, inputs(tokens=False, learned=False, teachers=(teacher,))) == set()

@@ -25,7 +25,8 @@ from vembed_ds.losses import (
     TileSize,
     build_loss,
 )
-from vembed_ds.losses.tiles import TILE_SIZE, TILE_SIZES, by_rows, similarities, tile_size_of
+from vembed_ds.losses.similarities import TILE_SIZE, TILE_SIZES, similarities, tile_size_of
+from vembed_ds.losses.tiles import by_rows
 from vembed_ds.similarity import similarity
 from vembed_ds.training.loss_setup import build_losses
 
@@ -284,6 +285,17 @@ def test_lengths_have_the_gradient_of_pytorchs_division(tokens: str) -> None:
     for found, wanted in pairs:
         assert found.isfinite().all()
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[9]], ids=name)
+def test_autocast_rounds_nothing(case: Case) -> None:
+    """It would do so in the pass that runs under it, and not in the other."""
+    given = given_to(case, 11, dtype=torch.float32)
+    value, grads = run(loss_of(case, 4), given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, found = run(loss_of(case, 4), given)
+    assert torch.equal(value, rounded)
+    assert all(torch.equal(grad, found[role]) for role, grad in grads.items())
 
 
 class Largest(TorchDispatchMode):
