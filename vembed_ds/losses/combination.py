@@ -12,11 +12,7 @@ from torch import Tensor
 from vembed_ds.errors import ConfigError
 from vembed_ds.losses.batch import GlobalBatch
 from vembed_ds.losses.distillation import (
-    Judge,
-    Judged,
     cut,
-    judge_by_scores,
-    judge_by_vectors,
     kl,
     margin_mse,
     mse,
@@ -25,6 +21,7 @@ from vembed_ds.losses.distillation import (
     weighted,
 )
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.losses.judges import Judge, Judged, judge_by_scores, judge_by_vectors
 from vembed_ds.losses.matryoshka import Prefixes, sum_over
 from vembed_ds.losses.similarities import Similarities, similarities
 from vembed_ds.losses.tiles import by_rows

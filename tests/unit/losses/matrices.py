@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vembed_ds.losses.distillation import Judged
+from vembed_ds.losses.judges import Judged
 from vembed_ds.losses.similarities import Similarities
 from vembed_ds.losses.units import Units
 from vembed_ds.similarity import Embeddings

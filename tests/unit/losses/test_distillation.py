@@ -15,8 +15,9 @@ from vembed_ds.errors import ConfigError
 from vembed_ds.losses import distillation
 from vembed_ds.losses.batch import gather_batch
 from vembed_ds.losses.combination import Distillation, alpha_schedule
-from vembed_ds.losses.distillation import Judged, judge_by_scores, regression
+from vembed_ds.losses.distillation import regression
 from vembed_ds.losses.inputs import LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.losses.judges import Judged, judge_by_scores
 from vembed_ds.losses.matryoshka import Prefixes
 from vembed_ds.similarity import Embeddings
 

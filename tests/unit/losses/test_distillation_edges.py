@@ -20,7 +20,8 @@ from vembed_ds.losses import (
     TeacherVectors,
     build_loss,
 )
-from vembed_ds.losses.distillation import Judged, judge_by_vectors, kl, rank, regression
+from vembed_ds.losses.distillation import kl, rank, regression
+from vembed_ds.losses.judges import Judged, judge_by_vectors
 
 SIMILARITY_LOSSES = [name for name in DISTILLATION_LOSSES if name != "regression"]
 
