@@ -19,6 +19,7 @@ from tests.parity import data, lora_cases
 from tests.parity.conftest import OPTIMIZER, ds_config, update_error
 from tests.parity.reference import train_plain
 from tests.parity.test_step_matrix import PRECISIONS, check
+from tests.thinning import one_in
 from tests.worlds import World
 
 CHUNK = 5
@@ -94,8 +95,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(("variant", "stage"), one_in(2, ["lora", "dora"], [0, 1, 2, 3]))
 def test_transposed_layers(
     world: Callable[[int], World], gpt2: Path, plain: Callable[..., Any], variant: str, stage: int
 ) -> None:
@@ -153,8 +153,7 @@ def test_4_bit_base_weights(
         assert error["worst"] <= tensor_tolerance, error
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("stage", "checkpointing"), one_in(2, [0, 1, 2], [False, True]))
 def test_4_bit_base_weights_with_dropout(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -180,18 +179,19 @@ def _same(result: dict[str, Any], name: str) -> bool:
     return torch.equal(result["after"][name], result["before"][name])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize(("kind", "variant"), [("shared", "lora"), ("clip", "dora")])
+@pytest.mark.parametrize(
+    ("kind_and_variant", "stage", "checkpointing"),
+    one_in(2, [("shared", "lora"), ("clip", "dora")], [0, 2, 3], [False, True]),
+)
 def test_dropout_of_adapters_and_backbone(
     world: Callable[[int], World],
     folders: dict[float, Path],
     plain: Callable[..., Any],
-    kind: str,
-    variant: str,
+    kind_and_variant: tuple[str, str],
     stage: int,
     checkpointing: bool,
 ) -> None:
+    kind, variant = kind_and_variant
     results = world(2).run(
         "tests.parity.lora_cases:train",
         folder=str(folders[0.2]),
