@@ -5,6 +5,7 @@ Pure functions of the items' sizes, so that the cut of a batch is the same whene
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,13 +61,15 @@ def halved(budget: ChunkBudget, *, largest: int) -> ChunkBudget | None:
         budget: Of the present ones.
         largest: Items in the largest of them.
     """
-    items = min(budget.items or largest, largest)
-    tokens = budget.tokens
+    if largest == 1:
+        return None
+    items, tokens = min(budget.items or largest, largest), budget.tokens
     if isinstance(tokens, int):
         tokens = max(1, tokens // 2)
-    elif items == 1:
-        return None
-    return None if largest == 1 else replace(budget, items=max(1, items // 2), tokens=tokens)
+    smaller = replace(budget, items=max(1, items // 2), tokens=tokens)
+    # A chunk of one item's size may hold several smaller ones; so may the least budget of tokens,
+    # which does not limit images.
+    return None if items == 1 and tokens == budget.tokens else smaller
 
 
 def size_of(item: EncodedItem) -> Size:
@@ -132,17 +135,20 @@ def split(chunks: Sequence[slice], sizes: Sequence[Size], *, number: int) -> lis
         sizes: Of the items.
         number: At least ``len(chunks)``.
     """
-    found = list(chunks)
-    units = [padded(sizes[chunk]).units for chunk in found]
+    found = [_in_turn(chunk, sizes) for chunk in chunks]
+    heapq.heapify(found)
     while len(found) < min(number, len(sizes)):
-        several = (place for place, c in enumerate(found) if c.stop - c.start > 1)
-        largest = max(several, key=units.__getitem__)
-        whole = found[largest]
-        middle = (whole.start + whole.stop + 1) // 2
-        halves = [slice(whole.start, middle), slice(middle, whole.stop)]
-        found[largest : largest + 1] = halves
-        units[largest : largest + 1] = [padded(sizes[half]).units for half in halves]
-    return found
+        _, start, stop = heapq.heappop(found)
+        middle = (start + stop + 1) // 2
+        for half in (slice(start, middle), slice(middle, stop)):
+            heapq.heappush(found, _in_turn(half, sizes))
+    return sorted((slice(start, stop) for _, start, stop in found), key=lambda c: c.start)
+
+
+def _in_turn(chunk: slice, sizes: Sequence[Size]) -> tuple[int, int, int]:
+    """Sorts the largest first, of equal ones the first, and single items behind all others."""
+    single = chunk.stop - chunk.start == 1
+    return 1 if single else -padded(sizes[chunk]).units, chunk.start, chunk.stop
 
 
 def _limit(sizes: Sequence[Size], items: int, tokens: int | Literal["auto"]) -> Size:

@@ -157,6 +157,8 @@ def test_sizes() -> None:
         (ChunkBudget(8, tokens=101), 20, ChunkBudget(4, tokens=50)),
         (ChunkBudget(1, tokens=50), 4, ChunkBudget(1, tokens=25)),
         (ChunkBudget(1, tokens=50), 1, None),
+        (ChunkBudget(1, tokens=1), 3, None),  # small images, together as large as the largest
+        (ChunkBudget(2, tokens=1), 3, ChunkBudget(1, tokens=1)),
     ],
 )
 def test_half_a_budget(budget: ChunkBudget, largest: int, expected: ChunkBudget | None) -> None:
