@@ -73,16 +73,16 @@ class TrainEngine:
 
     @property
     def bytes_beside_graphs(self) -> int:
-        """What keeping several graphs takes beside what they hold.
+        """What keeping several graphs takes beside them, and does not show in a first step that keeps one.
 
         In the backward pass of a graph behind which another was made, ZeRO-3 puts no parameter away
         before its end: DeepSpeed counts the tensors of a module's newest graph only. Where they are
-        held anyway, nothing is added.
+        held anyway, nothing is added. And the optimizer makes its moments in its first update.
         """
-        if self.zero_stage < 3 or self._whole is not None:
-            return 0
-        whole: list[tuple[Any, int]] = [(p, p.element_size()) for p in self.module.parameters()]
-        return sum(parameter.ds_numel * size for parameter, size in whole)
+        found = self._moments_to_come()
+        if self.zero_stage == 3 and self._whole is None:
+            found += sum(_elements(p) * p.element_size() for p in self.module.parameters())
+        return found
 
     def embed(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Forward pass of a chunk. Collective under ZeRO-3, unless parameters are held."""
@@ -238,6 +238,18 @@ class TrainEngine:
         norm: Tensor = nn.utils.get_total_norm(grads)
         return norm
 
+    def _moments_to_come(self) -> int:
+        """Bytes of Adam's two moments, float32, where there has been no update yet."""
+        if self.engine.basic_optimizer.state or self.engine.zero_use_cpu_optimizer():
+            return 0
+        ranks = self.engine.dp_world_size if self.zero_stage > 0 else 1
+        return 2 * 4 * sum(map(_elements, self._trained)) // ranks
+
     def _put_away(self) -> None:
         if self._whole is not None:
             self._whole.release()
+
+
+def _elements(parameter: Any) -> int:
+    """Of the whole parameter, also while ZeRO-3 keeps a part of it only."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

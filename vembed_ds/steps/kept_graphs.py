@@ -30,17 +30,17 @@ class GraphBudget:
 
     Args:
         meter: Of the memory in which the graphs lie.
-        reserve: Bytes that keeping several takes beside the graphs themselves.
+        reserve: Gives the bytes that later steps take beside what the measured one shows.
     """
 
-    def __init__(self, meter: Meter, *, reserve: int = 0) -> None:
+    def __init__(self, meter: Meter, *, reserve: Callable[[], int] = lambda: 0) -> None:
         self._meter, self._reserve = meter, reserve
         self._largest: dict[tuple[str, str], int] = {}  # the most of each that was measured
         self._weights: list[int] | None = None  # of this step's graphs; None: it is not measured
         self.graph_bytes = 0
         """What the largest graph held."""
-        self.spare_bytes = 0
-        """What the measured step left for further ones."""
+        self.spare_bytes: float = inf
+        """What the measured step left for further ones; of several steps the least."""
 
     @contextmanager
     def step(self, plan: StepPlan) -> Iterator[int]:
@@ -55,7 +55,7 @@ class GraphBudget:
         try:
             yield 1
             self.graph_bytes = max(self.graph_bytes, *self._weights)
-            self.spare_bytes = self._meter.spare() - self._reserve
+            self.spare_bytes = min(self.spare_bytes, self._meter.spare() - self._reserve())
             for name, size in (found for chunk in chunks for found in chunk.items()):
                 self._largest[name] = max(size, self._largest.get(name, 0))
         finally:
@@ -82,7 +82,7 @@ class GraphBudget:
         )
 
     def _fitting(self, shares: Sequence[float]) -> int:
-        left, number = float(self.spare_bytes), 1  # the step that was measured kept one
+        left, number = self.spare_bytes, 1  # the step that was measured kept one
         for share in reversed(shares[:-1]):
             left -= share * self.graph_bytes
             if left < 0:
@@ -174,5 +174,5 @@ def padded_sizes(plan: StepPlan) -> list[Sizes]:
     return chunks
 
 
-def _megabytes(number: int) -> str:
+def _megabytes(number: float) -> str:
     return f"{number / 2**20:,.0f} MB"

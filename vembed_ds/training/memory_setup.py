@@ -41,7 +41,7 @@ def _kept_graphs(config: Config, engine: TrainEngine) -> KeptGraphs:
     if number != "auto":
         return KeptGraphs(number)
     meter = build_meter(engine.device, local_ranks=comm.local_world_size())
-    budget = GraphBudget(meter, reserve=engine.bytes_beside_graphs)
+    budget = GraphBudget(meter, reserve=lambda: engine.bytes_beside_graphs)
     # What ZeRO-3 gathers for a chunk depends on whether it is computed again.
     return KeptGraphs(budget=budget, agree=None if engine.chunks_are_local else _fewest)
 

@@ -66,7 +66,7 @@ def test_a_measured_step_keeps_one_and_those_behind_it_what_fits(spare: int, kep
 
 
 def test_what_keeping_several_takes_beside_the_graphs_is_set_aside() -> None:
-    graphs, _ = automatic(500, reserve=300)
+    graphs, _ = automatic(500, reserve=lambda: 300)
     assert [step(graphs) for _ in range(2)] == [1, 3]
 
 
@@ -81,6 +81,12 @@ def test_a_step_with_a_larger_chunk_is_measured_again() -> None:
     assert [step(graphs, chunk_size=3), step(graphs, chunk_size=3)] == [1, 3]
     assert [step(graphs), step(graphs), step(graphs, chunk_size=3)] == [1, 3, 3]
     assert scales.steps == 2
+
+
+def test_the_least_that_was_ever_spare_counts() -> None:
+    graphs, scales = automatic(200, reserve=lambda: 100 if scales.steps == 1 else 0)
+    assert [step(graphs, chunk_size=3), step(graphs, chunk_size=3)] == [1, 2]
+    assert [step(graphs), step(graphs)] == [1, 2]  # the host's meter is read once, before moments
 
 
 def test_one_chunk_is_the_standard_step_and_needs_no_measuring() -> None:
