@@ -40,6 +40,7 @@ def run(world: Callable[[int], World], folders: dict[float, Path]) -> Run:
         world_size: int = 2,
         dropout: float = 0.0,
         checkpointing: str | None = None,
+        kept: int = 1,
         **settings: Any,
     ) -> list[dict[str, Any]]:
         stage, modes = MODES[mode]
@@ -54,6 +55,7 @@ def run(world: Callable[[int], World], folders: dict[float, Path]) -> Run:
             temperature=0.1,
             checkpointing=checkpointing,
             modes=modes,
+            kept=kept,
         )
 
     return train
@@ -67,6 +69,14 @@ def test_plain(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, chunk: str, world_size: int
 ) -> None:
     check(reference(kind), run(mode, kind, chunk, world_size=world_size))
+
+
+@pytest.mark.parametrize(("kind", "mode", "kept"), one_in(4, ["clip", "skip"], MODES, [2, 99]))
+def test_several_kept_graphs(
+    run: Run, reference: Callable[..., Any], kind: str, mode: str, kept: int
+) -> None:
+    """As `gradient_cache_kept_graphs: auto` keeps them; the last bit may differ in some modes."""
+    check(reference(kind), run(mode, kind, "many", kept=kept))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """How many of a step's last chunks keep the graph of their first pass.
 
 A kept graph spares its chunk the second forward pass. The chunks are differentiated from the last
-to the first whatever is kept, so the number changes neither the gradient nor its rounding; it may
-differ between steps, and between ranks that gather nothing together.
+to the first whatever is kept, so the number changes neither the gradient nor its rounding (but for
+the last bit with ``zero3_gather: cache_pass``); it may differ between steps, and between ranks that
+gather nothing together.
 """
 
 from __future__ import annotations
