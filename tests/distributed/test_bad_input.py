@@ -233,12 +233,12 @@ def test_fp16_at_stage_0(fails: Callable[..., None], make_config: MakeConfig) ->
 def test_unsupported_deepspeed_feature(
     fails: Callable[..., None], make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    zero = {"stage": 3, "zero_hpz_partition_size": 2}
+    zero = {"stage": 3, "zero_quantized_weights": True}
     path = changed_ds_config(tmp_path, 3, {"zero_optimization": zero})
     fails(
         make_config(),
-        f"ConfigError: zero_optimization.zero_hpz_partition_size=2 ({path}): refused, sharding "
-        "over anything but data-parallel ranks is not proven exact here; remove it",
+        f"ConfigError: zero_optimization.zero_quantized_weights=true ({path}): refused, it changes "
+        "the gradient or the weights; remove it",
         ds_config=path,
     )
 

@@ -78,6 +78,7 @@ CELLS = {
     "some stay gathered": Cell(
         (3,), {"stage3_param_persistence_threshold": 100, "stage3_model_persistence_threshold": 200}
     ),
+    "a copy per machine": Cell((3,), {"zero_hpz_partition_size": 2}, kind="skip"),
     "linear, saving, logging": Cell(
         (0, 3),
         {

@@ -62,14 +62,27 @@ def test_small_parameters_and_distant_uses(
         assert sum(result["sent"].values()) == pytest.approx(predicted, rel=0.01), result
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", ["cache_pass", "per_module"])
+def test_a_copy_per_machine_is_gathered_within_it(
+    world: Callable[[int], World], bert: Path, gather: str
+) -> None:
+    config = ds_config(3, 4, zero={"zero_hpz_partition_size": 2})
+    modes = {"zero3_gather": gather}
+    for result in _count(world, bert, config, modes, 2, world_size=4):
+        predicted = _predict(result, 3, modes, world_size=4, machine_ranks=2)
+        assert sum(result["sent"].values()) == pytest.approx(predicted, rel=0.01), result
+
+
 def _count(
     world: Callable[[int], World],
     folder: Path,
     config: dict[str, Any],
     modes: dict[str, str],
     chunk_size: int | None,
+    world_size: int = 2,
 ) -> list[dict[str, Any]]:
-    return world(2).run(
+    return world(world_size).run(
         "tests.parity.traffic_cases:count_bytes",
         folder=str(folder),
         ds_config=config,
@@ -79,23 +92,26 @@ def _count(
 
 
 def _predict(
-    result: dict[str, Any], stage: int, modes: dict[str, str], reused: float = 1.0
+    result: dict[str, Any],
+    stage: int,
+    modes: dict[str, str],
+    *,
+    world_size: int = 2,
+    **settings: Any,
 ) -> float:
-    embeddings = predict_embedding_bytes(world_size=2, rows=data.GLOBAL_BATCH, width=64)
-    return (
-        embeddings
-        + predict_step_bytes(
-            world_size=2,
-            zero_stage=stage,
-            parameters=result["parameters"],
-            trained=result["trained"],
-            element_size=4,
-            num_chunks=result["chunks"],
-            persistent=result["persistent"],
-            reused=reused,
-            **modes,
-        ).total
+    predicted = predict_step_bytes(
+        world_size=world_size,
+        zero_stage=stage,
+        parameters=result["parameters"],
+        trained=result["trained"],
+        element_size=4,
+        num_chunks=result["chunks"],
+        persistent=result["persistent"],
+        **modes,
+        **settings,
     )
+    rows = data.GLOBAL_BATCH
+    return predicted.total + predict_embedding_bytes(world_size=world_size, rows=rows, width=64)
 
 
 @pytest.mark.parametrize("threshold", [0, 300])

@@ -28,6 +28,9 @@ from vembed_ds.errors import ConfigError
 NEVER_PRINT = 10**12
 """``steps_per_print`` when the JSON has none: our own logger reports the steps."""
 
+HPZ = "zero_hpz_partition_size"
+"""Ranks that hold a copy of the parameters between them, for gathers within a machine (ZeRO++)."""
+
 _SIZED_BY_HF = (
     "reduce_bucket_size",
     "stage3_prefetch_bucket_size",
@@ -177,6 +180,12 @@ def _zero(config: dict[str, Any], ours: _Ours) -> Iterator[str]:
     for key in _SIZED_BY_HF:
         if zero.get(key) == "auto":
             del zero[key]
+    yield from hpz_problems(zero, ours.origin, ours.world_size)
+    if zero.get(HPZ, 1) != 1 and stage != 3:
+        yield (
+            f"zero_optimization.{HPZ}={as_json(zero[HPZ])} ({ours.origin}): needs stage 3, not "
+            f"{stage}; remove it"
+        )
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = value_at(zero, f"{key}.device")
         path = f"zero_optimization.{key}.device={as_json(device)} ({ours.origin})"
@@ -184,6 +193,16 @@ def _zero(config: dict[str, Any], ours: _Ours) -> Iterator[str]:
             yield f'{path}: only "cpu" and "none" are supported in this version'
         elif device == "cpu" and stage < lowest:
             yield f"{path}: needs stage {lowest} or above, not {stage}; raise stage or remove it"
+
+
+def hpz_problems(zero: Mapping[str, Any], origin: str, world_size: int) -> Iterator[str]:
+    """A number of ranks per machine that is none."""
+    ranks = zero.get(HPZ, 1)
+    if type(ranks) is not int or ranks < 1 or world_size % ranks:
+        yield (
+            f"zero_optimization.{HPZ}={as_json(ranks)} ({origin}): must divide the {world_size} "
+            "ranks; set the number of ranks of one machine"
+        )
 
 
 def _batch(config: dict[str, Any], ours: _Ours) -> Iterator[str]:

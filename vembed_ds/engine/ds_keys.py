@@ -91,7 +91,8 @@ PROVEN = {
             "offload_param sub_group_size stage3_max_live_parameters stage3_max_reuse_distance "
             "stage3_prefetch_bucket_size stage3_param_persistence_threshold "
             "stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save "
-            "memory_efficient_linear ignore_unused_parameters log_trace_cache_warnings"
+            "memory_efficient_linear ignore_unused_parameters log_trace_cache_warnings "
+            "zero_hpz_partition_size"
         )
     ),
     # Buffers and pipelines serve NVMe only; on the host they change nothing.
@@ -143,7 +144,6 @@ REASONS = {
     ),
     "zero_optimization.round_robin_gradients": "a checkpoint so trained is exported wrongly",
     "zero_optimization.compute_grad_norm": "clipping and the log need the norm",
-    "zero_optimization.zero_hpz_partition_size": _SHARDING,
     "zero_optimization.zero_quantized_weights": _LOSSY,
     "zero_optimization.zero_quantized_nontrainable_weights": _LOSSY,
     "zero_optimization.zero_quantized_gradients": _LOSSY,

@@ -195,6 +195,8 @@ def shard_range(parameter: Any) -> tuple[int, int]:
 def write_shard(parameter: Any, values: Tensor) -> None:
     """Put ``[length]`` values of :func:`shard_range` into a parameter that nothing trains."""
     _write(getattr(parameter, "ds_tensor", parameter).data, 0, values)
+    if hasattr(parameter, "ds_secondary_tensor"):
+        parameter.ds_secondary_tensor = None  # of hpZ: its machine's copy of the old values
 
 
 def _write(target: Tensor, offset: int, values: Tensor) -> None:

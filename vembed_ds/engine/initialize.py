@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import deepspeed
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import groups
 from torch import nn
 
-from vembed_ds.engine.choices import AUTO, Reduce, choose_gather, choose_reduce
+from vembed_ds.distributed import comm
+from vembed_ds.engine.choices import AUTO, Gather, Reduce, choose_gather, choose_reduce
 from vembed_ds.engine.communication import join_deepspeed
 from vembed_ds.engine.memory import whole_bytes
 from vembed_ds.engine.schedules import SchedulerFactory
 from vembed_ds.engine.train_engine import TrainEngine
+
+logger = logging.getLogger(__name__)
 
 
 def initialize_engine(
@@ -61,10 +66,18 @@ def initialize_engine(
         config=ds_config,
         lr_scheduler=schedule,
     )
+    # The machines of hpZ; left behind, a teacher's engine would take them for its own.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     _undo_warm_up_step(engine.optimizer)
     if reduce is Reduce.PER_CHUNK:
         need = need._replace(gradients=0)
     gather = choose_gather(zero3_gather, engine, need)
+    if gather is Gather.ONCE and engine.zero_hpz_partition_size() > 1 and comm.is_main():
+        logger.warning(
+            "zero_hpz_partition_size=%d takes memory and saves nothing: the parameters are gathered "
+            "once per step; remove it, or set zero3_gather: cache_pass",
+            engine.zero_hpz_partition_size(),
+        )
     return TrainEngine(engine, gather=gather, reduce=reduce, idle=idle)
 
 

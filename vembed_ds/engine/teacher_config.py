@@ -6,13 +6,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vembed_ds.engine.ds_config import NEVER_PRINT
+from vembed_ds.engine.ds_config import HPZ, NEVER_PRINT, hpz_problems
 from vembed_ds.engine.ds_keys import as_json, has_key, key_problems, shape_problems, value_at
 from vembed_ds.errors import ConfigError
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _TRAINING = ("optimizer", "scheduler", "gradient_clipping", "zero_optimization.offload_optimizer")
-_HPZ = "zero_hpz_partition_size"
 
 # A rank holds its shard and the module that runs. DeepSpeed's own defaults keep small parameters
 # whole and gather 50 million elements ahead; both may be set again, for speed.
@@ -94,22 +93,17 @@ def _batch(config: dict[str, Any], origin: str, world_size: int) -> Iterator[str
 
 
 def _sharding(config: dict[str, Any], origin: str, world_size: int) -> Iterator[str]:
-    """The stage and hpZ, which only teachers have; for the other keys training's rules hold."""
+    """The stage and hpZ; for the other keys training's rules hold."""
     zero = config.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 3) != 3:
         yield (
             f"zero_optimization.stage={as_json(zero['stage'])} ({origin}): a teacher is sharded at "
             "stage 3; set 3, or remove it"
         )
-    hpz = zero.pop(_HPZ, 1)
     yield from key_problems(config, origin)
-    if type(hpz) is not int or hpz < 1 or world_size % hpz:
-        yield (
-            f"zero_optimization.{_HPZ}={as_json(hpz)} ({origin}): must divide the {world_size} "
-            "ranks; set the number of ranks of one machine"
-        )
-    elif hpz > 1:
-        zero[_HPZ] = hpz
+    yield from hpz_problems(zero, origin, world_size)
+    if zero.get(HPZ) == 1:
+        del zero[HPZ]
 
 
 def _places(zero: dict[str, Any], origin: str) -> Iterator[str]:

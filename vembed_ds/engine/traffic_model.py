@@ -14,19 +14,21 @@ class StepBytes(NamedTuple):
     """What one rank sends in one step.
 
     Attributes:
-        gathered: Parameters of ZeRO-3, before they are used.
+        gathered: Parameters of ZeRO-3, before they are used, from all ranks.
+        gathered_nearby: The same from the ranks of a machine (hpZ).
         reduced: Gradients.
         published: Updated parameters of ZeRO-1 and 2, and the small ones of ZeRO-3.
     """
 
     gathered: float
+    gathered_nearby: float
     reduced: float
     published: float
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.gathered + self.reduced + self.published
+        return sum(self)
 
 
 def predict_step_bytes(
@@ -42,6 +44,7 @@ def predict_step_bytes(
     gradient_reduction: str = "once",
     persistent: int = 0,
     reused: float = 1.0,
+    machine_ranks: int = 1,
     scatter_units: int = 1,
 ) -> StepBytes:
     """What a rank sends from embedding a batch to the updated parameters.
@@ -61,16 +64,21 @@ def predict_step_bytes(
         reused: The share of the others that stays gathered from a chunk's forward to its backward
             pass: 1 where the model has fewer elements than ``stage3_max_reuse_distance``, else
             towards 0.
+        machine_ranks: ``zero_hpz_partition_size``: those of a machine have a copy between them, from
+            which all but the first gather of a step are.
         scatter_units: 2 with gloo, which scatters a reduced tensor by reducing it for all.
     """
     unit = element_size * (world_size - 1) / world_size
     reductions = num_chunks if gradient_reduction == "per_chunk" else 1
     if zero_stage < 3:
         published = trained * unit if zero_stage else 0.0
-        return StepBytes(0.0, 2 * reductions * trained * unit, published)
+        return StepBytes(0.0, 0.0, 2 * reductions * trained * unit, published)
     gathers = _gathers(zero3_gather, num_chunks - kept_chunks, kept_chunks, reused)
+    nearby = gathers - 1 if machine_ranks > 1 else 0.0
+    gathered = (parameters - persistent) * element_size
     return StepBytes(
-        gathered=gathers * (parameters - persistent) * unit,
+        gathered=(gathers - nearby) * gathered * (world_size - 1) / world_size,
+        gathered_nearby=nearby * gathered * (machine_ranks - 1) / machine_ranks,
         reduced=scatter_units * reductions * trained * unit,
         published=persistent * unit,
     )

@@ -420,7 +420,8 @@ def test_the_tables_name_keys_that_deepspeed_has():
         ("zero_optimization.load_from_fp32_weights", False, "not proven exact here"),
         ("zero_optimization.leaf_module", {"names": ["x"]}, "not proven exact here"),
         ("zero_optimization.zenflow", {}, "it changes the gradient or the weights"),
-        ("zero_optimization.zero_hpz_partition_size", 8, "sharding over anything but data-parallel ranks is not proven exact here"),
+        ("zero_optimization.zero_quantized_weights", True, "it changes the gradient or the weights"),
+        ("zero_optimization.zero_quantized_gradients", True, "it changes the gradient or the weights"),
         ("zero_optimization.compute_grad_norm", False, "clipping and the log need the norm"),
         ("zero_optimization.cpu_offload", True, "deprecated; write offload_optimizer"),
         ("zero_optimization.offload_optimizer.ratio", 0.5, "partial offload is not proven exact here"),
@@ -627,3 +628,12 @@ def test_reducing_per_chunk_needs_gradients_in_parts(stage):
     assert "use stage 2 or 3, or gradient_reduction: once" in problem
     resolve(raw, **(ours | {"gradient_reduction": "auto"}))
     resolve({"zero_optimization": {"stage": 2}}, **ours)
+
+
+def test_ranks_of_a_machine_that_share_a_copy_of_the_parameters():
+    zero = {"stage": 3, "zero_hpz_partition_size": 2}
+    assert resolve({"zero_optimization": zero})["zero_optimization"] == zero
+    (problem,) = problems_of({"zero_optimization": zero | {"zero_hpz_partition_size": 3}})
+    assert problem.startswith("zero_optimization.zero_hpz_partition_size=3 (x.json): must divide")
+    (problem,) = problems_of({"zero_optimization": zero | {"stage": 2}})
+    assert problem.endswith("needs stage 3, not 2; remove it")

@@ -48,17 +48,20 @@ def test_measured_megabytes(settings: dict[str, Any], megabytes: float) -> None:
 
 
 def test_small_frozen_and_many() -> None:
-    found = predict_step_bytes(
-        world_size=4,
-        zero_stage=3,
-        parameters=1000,
-        trained=100,
-        element_size=2,
-        num_chunks=5,
-        kept_chunks=2,
-        zero3_gather="cache_pass",
-        persistent=200,
-        reused=0.5,
-    )
-    assert found == (0.75 * 2 * 800 * (1 + 3 * 1.5), 0.75 * 2 * 100, 0.75 * 2 * 200)
+    settings: dict[str, Any] = {
+        "world_size": 4,
+        "zero_stage": 3,
+        "parameters": 1000,
+        "trained": 100,
+        "element_size": 2,
+        "num_chunks": 5,
+        "kept_chunks": 2,
+        "zero3_gather": "cache_pass",
+        "persistent": 200,
+        "reused": 0.5,
+    }
+    found = predict_step_bytes(**settings)
+    assert found == (0.75 * 2 * 800 * (1 + 3 * 1.5), 0, 0.75 * 2 * 100, 0.75 * 2 * 200)
+    nearby = predict_step_bytes(**settings, machine_ranks=2)
+    assert nearby[:2] == (0.75 * 2 * 800, 0.5 * 2 * 800 * 3 * 1.5)
     assert predict_embedding_bytes(world_size=4, rows=8, width=10) == 0.75 * 2 * 4 * 80
