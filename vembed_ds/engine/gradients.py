@@ -21,13 +21,14 @@ class LocalGradients:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
+        self._in_16_bit = [p for p in self._parameters if p.dtype != torch.float32]
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def before_backward(self) -> None:
         """Move 16-bit gradients of the chunks so far into the float32 sums."""
-        for parameter in self._parameters:
+        for parameter in self._in_16_bit:
             grad = parameter.grad
-            if grad is None or grad.dtype == torch.float32:
+            if grad is None:
                 continue
             if parameter in self._sums:
                 self._sums[parameter].add_(grad)

@@ -13,8 +13,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    GatheredParameters,
+    InsertPostInitMethodToModuleSubClasses,
+    ZeroParamStatus,
+)
 from torch import nn
+from torch.nn import functional
 
 from vembed_ds.distributed.phases import Kind, phase
 
@@ -66,6 +71,7 @@ class WholeParameters:
             # DeepSpeed's own gathers would not meet.
             apart = [p for p in self._parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
             self._held.enter_context(GatheredParameters(apart))
+        self._held.enter_context(_own_linear())
         self._hooks_act = False
 
     def _unless_held(self, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +79,20 @@ class WholeParameters:
             return hook(*arguments) if self._hooks_act else None
 
         return switched
+
+
+@contextmanager
+def _own_linear() -> Iterator[None]:
+    """PyTorch's linear function in the place of DeepSpeed's, which spares whole weights and takes longer.
+
+    DeepSpeed replaces it in the whole process (``memory_efficient_linear``), and remembers it.
+    """
+    replaced = functional.linear
+    functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", replaced)
+    try:
+        yield
+    finally:
+        functional.linear = replaced
 
 
 def missing_internals(engine: DeepSpeedEngine) -> str | None:
