@@ -71,7 +71,8 @@ def train(
     processor = load_processor(Path(folder), composed=composed)
     fillers = {part: processor.filler(part) for part in model.parts}
     mark_unreached(model, {part: processor.pad(part, [item]) for part, item in fillers.items()})
-    engine = make_engine(model, ds_config=ds_config)
+    # At ZeRO-3 each family has to say which modules read which parameters.
+    engine = make_engine(model, ds_config=ds_config, modes={"zero3_gather": "per_module"})
     model.train()
     losses, norms = [], []
     for step, counts in zip(saved["steps"], NEGATIVES, strict=True):

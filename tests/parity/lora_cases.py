@@ -139,6 +139,7 @@ def train(
     if checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(backbone, mechanism="huggingface")
+    modes = modes or {"zero3_gather": "per_module"}  # ZeRO-3 puts away what DoRA reads
     engine = cases.make_engine(model, ds_config=ds_config, modes=modes)
     torch.manual_seed(comm.rank())
     model.train()

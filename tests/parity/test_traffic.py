@@ -114,6 +114,28 @@ def _predict(
     return predicted.total + predict_embedding_bytes(world_size=world_size, rows=rows, width=64)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reducing_per_chunk_keeps_no_whole_gradient(
+    world: Callable[[int], World], tmp_path: Path, stage: int
+) -> None:
+    deep = BERT | {"vocab_size": 50, "num_hidden_layers": 6}
+    data.save_backbone(tmp_path / "text", deep, dropout=0.0, seed=0)
+    bucket, largest = 5000, 64 * 256
+    config = ds_config(stage, 2, zero={"reduce_bucket_size": bucket})
+    for reduction in ("once", "per_chunk"):
+        for every, most in world(2).run(
+            "tests.parity.traffic_cases:whole_gradients",
+            folder=str(tmp_path),
+            ds_config=config,
+            modes={"gradient_reduction": reduction},
+        ):
+            if reduction == "once":
+                assert most == every
+            else:  # ZeRO-2 keeps its part until the end of a backward pass
+                part = every / 2 if stage == 2 else 0
+                assert most <= part + bucket + 2 * largest < 0.85 * every
+
+
 @pytest.mark.parametrize("threshold", [0, 300])
 @pytest.mark.parametrize("gather", ["once", "cache_pass", "per_module"])
 def test_parameters_are_held_for_a_step_only(

@@ -48,6 +48,23 @@ def count_bytes(
     return found
 
 
+def whole_gradients(*, folder: str, ds_config: dict[str, Any], modes: dict[str, str]) -> list[int]:
+    """Elements of all gradients, and the most that were whole at one time of a step."""
+    model = cases.make_model(Path(folder), kind="shared", temperature=0.1)
+    engine = cases.make_engine(model, ds_config=ds_config, modes=modes)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    whole: list[int] = []
+
+    def look(parameter: nn.Parameter) -> None:
+        whole.append(sum(p.grad.numel() for p in trained if p.grad is not None))
+
+    for parameter in trained:  # behind DeepSpeed's hook, which may have reduced it
+        parameter.register_post_accumulate_grad_hook(look)
+    cases.train_step(engine, model, "shared", 0, 3, True, 0.1)
+    engine.engine.destroy()
+    return [sum(getattr(p, "ds_numel", p.numel()) for p in trained), max(whole)]
+
+
 def live(engine: TrainEngine) -> set[str]:
     """Names of the parameters that are whole."""
     return {name for name, p in engine.module.named_parameters() if p.numel()}
