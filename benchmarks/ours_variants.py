@@ -10,6 +10,11 @@ from benchmarks.peers.job import Variant
 Keys = Mapping[str, Any]
 
 STANDARD: Keys = {"use_gradient_cache": False}
+SLICED: Keys = {  # a layer takes the whole batch, so many items at a time
+    "use_gradient_cache": False,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_slice_size": 32,
+}
 LEAN: Keys = {"gradient_cache_kept_graphs": 1}  # the least memory: only the last chunk is kept
 
 

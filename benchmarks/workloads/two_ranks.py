@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.comparing import MEMORY, TIME, TRAFFIC, compare
 from benchmarks.options import Options, Result, Workload
-from benchmarks.ours_variants import LEAN, cached, ours
+from benchmarks.ours_variants import LEAN, SLICED, cached, ours
 from benchmarks.peers.job import Variant
 from benchmarks.task import Task
 
@@ -40,6 +40,7 @@ VARIANTS = [
     *(ours(f"ZeRO-{stage}", cached(**LEAN), stage=stage) for stage in range(4)),
     ours("ZeRO-3, gathered per chunk", cached(**LEAN, zero3_gather="cache_pass"), stage=3),
     ours("ZeRO-3, gathered per module", cached(**LEAN, zero3_gather="per_module"), stage=3),
+    ours("ZeRO-3, layers in slices", {**SLICED, "zero3_gather": "per_module"}, stage=3),
     ours("ZeRO-2, reduced per chunk", cached(**LEAN, gradient_reduction="per_chunk"), stage=2),
     ours("ZeRO-2, half kept", cached(gradient_cache_kept_graphs=4), stage=2),
     ours("ZeRO-2, as it comes", cached(), stage=2),

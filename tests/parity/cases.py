@@ -51,6 +51,7 @@ def train(
     bidirectional: bool,
     temperature: float,
     checkpointing: str | None = None,
+    slice_size: int | None = None,
     weight_decay: float | None = None,
     cosine: tuple[int, int] | None = None,
     rates: dict[str, float] | None = None,
@@ -73,7 +74,9 @@ def train(
     model = make_model(Path(folder), kind=kind, temperature=temperature)
     if checkpointing:
         for backbone in _backbones(model):
-            enable_activation_checkpointing(backbone, mechanism=checkpointing)
+            enable_activation_checkpointing(
+                backbone, mechanism=checkpointing, slice_size=slice_size
+            )
     set_rates(model, rates or {})
     engine = make_engine(
         model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine, modes=modes

@@ -74,6 +74,21 @@ def test_a_copy_per_machine_is_gathered_within_it(
         assert sum(result["sent"].values()) == pytest.approx(predicted, rel=0.01), result
 
 
+@pytest.mark.parametrize("reuse", [0, 10**9])
+@pytest.mark.parametrize("gather", ["once", "per_module"])
+def test_slices_of_a_layer_share_its_parameters(
+    world: Callable[[int], World], bert: Path, gather: str, reuse: int
+) -> None:
+    """Gathered for its forward and its backward pass, however many slices there are."""
+    zero = {"stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": 0}
+    modes = {"zero3_gather": gather}
+    config = ds_config(3, 2, zero=zero)
+    for result in _count(world, bert, config, modes, None, slice_size=1):
+        assert result["chunks"] == 1
+        predicted = _predict(result, 3, modes, reused=1.0 if reuse else 0.0)
+        assert sum(result["sent"].values()) == pytest.approx(predicted, rel=0.01), result
+
+
 def _count(
     world: Callable[[int], World],
     folder: Path,
@@ -81,6 +96,7 @@ def _count(
     modes: dict[str, str],
     chunk_size: int | None,
     world_size: int = 2,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     return world(world_size).run(
         "tests.parity.traffic_cases:count_bytes",
@@ -88,6 +104,7 @@ def _count(
         ds_config=config,
         modes=modes,
         chunk_size=chunk_size,
+        **settings,
     )
 
 

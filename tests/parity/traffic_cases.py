@@ -14,6 +14,7 @@ from tests.parity import cases, data
 from vembed_ds.data.batches import lay_out
 from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.distributed import comm
+from vembed_ds.engine.activation import enable_activation_checkpointing
 from vembed_ds.engine.initialize import initialize_engine
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import ConfigError, DistributedError
@@ -23,10 +24,18 @@ BERT = data.TEXT | {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 
 
 
 def count_bytes(
-    *, folder: str, ds_config: dict[str, Any], modes: dict[str, str], chunk_size: int | None
+    *,
+    folder: str,
+    ds_config: dict[str, Any],
+    modes: dict[str, str],
+    chunk_size: int | None,
+    slice_size: int | None = None,
 ) -> dict[str, Any]:
     """Bytes that this rank sends in its fourth step, and what they depend on."""
     model = cases.make_model(Path(folder), kind="shared", temperature=0.1)
+    if slice_size:
+        backbone = model.trained_backbones()[0]
+        enable_activation_checkpointing(backbone, mechanism="", slice_size=slice_size)
     engine = cases.make_engine(model, ds_config=ds_config, modes=modes)
     model.train()
     for step in range(3):

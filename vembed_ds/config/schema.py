@@ -121,6 +121,10 @@ class ModelConfig(Section):
     activation_checkpointing: Literal["huggingface", "deepspeed"] = Field(
         default="huggingface", description="Mechanism used when gradient_checkpointing is true."
     )
+    gradient_checkpointing_slice_size: PositiveInt | None = Field(
+        default=None,
+        description="With gradient_checkpointing, and best without use_gradient_cache: every layer takes the whole batch, so many items at a time, before the next one does. ZeRO-3 then gathers a layer at most twice per step, and only its inputs are kept; but all items are padded to the longest; null: a layer takes its items at once.",
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="Run Python code that a model's repository brings, with your rights; only for models that need it, from people you trust.",
@@ -501,7 +505,7 @@ class RunConfig(Section):
     )
     eval_batch_size: PositiveInt | None = Field(
         default=None,
-        description="Items per rank in evaluation; null: the chunk size with use_gradient_cache, else batch_size.",
+        description="Items per rank in evaluation; null: the chunk size with use_gradient_cache, else batch_size, at most the slice size.",
     )
     eval_recall_k: Annotated[
         tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(as_tuple)

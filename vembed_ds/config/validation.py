@@ -107,6 +107,27 @@ def _lora(config: Config) -> Iterator[str]:
         )
 
 
+def _slices(config: Config) -> Iterator[str]:
+    model, size = config.model, config.model.gradient_checkpointing_slice_size
+    if size is None:
+        return
+    if not model.gradient_checkpointing:
+        yield (
+            f"gradient_checkpointing_slice_size={size}: has no effect without "
+            "gradient_checkpointing; set gradient_checkpointing: true"
+        )
+    if model.activation_checkpointing == "deepspeed":
+        yield (
+            f"gradient_checkpointing_slice_size={size}: slices have a mechanism of their own; remove "
+            "activation_checkpointing=deepspeed"
+        )
+    if model.use_lora:
+        yield (
+            f"gradient_checkpointing_slice_size={size}: with use_lora it was not compared with the "
+            "reference; remove it"
+        )
+
+
 def _reduction(config: Config) -> Iterator[str]:
     model, reduction = config.model, config.training.gradient_reduction
     re_entrant = model.gradient_checkpointing and model.activation_checkpointing == "deepspeed"
@@ -319,6 +340,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
             *("gradient_checkpointing", "activation_checkpointing"),
         ),
         _lora,
+    ),
+    (
+        (
+            *("gradient_checkpointing_slice_size", "gradient_checkpointing"),
+            *("activation_checkpointing", "use_lora"),
+        ),
+        _slices,
     ),
     (
         ("gradient_reduction", "gradient_checkpointing", "activation_checkpointing"),

@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.partition_parameters import (
     InsertPostInitMethodToModuleSubClasses,
     ZeroParamStatus,
 )
+from deepspeed.utils import z3_leaf_module
 from torch import nn
 from torch.nn import functional
 
@@ -121,4 +122,5 @@ def _handles(offload: Any) -> list[Any]:
 
 def _places(module: nn.Module) -> int:
     """How often DeepSpeed visits a module and those in it; one that two share, twice."""
-    return 1 + sum(map(_places, module.children()))
+    inside = () if z3_leaf_module(module) else module.children()
+    return 1 + sum(map(_places, inside))

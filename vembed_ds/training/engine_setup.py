@@ -73,11 +73,11 @@ def chunk_budget(training: TrainingConfig) -> ChunkBudget:
 
 def inference_batch_size(config: Config) -> int:
     """Items per rank in a forward pass without graph: what fits in training fits here too."""
-    training = config.training
+    training, slice_size = config.training, config.model.gradient_checkpointing_slice_size
     trained_at_once = (
         training.gradient_cache_chunk_size if training.use_gradient_cache else training.batch_size
     )
-    return config.run.eval_batch_size or trained_at_once
+    return config.run.eval_batch_size or min(trained_at_once, slice_size or trained_at_once)
 
 
 def read_model(
@@ -143,7 +143,9 @@ def prepare_model(
     if config.model.gradient_checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(
-                backbone, mechanism=config.model.activation_checkpointing
+                backbone,
+                mechanism=config.model.activation_checkpointing,
+                slice_size=config.model.gradient_checkpointing_slice_size,
             )
     set_rates(model, own_rates(config.optimizer))
     return width

@@ -63,7 +63,9 @@ def build_model(config: Config | Mapping[str, Any]) -> EmbeddingModel:
     if found.model.gradient_checkpointing:
         for backbone in model.trained_backbones():
             enable_activation_checkpointing(
-                backbone, mechanism=found.model.activation_checkpointing
+                backbone,
+                mechanism=found.model.activation_checkpointing,
+                slice_size=found.model.gradient_checkpointing_slice_size,
             )
     return model
 

@@ -59,6 +59,7 @@ FREE = frozenset(
         "gradient_cache_kept_graphs",
         "gradient_cache_sort",
         "gradient_checkpointing",
+        "gradient_checkpointing_slice_size",
         "gradient_reduction",
         "gradient_self_test",
         "image_root",

@@ -333,6 +333,21 @@ def test_adapter_keys_that_do_nothing_or_harm(values, problem):
     assert found.startswith(problem)
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"gradient_checkpointing": False}, "has no effect without gradient_checkpointing; set"),
+        ({"activation_checkpointing": "deepspeed"}, "slices have a mechanism of their own; remove"),
+        ({"use_lora": True}, "with use_lora it was not compared with the reference; remove it"),
+    ],
+)
+def test_layers_in_slices(values, problem):
+    good = {"gradient_checkpointing": True, "gradient_checkpointing_slice_size": 4}
+    assert problems_of(**good) == []
+    (found,) = problems_of(**(good | values))
+    assert found.startswith(f"gradient_checkpointing_slice_size=4: {problem}")
+
+
 @pytest.mark.parametrize("reduction", ["per_chunk", "auto"])
 def test_reducing_per_chunk_needs_gradients_in_one_piece(reduction):
     values = {"gradient_reduction": reduction, "activation_checkpointing": "deepspeed"}
