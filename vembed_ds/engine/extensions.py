@@ -108,15 +108,12 @@ def _lock_ages(folder: Path) -> dict[Path, float]:
 
 def needed_extensions(ds_config: Mapping[str, Any]) -> list[str]:
     """Names of DeepSpeed's builders that this configuration loads."""
-    # On a CPU, ranks of one machine meet in shared memory.
-    names = ["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else []
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     optimizer = ds_config.get("optimizer", {})
     by_torch = optimizer.get("params", {}).get("torch_adam", False)
     is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw")
-    if offload.get("device", "none") != "none" and is_adam and not by_torch:
-        names.append("CPUAdamBuilder")
-    return names
+    offloaded = offload.get("device", "none") != "none"
+    return ["CPUAdamBuilder"] if offloaded and is_adam and not by_torch else []
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:
