@@ -42,12 +42,13 @@ class ImageAugmentation:
             RGB; of another size when an augmentation crops or resizes.
         """
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # Kornia makes a hundred tiny tensors an image; nothing is noted of them.
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed the accelerator.
             torch.default_generator.manual_seed(seed)
             for module in self._modules:
                 pixels = module(pixels)
-        changed = (pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+            changed = (pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         return Image.fromarray(changed.contiguous().numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:
