@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tests.parity import data
 from tests.parity.reference import NUM_PATCHES, PROJECTION
@@ -28,6 +29,7 @@ from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import GradientError
 from vembed_ds.losses import LossInputs, build_loss
+from vembed_ds.models import compiled
 from vembed_ds.models.backbones import BackboneSource
 from vembed_ds.models.builder import ModelSpec, build_model
 from vembed_ds.models.embedding_model import EmbeddingModel
@@ -58,6 +60,7 @@ def train(
     merge: bool = False,
     modes: dict[str, str] | None = None,
     kept: int = 1,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Train as the project does; losses, norms, and whole parameters after the last step.
 
@@ -67,7 +70,8 @@ def train(
     ``cosine`` is ``(warm-up steps, steps of the whole run)``; ``None``: a constant rate.
     ``rates`` are those of parts of the model. With ``merge``, equal items are embedded once where
     the model draws no random numbers. ``modes`` are of gathering and reducing. ``kept`` chunks keep
-    their graph.
+    their graph. ``backend`` compiles the backbones, for texts that are all padded to one length; the
+    result has the number of ``graphs``.
     """
     if ds_config["fp16"]["enabled"]:
         set_fp16_support(True)
@@ -78,6 +82,8 @@ def train(
                 backbone, mechanism=checkpointing, slice_size=slice_size
             )
     set_rates(model, rates or {})
+    if backend:
+        _compile(model, backend)
     engine = make_engine(
         model, ds_config=ds_config, weight_decay=weight_decay, cosine=cosine, modes=modes
     )
@@ -101,13 +107,24 @@ def train(
                     temperature,
                     merged=merged,
                     kept=kept,
+                    pad=_pad_to_one_length if backend else _pad,
                 )
             )
         norm = engine.step()
         norms.append(None if norm is None else float(norm))
     after = whole_parameters(engine)
     engine.engine.destroy()
-    return {"losses": losses, "norms": norms, "after": after, "rows": rows}
+    graphs = counters["stats"]["unique_graphs"]
+    return {"losses": losses, "norms": norms, "after": after, "rows": rows, "graphs": graphs}
+
+
+def _compile(model: EmbeddingModel, backend: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    parts = model.parts
+    modules = {module: None for part in parts for module in model.encoder.backbone_modules(part)}
+    with mock.patch.object(compiled, "BACKEND", backend):
+        compiled.compile_in_place((m for m in modules if any(m.children())), num_lengths=1)
 
 
 @contextlib.contextmanager
@@ -163,6 +180,7 @@ def train_step(
     temperature: float,
     merged: Collection[str] = (),
     kept: int = 1,
+    pad: Callable[[str, Sequence[EncodedItem]], dict[str, Tensor]] | None = None,
 ) -> float:
     """Gradient of one step, left in the engine; the loss of the global batch."""
     loss_type = "colbert" if kind in ("tokens", "patches") else "infonce"
@@ -180,7 +198,7 @@ def train_step(
         engine,
         plan,
         loss_function=lambda rows, learned: loss_function(loss_inputs(batch, rows, learned)),
-        pad=_pad,
+        pad=pad or _pad,
         trainable=model.trainable,
         graphs=KeptGraphs(kept),
     )
@@ -189,6 +207,10 @@ def train_step(
 
 def _pad(stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
     return data.pad(stream, [item.inputs for item in items])
+
+
+def _pad_to_one_length(stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
+    return data.pad(stream, [item.inputs for item in items], at_least=data.MOST_TOKENS)
 
 
 def _filler(stream: str) -> EncodedItem:

@@ -17,6 +17,7 @@ REPEATED = {"repeated": "shared", "repeated clip": "clip"}  # the same items sev
 CLIPS = ("clip", "fused clip", "repeated clip")
 SHARED = ("shared", "repeated", *TEXTS)  # one text tower
 VOCAB, EOS = 50, 49
+MOST_TOKENS = 16  # that any of these models takes
 Item = tuple[str, dict[str, np.ndarray]]
 
 TEXT = {
@@ -26,7 +27,7 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 24,
-    "max_position_embeddings": 16,
+    "max_position_embeddings": MOST_TOKENS,
 }
 GPT2 = {
     "model_type": "gpt2",
@@ -35,7 +36,7 @@ GPT2 = {
     "n_layer": 2,
     "n_head": 2,
     "n_inner": 24,
-    "n_positions": 16,
+    "n_positions": MOST_TOKENS,
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     **dict.fromkeys(("bos_token_id", "eos_token_id"), EOS),
 }
@@ -57,7 +58,7 @@ CLIP = {
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 24,
-        "max_position_embeddings": 16,
+        "max_position_embeddings": MOST_TOKENS,
         "eos_token_id": EOS,
         "bos_token_id": 1,
         "pad_token_id": 0,
@@ -131,13 +132,13 @@ def fillers() -> dict[str, Item]:
     return {"text": text, "image": image, "joint": ("joint", text[1] | image[1])}
 
 
-def pad(stream: str, items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Right-pad a chunk's items to one batch."""
+def pad(stream: str, items: list[dict[str, np.ndarray]], *, at_least: int = 0) -> dict[str, Tensor]:
+    """Right-pad a chunk's items to one batch; texts to ``at_least`` so many tokens."""
     if stream == "joint":
-        return pad("text", items) | pad("image", items)
+        return pad("text", items, at_least=at_least) | pad("image", items)
     if stream == "image":
         return {"pixel_values": torch.stack([torch.from_numpy(i["pixel_values"]) for i in items])}
-    longest = max(len(item["input_ids"]) for item in items)
+    longest = max(at_least, *(len(item["input_ids"]) for item in items))
     ids = torch.zeros(len(items), longest, dtype=torch.long)
     mask = torch.zeros(len(items), longest, dtype=torch.long)
     for row, item in enumerate(items):

@@ -30,7 +30,6 @@ NOTICES = {
     "use_fsdp": "there is no FSDP here; --ds_config ds_configs/zero3.json shards the model, with gradient cache too",
     "num_gpus": "the launcher decides: deepspeed --num_gpus N --module vembed_ds.train ...",
     "ddp_find_unused_parameters": "there is no DDP here; a parameter that a step does not use has gradient zero",
-    "use_torch_compile": "models are not compiled",
     "debug_gpu_memory": "GPU memory is not limited artificially",
     # Only moved work or wrote reports.
     "enable_image_cache": "images are not kept in memory; the loader's processes read them ahead",

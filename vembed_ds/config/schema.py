@@ -442,6 +442,10 @@ class TrainingConfig(Section):
         default="auto",
         description="The loss compares this many rows with this many columns at a time, so that its memory does not grow with the square of the batch; auto: 512 on a CPU, 4096 elsewhere; null: all at once.",
     )
+    use_torch_compile: bool = Field(
+        default=False,
+        description="Compile the backbones (torch.compile), a graph for each of the few lengths that texts are then padded to; ZeRO stage 0 to 2.",
+    )
     gradient_self_test: bool = Field(
         default=True, description="At start, compare a chunked gradient with a whole one."
     )

@@ -169,6 +169,15 @@ def _augmentation(config: Config) -> Iterator[str]:
         )
 
 
+def _compiling(config: Config) -> Iterator[str]:
+    """What has not been compared with the uncompiled model."""
+    if not config.training.use_torch_compile:
+        return
+    for key in ("gradient_checkpointing", "use_lora"):
+        if getattr(config.model, key):
+            yield f"use_torch_compile=True: is not offered with {key}; remove one of the two"
+
+
 def _late_interaction(config: Config) -> Iterator[str]:
     model = config.model
     if model.topk_tokens and model.pooling_method != "none":
@@ -361,6 +370,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = 
         _rates,
     ),
     (("image_augmentation", "retrieval_mode"), _augmentation),
+    (("use_torch_compile", "gradient_checkpointing", "use_lora"), _compiling),
     (("topk_tokens", "pooling_method"), _late_interaction),
     (LOSS_KEYS, loss_problems),
     (

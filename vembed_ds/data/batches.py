@@ -21,7 +21,7 @@ from vembed_ds.data.duplicates import merge_equal
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.similarity import Embeddings
-from vembed_ds.streams import mask_name
+from vembed_ds.streams import JOINT, mask_name
 
 FillerFunction = Callable[[str], EncodedItem]
 
@@ -236,10 +236,10 @@ def _most_tokens(plan: StepPlan, outputs: Sequence[Mapping[str, Tensor]]) -> np.
         for chunk, output in zip(plan.chunks, outputs, strict=True):
             if name not in output:
                 continue
-            lengths = [len(item.inputs.get("input_ids", ())) for item in items[chunk[name]]]
-            width = output[name].shape[1]
-            # As wide as the longest text: a column per token of it. Else of patches, too.
-            found += lengths if max(lengths) == width else [width] * len(lengths)
+            own, width = items[chunk[name]], output[name].shape[1]
+            # A column per token of a text; of an item that is both, patches stand behind them.
+            texts = name != JOINT and all("input_ids" in item.inputs for item in own)
+            found += [len(item.inputs["input_ids"]) if texts else width for item in own]
     return np.array(found, dtype=np.int64)
 
 

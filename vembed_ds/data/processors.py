@@ -56,6 +56,7 @@ class ItemProcessor:
         augmentation: Applied to images that are encoded with a seed.
         stored: Features of frozen towers, by kind of item: of texts by :func:`text_key`, of images
             by :func:`image_key`. They replace what the tower would be given.
+        round_lengths: Pad the texts of a chunk to one of a few lengths, see :func:`rounded_length`.
     """
 
     tokenizer: Any = None
@@ -64,6 +65,7 @@ class ItemProcessor:
     pad_to_max_length: bool = False
     augmentation: ImageAugmentation | None = None
     stored: dict[str, VectorTable] = field(default_factory=dict)
+    round_lengths: bool = False
 
     def encode(self, item: Item, *, origin: str, augment_seed: int | None) -> EncodedItem:
         """Encodes one item.
@@ -96,7 +98,7 @@ class ItemProcessor:
             items: B items of that stream, at least one.
 
         Returns:
-            ``[B, L]`` int64 for token inputs, padded to the longest on the tokenizer's side;
+            ``[B, L]`` int64 for token inputs, padded on the right to the longest or a little further;
             ``[B, C, H, W]`` or ``[B, H]`` float32 for images and features.
 
         Raises:
@@ -203,12 +205,22 @@ class ItemProcessor:
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }.get(name, 0)
         length = max(len(row) for row in rows)
+        if self.round_lengths:
+            length = rounded_length(length, limit=self.max_length)
         padded = np.full((len(rows), length), fill, dtype=np.int64)
         for target, row in zip(padded, rows, strict=True):
             # On the right whatever the tokenizer says: absolute positions count from the left, so
             # left padding would let a text's embedding depend on its neighbours' lengths.
             target[: len(row)] = row
         return torch.from_numpy(padded)
+
+
+def rounded_length(length: int, *, limit: int | None) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, 128, ..., but no more than ``limit``."""
+    power = 1 << max(4, (length - 1).bit_length())
+    half = power * 3 // 4
+    rounded = half if length <= half and power > 16 else power
+    return rounded if limit is None else max(length, min(rounded, limit))
 
 
 def stream_of(item: Item, *, origin: str) -> str:

@@ -28,6 +28,7 @@ from vembed_ds.models.builder import ModelSpec
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
 from vembed_ds.models.reach import is_idle, mark_idle, mark_unreached
+from vembed_ds.training.compiling import compile_backbones
 from vembed_ds.training.data_setup import RunData, loader_timeout
 from vembed_ds.training.frozen_features import features_folder, store_features, stored_parts
 from vembed_ds.training.loop import Intervals
@@ -148,6 +149,10 @@ def prepare_model(
                 slice_size=config.model.gradient_checkpointing_slice_size,
             )
     set_rates(model, own_rates(config.optimizer))
+    if config.training.use_torch_compile:
+        comm.run_together(
+            lambda: compile_backbones(model, data.processor, used=used), doing="compiling"
+        )
     return width
 
 

@@ -13,6 +13,7 @@ from vembed_ds.data.workers import prepare_server
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.builder import ModelSpec
+from vembed_ds.training.compiling import refuse_compiling
 from vembed_ds.training.data_setup import RunData, dataset_entries, setup_data
 from vembed_ds.training.engine_setup import fill_ds_config
 from vembed_ds.training.loop import Intervals
@@ -93,6 +94,7 @@ def plan_run(
     if resumption is not None:
         config = keep_global_batch(config, resumption)
     ds_config = fill_ds_config(config, raw_ds_config, origin=ds_origin, origins=origins)
+    refuse_compiling(config, ds_config)
     losses = loss_configs(config.loss, dataset_entries(config.data))
     spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
     with phase(Kind.OTHER, "reading the data"):

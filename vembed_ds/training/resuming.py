@@ -92,6 +92,7 @@ FREE = frozenset(
         "timeout_minutes",
         "trust_remote_code",
         "use_gradient_cache",
+        "use_torch_compile",
         "val_data_path",
         "zero3_gather",
     ]

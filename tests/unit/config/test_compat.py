@@ -112,7 +112,6 @@ NOTICED: dict[str, Any] = {
     "use_fsdp": True,
     "num_gpus": 2,
     "ddp_find_unused_parameters": False,
-    "use_torch_compile": True,
     "debug_gpu_memory": 24,
     "enable_image_cache": True,
     "validate_data": True,

@@ -367,7 +367,11 @@ def test_a_dump_reads_back_as_equal(base, tmp_path, seed):
     values["topk_tokens"] = 0
     # Others that are refused beside the rest.
     values |= dict.fromkeys(
-        ("use_dora", "use_rslora", "load_in_4bit", "streaming", "node_local_output"), False
+        (
+            *("use_dora", "use_rslora", "load_in_4bit", "streaming", "node_local_output"),
+            "use_torch_compile",
+        ),
+        False,
     )
     for needs_another_key in ("guide_margin", "use_all_negatives", "shuffle_buffer"):
         values.pop(needs_another_key, None)

@@ -348,6 +348,12 @@ def test_layers_in_slices(values, problem):
     assert found.startswith(f"gradient_checkpointing_slice_size=4: {problem}")
 
 
+@pytest.mark.parametrize("key", ["use_lora", "gradient_checkpointing"])
+def test_what_was_not_compiled_in_any_test_is_refused(key):
+    (found,) = problems_of(**{key: True}, use_torch_compile=True)
+    assert found == f"use_torch_compile=True: is not offered with {key}; remove one of the two"
+
+
 @pytest.mark.parametrize("reduction", ["per_chunk", "auto"])
 def test_reducing_per_chunk_needs_gradients_in_one_piece(reduction):
     values = {"gradient_reduction": reduction, "activation_checkpointing": "deepspeed"}
