@@ -40,13 +40,8 @@ def changes_of(model: str, texts: str) -> dict[str, Any]:
     return data | MODELS[model]
 
 
-@pytest.mark.parametrize(
-    ("stage", "model"),
-    [
-        (1, "composed"),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in [(0, "text"), (2, "clip")]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "model"), [(0, "text"), (1, "composed"), (2, "clip")])
 def test_losses_are_those_of_the_uncompiled_model(
     world: Worlds, make_config: Make, texts: str, tmp_path: Path, stage: int, model: str
 ) -> None:

@@ -26,7 +26,7 @@ from tests.worlds import World
 CHUNK = 5
 STAGES = [0, 1, 2]
 KINDS = ["shared", "composed", "clip"]
-DEFAULT = [("shared", 0, 1), ("composed", 1, 2), ("clip", 2, 2)]
+DEFAULT = [("composed", 2, 2)]
 
 pytestmark = [pytest.mark.parity]
 
