@@ -99,7 +99,7 @@ def test_your_own_data_as_the_readme_says(
     blocks = your_own_data()
     prepare(tmp_path, blocks, model=clip_folder)
     lines = adapted(blocks["bash"], IN_THE_COMMANDS, port=free_port()).replace("\\\n", " ")
-    validate, train, resume, zero3, convert, evaluate = lines.splitlines()
+    validate, plan, train, resume, zero3, convert, evaluate = lines.splitlines()
     mine, other = tmp_path / "output" / "my", tmp_path / "output" / "other"
 
     found = run(validate, tmp_path).stdout
@@ -107,6 +107,7 @@ def test_your_own_data_as_the_readme_says(
         f"data_path=pairs.jsonl: {NUM_PAIRS} of {NUM_PAIRS} records read, all can be used" in found
     )
     assert f"pairs also trained on: {NUM_VAL}" in found
+    assert "recommended: --ds_config=ds_configs/zero0.json" in run(plan, tmp_path).stdout
 
     run(train, tmp_path)
     assert (mine / "latest").read_text() == "checkpoint-step-3"

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"data", "models"},
     "sentence_transformers_module": {"data", "inference"},
     "command": {"config", "distributed"},
+    "planning": {"distributed", "data", "models", "engine", "steps"},
     "teachers": {"distributed", "data", "checkpointing", "engine", "inference", "models"},
     "training": {
         "config",
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpointing",
         "evaluation",
         "inference",
+        "planning",
         "teachers",
         "tracking",
     },
@@ -45,6 +47,7 @@ COMMANDS = {
     "train",
     "convert",
     "evaluate",
+    "plan",
     "validate",
     "precompute_teacher",
 }  # import everything, are imported by nothing

@@ -116,6 +116,28 @@ def on_group(group: Any) -> Iterator[None]:
         _this_thread.group = None
 
 
+@contextmanager
+def pretend(size: int) -> Iterator[None]:
+    """Let this thread take itself for rank 0 of ranks that all hold the same; nothing is sent inside.
+
+    To count what a step takes in another world than this one.
+
+    Args:
+        size: Ranks of that world.
+    """
+    _this_thread.pretended = size
+    try:
+        yield
+    finally:
+        _this_thread.pretended = None
+
+
+def pretended() -> int | None:
+    """Size of the world that :func:`pretend` gave this thread; ``None``: it is in none."""
+    size: int | None = getattr(_this_thread, "pretended", None)
+    return size
+
+
 def shutdown(timeout_seconds: float | None = None) -> bool:
     """Leave the process group; a rank that exits without this aborts the others.
 
@@ -144,6 +166,8 @@ def shutdown(timeout_seconds: float | None = None) -> bool:
 
 def rank() -> int:
     """Global rank; 0 in a plain process. Before start-up, what the launcher announced."""
+    if pretended() is not None:
+        return 0
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
@@ -160,6 +184,8 @@ def local_world_size() -> int:
 
 def world_size() -> int:
     """Number of ranks; 1 in a plain process. Before start-up, what the launcher announced."""
+    if (size := pretended()) is not None:
+        return size
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -190,7 +216,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 def all_max(values: Sequence[int]) -> list[int]:
     """Element-wise maximum of ``values`` over the ranks, on the host. Collective."""
-    if world_size() == 1:
+    if world_size() == 1 or pretended():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
     with phase(Kind.WAITING):
@@ -200,6 +226,8 @@ def all_max(values: Sequence[int]) -> list[int]:
 
 def all_sum(values: Sequence[int]) -> list[int]:
     """Element-wise sum of ``values`` over the ranks, on the host. Collective."""
+    if size := pretended():
+        return [size * value for value in values]
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
@@ -210,8 +238,8 @@ def all_sum(values: Sequence[int]) -> list[int]:
 
 def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
     """Every rank's ``values``, equally many, in rank order, on the host. Collective."""
-    if world_size() == 1:
-        return [list(values)]
+    if world_size() == 1 or pretended():
+        return [list(values) for _ in range(world_size())]
     own = torch.tensor(values, dtype=torch.int64)
     gathered = [torch.empty_like(own) for _ in range(world_size())]
     with phase(Kind.WAITING):

@@ -50,7 +50,7 @@ def choose_reduce(wanted: str, need: WholeBytes, *, zero_stage: int) -> Reduce:
     if zero_stage < 2:
         return Reduce.ONCE
     has = rank_bytes()
-    too_much = need.gradients > GRADIENT_SHARE * has
+    too_much = reduce_that_fits(need, has) is Reduce.PER_CHUNK
     chosen = Reduce.PER_CHUNK if comm.all_max([int(too_much)])[0] else Reduce.ONCE
     if comm.is_main():
         logger.info(
@@ -82,7 +82,7 @@ def choose_gather(wanted: str, engine: DeepSpeedEngine, need: WholeBytes) -> Gat
     if wanted != AUTO:
         return Gather(wanted)
     has = rank_bytes()
-    chosen = Gather.PER_MODULE if missing else _what_fits(need, GATHER_SHARE * has)
+    chosen = Gather.PER_MODULE if missing else gather_that_fits(need, has)
     order = list(Gather)
     chosen = order[comm.all_max([order.index(chosen)])[0]]
     if comm.is_main():
@@ -94,7 +94,14 @@ def choose_gather(wanted: str, engine: DeepSpeedEngine, need: WholeBytes) -> Gat
     return chosen
 
 
-def _what_fits(need: WholeBytes, limit: float) -> Gather:
+def reduce_that_fits(need: WholeBytes, has: int) -> Reduce:
+    """What ``gradient_reduction: auto`` is on a rank with so much memory, from ZeRO-2 on."""
+    return Reduce.PER_CHUNK if need.gradients > GRADIENT_SHARE * has else Reduce.ONCE
+
+
+def gather_that_fits(need: WholeBytes, has: int) -> Gather:
+    """What ``zero3_gather: auto`` is on a rank with so much memory."""
+    limit = GATHER_SHARE * has
     if need.parameters + need.gradients <= limit:
         return Gather.ONCE
     return Gather.CACHE_PASS if need.parameters <= limit else Gather.PER_MODULE

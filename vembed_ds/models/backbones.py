@@ -95,17 +95,25 @@ def load_backbone(
     return _without_cache(model)
 
 
-def load_skeleton(source: BackboneSource, *, trust_remote_code: bool) -> nn.Module:
+def load_skeleton(
+    source: BackboneSource, *, trust_remote_code: bool, attn_implementation: str | None = None
+) -> nn.Module:
     """The backbone's modules on the meta device, as float32: what kind it is, without its weights.
+
+    Args:
+        source: What to load.
+        trust_remote_code: As of :func:`load_backbone`.
+        attn_implementation: As of :func:`load_backbone`.
 
     Raises:
         ConfigError: Its config cannot be found; names the source.
     """
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     config = _load_config(source, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
             model = build_from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
             )
     except Exception as error:
         raise _not_loadable(source, error) from error

@@ -139,6 +139,7 @@ def build_model(
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
     lora: LoraSpec | None = None,
+    load: Callable[[ModelSpec, str], nn.Module] = load_whole,
 ) -> EmbeddingModel:
     """The model to train.
 
@@ -152,12 +153,13 @@ def build_model(
             the loss.
         init_logit_bias: Start of a learned bias; ``None``: none.
         lora: Adapters in place of the backbones' weights; projections are trained as ever.
+        load: As of :func:`build_encoder`.
 
     Raises:
         ConfigError: A kind to freeze that the model lacks; nothing left to train; batch
             normalisation that would see chunks instead of the batch.
     """
-    encoder = build_encoder(spec)
+    encoder = build_encoder(spec, load=load)
     model = EmbeddingModel(
         encoder, init_logit_scale=init_logit_scale, init_logit_bias=init_logit_bias
     )

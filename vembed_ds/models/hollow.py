@@ -21,6 +21,7 @@ from vembed_ds.models.builder import ModelSpec, build_encoder
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TowerEncoder
 from vembed_ds.models.merging import StoredAdapter
+from vembed_ds.models.probe import OUTLINE
 from vembed_ds.models.stored import StoredWeights, weight_files
 
 
@@ -80,6 +81,31 @@ def build_hollow(spec: ModelSpec) -> HollowModel:
         f"{prefixes[key]}{name}" for key, (_, stored) in found.items() for name in stored.names
     }
     return HollowModel(model, frozenset(names), tuple(streams))
+
+
+def outline_backbone(spec: ModelSpec, key: str) -> nn.Module:
+    """The backbone of a source on placeholders, from its config alone: no file of weights is read.
+
+    For :func:`build_model`; what an adapter would be merged into has the same shapes without it.
+
+    Raises:
+        ConfigError: Its config cannot be found, or no model built of it.
+    """
+    backbone = load_skeleton(
+        spec.sources[key],
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    trained = {
+        name: parameter.requires_grad
+        for name, parameter in backbone.named_parameters(remove_duplicate=False)
+    }
+    _compute_rest(backbone, set(trained))
+    _place_holders(backbone, set(trained))
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(trained[name])
+    setattr(backbone, OUTLINE, True)
+    return backbone
 
 
 def _hollow_backbone(spec: ModelSpec, key: str) -> tuple[nn.Module, StoredWeights]:

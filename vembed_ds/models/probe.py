@@ -6,6 +6,9 @@ A forward pass over a tiny input on the host, without gradient.
 from __future__ import annotations
 
 import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.models.pooling import pool, token_states
 
+OUTLINE = "is_outline"
+"""Attribute of a backbone that will never have weights; only the first layers of it are run."""
 # Two texts that differ in their last token only.
 _IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
 
@@ -123,10 +128,29 @@ def _blank_image(backbone: nn.Module) -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
 
 
+@contextmanager
+def _first_layers(backbone: nn.Module) -> Iterator[None]:
+    """With one layer of every stack of equal ones inside: as good for a probe, and soon computed."""
+    stacks = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    whole = {stack: stack._modules for stack in stacks if len(set(map(_shapes, stack))) == 1}
+    for stack, layers in whole.items():
+        stack._modules = dict(itertools.islice(layers.items(), 1))
+    try:
+        yield
+    finally:
+        for stack, layers in whole.items():
+            stack._modules = layers
+
+
+def _shapes(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+
+
 def _run(backbone: nn.Module, kind: str, **inputs: Tensor) -> Any:
     modes = {module: module.training for module in backbone.modules()}
+    few = _first_layers(backbone) if hasattr(backbone, OUTLINE) else nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), few:
             return backbone.eval()(**inputs)
     except Exception as error:  # whatever a model raises for inputs that it is not made for
         raise ConfigError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vembed_ds.config.compat import ENCODER_FAMILIES, family_problem
@@ -27,7 +28,7 @@ from vembed_ds.models.backbones import (
     stated_length,
     vocabulary_size,
 )
-from vembed_ds.models.builder import ModelSpec, build_model
+from vembed_ds.models.builder import ModelSpec, build_model, load_whole
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.lora import LoraSpec
 from vembed_ds.models.quantized import is_quantized
@@ -137,7 +138,12 @@ def own_rates(config: OptimizerConfig) -> dict[str, float]:
 
 
 def setup_model(
-    config: Config, spec: ModelSpec, *, used: Collection[str], zero_stage: int
+    config: Config,
+    spec: ModelSpec,
+    *,
+    used: Collection[str],
+    zero_stage: int,
+    load: Callable[[ModelSpec, str], nn.Module] = load_whole,
 ) -> EmbeddingModel:
     """The model to train, in float32 on the host; the same on every rank for the same seed.
 
@@ -146,6 +152,7 @@ def setup_model(
         spec: The model's shape.
         used: Kinds of items, text or image, that the data has.
         zero_stage: Of the run.
+        load: Gives the backbones; another one gives them without weights.
 
     Raises:
         ConfigError: The model cannot be built, or not trained exactly so.
@@ -163,6 +170,7 @@ def setup_model(
         init_logit_scale=scale,
         init_logit_bias=bias,
         lora=lora_spec(model),
+        load=load,
     )
     if model.precision != "fp32" and any(isinstance(m, _BatchNorm) for m in built.modules()):
         # DeepSpeed casts weights and keeps statistics in float32; batch_norm refuses the mix.

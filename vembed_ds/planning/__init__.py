@@ -1,0 +1,1 @@
+"""What a run takes, before it runs: memory and traffic of a rank; see docs/scaling.md."""

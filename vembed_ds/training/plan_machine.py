@@ -1,0 +1,261 @@
+"""From the configuration and a machine to a plan: what every way to run takes, and which to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vembed_ds.config.distillation import teacher_entries
+from vembed_ds.config.schema import Config
+from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
+from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
+from vembed_ds.errors import ConfigError
+from vembed_ds.planning.memory import Peak
+from vembed_ds.planning.recommend import (
+    GIB,
+    Outcome,
+    Way,
+    largest_chunk,
+    recommend,
+    settings_of,
+)
+from vembed_ds.planning.report import Line, Plan
+from vembed_ds.planning.states import states_of
+from vembed_ds.training.data_setup import dataset_entries
+from vembed_ds.training.engine_setup import chunk_budget
+from vembed_ds.training.loss_setup import loss_configs
+from vembed_ds.training.model_setup import model_spec
+from vembed_ds.training.placement import placement
+from vembed_ds.training.step_costs import StepCosts
+from vembed_ds.training.step_items import StepItems, imagined_items, sample_items
+
+RESERVE_GIB = {"cuda": 2.0, "cpu": 0.5}
+"""Of a rank, for what is not counted; assumed, not measured."""
+OUR_FILES = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
+"""What the files in ``ds_configs`` have in common."""
+_NOT_COUNTED = {
+    "cuda": ("CUDA context", "NCCL buffers", "workspaces of kernels", "fragmentation"),
+    "cpu": ("Python and its libraries", "what the allocator keeps"),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to go.
+
+    Attributes:
+        gpus: Accelerators of one machine, a rank each.
+        nodes: Machines.
+        memory_gib: Of an accelerator.
+        device: ``cuda`` or ``cpu``.
+    """
+
+    gpus: int
+    nodes: int
+    memory_gib: float
+    device: str = "cuda"
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.gpus * self.nodes
+
+    @property
+    def reserve(self) -> int:
+        """Bytes of a rank's memory that are set aside."""
+        return int(GIB * RESERVE_GIB[self.device])
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a rank's memory for what is counted."""
+        return int(GIB * self.memory_gib) - self.reserve
+
+
+def plan_on(
+    config: Config,
+    machine: Machine,
+    *,
+    title: str,
+    ds_config: Path | None = None,
+    origins: Mapping[str, str] | None = None,
+    tokens: int | None = None,
+) -> Plan:
+    """What every way to run takes on a machine.
+
+    Args:
+        config: Of the run.
+        machine: Where it is to go.
+        title: Of the run, for people.
+        ds_config: DeepSpeed's JSON file, whose way comes first.
+        origins: Where the values of ``config`` came from, for messages.
+        tokens: Of every text, where no data is read; ``None``: a sample of it is.
+
+    Raises:
+        VembedError: The configuration, the data or the model cannot be used.
+    """
+    if machine.usable <= 0:
+        raise ConfigError(
+            f"--gpu_memory {machine.memory_gib:g}: {RESERVE_GIB[machine.device]:g} GiB of it are set aside for "
+            "what is not counted, so nothing is left; give more"
+        )
+    configured = None
+    if ds_config is not None:  # what is wrong with it is said before anything is built
+        configured = _resolved(config, machine, ds_config, origins or {})
+    losses = loss_configs(config.loss, dataset_entries(config.data))
+    spec = model_spec(config.model, layers=losses[0].mrl_layers or ())
+    if tokens is None:
+        items = sample_items(config, spec)
+    else:
+        items = imagined_items(config, spec, tokens=tokens)
+    costs = StepCosts(config, spec, losses, items, fused=machine.device != "cpu")
+    return _Planner(config, machine, costs, items).plan(title, configured)
+
+
+class _Planner:
+    def __init__(
+        self, config: Config, machine: Machine, costs: StepCosts, items: StepItems
+    ) -> None:
+        self._config, self._machine, self._costs, self._items = config, machine, costs, items
+        self._largest = costs.largest
+        self.outcome = cache(self._outcome)
+
+    def plan(self, title: str, configured: Mapping[str, Any] | None) -> Plan:
+        machine, config = self._machine, self._config
+        base = placement(
+            config,
+            self._costs.size,
+            configured or OUR_FILES,
+            ranks=machine.ranks,
+            memory=int(GIB * machine.memory_gib),
+            accelerator=machine.device != "cpu",
+        )
+        settings = settings_of(base, partitions=not config.model.load_in_4bit)
+        told = settings
+        if configured is not None:
+            told = [base, *(setting for setting in settings if setting != base)]
+        recomputes = self._recomputes()
+        advice = recommend(
+            settings,
+            largest=self._largest,
+            memory=machine.usable,
+            take=self.outcome,
+            checkpointing=recomputes,
+        )
+        first = Way(base, self._chunk_size(), config.model.gradient_checkpointing)
+        return Plan(
+            title=f"{title} on {machine.nodes} x {machine.gpus} {machine.device} of "
+            f"{machine.memory_gib:g} GiB",
+            size=self._costs.size,
+            precision=config.model.precision,
+            width=self._costs.width,
+            batch_size=config.training.batch_size,
+            items=self._costs.items,
+            origin=self._items.origin,
+            memory=machine.usable,
+            reserve=machine.reserve,
+            lines=[self._line(replace(first, setting=s), recomputes) for s in told],
+            configured=configured is not None,
+            advice=advice,
+            left_out=[*_NOT_COUNTED[machine.device], *_left_out(config)],
+        )
+
+    def _chunk_size(self) -> int:
+        return min(chunk_budget(self._config.training).items or self._largest, self._largest)
+
+    def _recomputes(self) -> bool:
+        """Whether activations can be computed again."""
+        try:
+            self._costs.chunk(1, checkpointing=True)
+        except ConfigError:
+            if self._config.model.gradient_checkpointing:
+                raise
+            return False
+        return True
+
+    def _line(self, way: Way, recomputes: bool) -> Line:
+        outcome, usable = self.outcome(way), self._machine.usable
+        largest = {
+            again: largest_chunk(
+                way.setting, again, largest=self._largest, memory=usable, take=self.outcome
+            )
+            for again in ([False, True] if recomputes else [False])
+        }
+        plain, again = largest[False], largest.get(True)
+        return Line(
+            way=way,
+            peak=self._peak(way),
+            host=states_of(self._costs.size, way.setting).host,
+            sent=outcome.sent,
+            fits=outcome.memory <= usable,
+            largest=plain.chunk_size if plain else None,
+            largest_recomputing=again.chunk_size if again else None,
+        )
+
+    def _outcome(self, way: Way) -> Outcome:
+        return Outcome(memory=self._peak(way).total, sent=self._sent(way))
+
+    def _peak(self, way: Way) -> Peak:
+        return self._costs.peak(
+            way.setting, chunk_size=way.chunk_size, checkpointing=way.checkpointing
+        )
+
+    def _sent(self, way: Way) -> int:
+        size, setting = self._costs.size, way.setting
+        small = size.kept_whole(setting.persistence)
+        step = predict_step_bytes(
+            world_size=setting.ranks,
+            zero_stage=setting.zero_stage,
+            parameters=size.used(setting.persistence) + small,
+            trained=size.trained,
+            element_size=setting.width,
+            num_chunks=self._costs.num_chunks(way.chunk_size),
+            kept_chunks=self._costs.kept_graphs(way.chunk_size),
+            zero3_gather=setting.gather,
+            gradient_reduction=setting.reduction,
+            persistent=small,
+            reused=float(size.total <= setting.live_limit),
+        )
+        embeddings = predict_embedding_bytes(
+            world_size=setting.ranks, rows=setting.ranks, width=self._costs.gathered_values
+        )
+        return round(step.total + embeddings)
+
+
+def _resolved(
+    config: Config, machine: Machine, path: Path, origins: Mapping[str, str]
+) -> dict[str, Any]:
+    optimizer = config.optimizer
+    return resolve_ds_config(
+        load_ds_config(path),
+        origin=str(path),
+        origins=origins,
+        world_size=machine.ranks,
+        batch_size=config.training.batch_size,
+        precision=config.model.precision,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr=optimizer.lr,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        eps=optimizer.adam_epsilon,
+        weight_decay=optimizer.weight_decay,
+        device_type=machine.device,
+        fp16_supported=machine.device != "cpu",
+        bf16_supported=True,
+        gradient_reduction=config.training.gradient_reduction,
+    )
+
+
+def _left_out(config: Config) -> list[str]:
+    entries = teacher_entries(config.distillation)
+    found = [  # of a cached one only vectors are left when training begins
+        f"model and passes of teacher {entry.name}"
+        for entry in entries
+        if not entry.scores and entry.mode != "cached"
+    ]
+    if entries:
+        found.append("what the loss compares with teachers")
+    if config.loss.guide_model_name is not None:
+        found.append("vectors of the guide")
+    return found
