@@ -17,12 +17,15 @@ from vembed_ds.checkpointing.saver import SavePolicy, Saver
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import Config
 from vembed_ds.data.collators import Batch
+from vembed_ds.distributed import comm
 from vembed_ds.engine.ds_config import load_ds_config
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.gradients import LocalGradients
 from vembed_ds.engine.train_engine import TrainEngine
+from vembed_ds.training import chunk_choice
 from vembed_ds.training.engine_setup import prepare_model, read_model, start_engine
 from vembed_ds.training.loop import TrainingLoop
+from vembed_ds.training.memory_setup import is_to_be_chosen
 from vembed_ds.training.plan import RunPlan, plan_run
 from vembed_ds.training.run import build_loop
 from vembed_ds.training.teacher_sources import NO_TEACHERS
@@ -126,8 +129,28 @@ def optimizer_of(engine: TrainEngine) -> Iterable[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
 
 
+def _sum(engine: TrainEngine) -> float:
+    """Of all parameters."""
+    return sum(float(p.detach().double().sum()) for p in engine.module.parameters())
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of all storages, each counted once."""
     gc.collect()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def choose(values: dict[str, Any], ds_config: str, free: list[int]) -> dict[str, Any]:
+    """Train two steps in chunks of the size that is configured, or chosen by what is ``free``."""
+    config = parse_config(values)
+    loop, engine, plan = build(config, ds_config)
+    with mock.patch.object(chunk_choice, "free_bytes", return_value=free[comm.rank()]):
+        if is_to_be_chosen(config.training, None):
+            chunk_choice.choose_chunks(loop, plan)
+    start = _sum(engine)
+    for batch in loop.batches():
+        step(loop, batch)
+    after, size = _sum(engine), loop.budget.items
+    engine.engine.destroy()
+    return {"size": size, "start": start, "sum": after}

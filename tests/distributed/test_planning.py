@@ -199,3 +199,28 @@ def test_memory_and_traffic_of_a_step(
         assert line.sent == pytest.approx(rank["sent"], rel=0.01)
     fullest = max(rank["peak"] for rank in held)
     assert line.peak.total - at_rest == pytest.approx(fullest, rel=0.1)
+
+
+def test_chunks_are_chosen_alike_and_change_nothing(
+    world: Callable[[int], World], folder: Path, tmp_path: Path
+) -> None:
+    """Two ranks with different free memory; the update is that of the same number, given."""
+    file = str(ds_file(tmp_path, 2))
+    values = run_of(Case("bert", 2, {"max_steps": 2}), folder, tmp_path)
+
+    def train(size: int | str, free: list[int]) -> list[dict[str, Any]]:
+        return world(RANKS).run(
+            "tests.distributed.planning_cases:choose",
+            values=values | {"gradient_cache_chunk_size": size},
+            ds_config=file,
+            free=free,
+        )
+
+    little, more = (train("auto", [10**12, free]) for free in (80 * 2**20, 140 * 2**20))
+    sizes = [{rank["size"] for rank in ranks} for ranks in (little, more)]
+    assert [len(found) for found in sizes] == [1, 1]
+    (small,), (large,) = sizes
+    assert 1 < small < large < 64
+    given = train(small, [0, 0])
+    assert [rank["sum"] for rank in little] == [rank["sum"] for rank in given]
+    assert [rank["sum"] for rank in little] != [rank["start"] for rank in given]

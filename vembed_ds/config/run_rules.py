@@ -22,6 +22,16 @@ def _loader_timeout(config: Config) -> Iterator[str]:
         )
 
 
+def _chunks(config: Config) -> Iterator[str]:
+    training = config.training
+    tokens = training.gradient_cache_chunk_tokens
+    if training.gradient_cache_chunk_size == "auto" and isinstance(tokens, int):
+        yield (
+            f"gradient_cache_chunk_tokens={tokens}: with gradient_cache_chunk_size=auto they follow from "
+            "the memory; remove one of the two"
+        )
+
+
 def _evaluation(config: Config) -> Iterator[str]:
     if config.run.eval_steps and not _has_validation_data(config):
         yield (
@@ -126,6 +136,7 @@ def _output(config: Config) -> Iterator[str]:
 
 RUN_RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = (
     (("loader_timeout_seconds", "timeout_minutes"), _loader_timeout),
+    (("gradient_cache_chunk_size", "gradient_cache_chunk_tokens"), _chunks),
     (("eval_steps", "val_data_path", "datasets"), _evaluation),
     (("eval_recall_k",), _recall),
     (

@@ -410,9 +410,9 @@ class TrainingConfig(Section):
         default=False,
         description="Embed in chunks, and differentiate one after the other: memory of one chunk, or of those whose graph is kept.",
     )
-    gradient_cache_chunk_size: PositiveInt = Field(
+    gradient_cache_chunk_size: Literal["auto"] | PositiveInt = Field(
         default=8,
-        description="Items per chunk, if they are as long as the longest; used with use_gradient_cache, as are the next two.",
+        description="Items per chunk, if they are as long as the longest; used with use_gradient_cache, as are the next two. auto: as many as fit into memory, chosen before the first step and kept when the run is resumed.",
     )
     gradient_cache_chunk_tokens: Literal["auto"] | PositiveInt | None = Field(
         default="auto",

@@ -98,7 +98,7 @@ def passes_of(model: nn.Module) -> Iterator[None]:
     except RuntimeError as error:  # of torch; those of tensors without contents are of its kind
         raise ConfigError(
             f"{_names(model)}: cannot be computed without the items' values ({one_line(error)}), so that its "
-            "memory cannot be planned"
+            "memory cannot be planned, nor gradient_cache_chunk_size be auto"
         ) from error
 
 

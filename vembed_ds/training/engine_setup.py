@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vembed_ds.checkpointing.frozen import keep_frozen_weights
 from vembed_ds.config.schema import Config, TrainingConfig
-from vembed_ds.data.chunking import ChunkBudget
+from vembed_ds.data.chunking import AUTO, ChunkBudget
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import seed_everything
 from vembed_ds.engine.activation import enable_activation_checkpointing
@@ -61,12 +61,17 @@ def fill_ds_config(
     )
 
 
+UNCHOSEN = 32
+"""Items of a pass where ``gradient_cache_chunk_size: auto`` is not chosen yet, or will not be."""
+
+
 def chunk_budget(training: TrainingConfig) -> ChunkBudget:
     """How large the chunks of a step are, as configured; without gradient cache all is one."""
     if not training.use_gradient_cache:
         return ChunkBudget(items=None)
+    size = training.gradient_cache_chunk_size
     return ChunkBudget(
-        training.gradient_cache_chunk_size,
+        UNCHOSEN if size == AUTO else size,
         tokens=training.gradient_cache_chunk_tokens,
         sort=training.gradient_cache_sort,
     )
@@ -75,9 +80,7 @@ def chunk_budget(training: TrainingConfig) -> ChunkBudget:
 def inference_batch_size(config: Config) -> int:
     """Items per rank in a forward pass without graph: what fits in training fits here too."""
     training, slice_size = config.training, config.model.gradient_checkpointing_slice_size
-    trained_at_once = (
-        training.gradient_cache_chunk_size if training.use_gradient_cache else training.batch_size
-    )
+    trained_at_once = chunk_budget(training).items or training.batch_size
     return config.run.eval_batch_size or min(trained_at_once, slice_size or trained_at_once)
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from vembed_ds.config.schema import Config, TrainingConfig
-from vembed_ds.data.chunking import ChunkBudget
+from vembed_ds.data.chunking import AUTO, ChunkBudget
 from vembed_ds.distributed import comm
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import OutOfMemoryError
 from vembed_ds.steps.kept_graphs import GraphBudget, KeptGraphs
 from vembed_ds.steps.meters import build_meter
+from vembed_ds.training.changes import ALLOW
 from vembed_ds.training.engine_setup import chunk_budget
 from vembed_ds.training.memory_report import report, setting
 from vembed_ds.training.resuming import Resumption
@@ -20,6 +21,7 @@ from vembed_ds.training.step_memory import StepMemory
 
 logger = logging.getLogger(__name__)
 
+SIZE = "gradient_cache_chunk_size"
 BUDGET = "chunk_budget"  # in the state of a checkpoint
 
 
@@ -59,13 +61,18 @@ def resumed_budget(training: TrainingConfig, resumption: Resumption | None) -> C
     configured now.
     """
     configured = chunk_budget(training)
-    if resumption is None or BUDGET not in resumption.state:
-        return configured
-    keys = ("use_gradient_cache", "gradient_cache_chunk_size", "gradient_cache_chunk_tokens")
-    if any(resumption.settings.get(key) != getattr(training, key) for key in keys):
+    if resumption is None or not _goes_on(training, resumption):
         return configured
     found = replace(configured, **resumption.state[BUDGET])
-    if found != configured:
+    if training.gradient_cache_chunk_size == AUTO:
+        logger.info(
+            "%s: %s, as when the run began; add %s %s to choose anew",
+            SIZE,
+            found.items,
+            ALLOW,
+            SIZE,
+        )
+    elif found != configured:
         logger.warning(
             "chunks are smaller than configured, as since memory ran out: gradient_cache_chunk_size "
             "%s, gradient_cache_chunk_tokens %s; set either to have them otherwise",
@@ -73,6 +80,20 @@ def resumed_budget(training: TrainingConfig, resumption: Resumption | None) -> C
             found.tokens,
         )
     return found
+
+
+def is_to_be_chosen(training: TrainingConfig, resumption: Resumption | None) -> bool:
+    """Whether nobody knows yet how large chunks are: ``auto``, and the run has not begun."""
+    automatic = training.use_gradient_cache and training.gradient_cache_chunk_size == AUTO
+    return automatic and not (resumption is not None and _goes_on(training, resumption))
+
+
+def _goes_on(training: TrainingConfig, resumption: Resumption) -> bool:
+    """Whether the chunks are those of the checkpoint."""
+    keys = ("use_gradient_cache", SIZE, "gradient_cache_chunk_tokens")
+    same = all(resumption.settings.get(key) == getattr(training, key) for key in keys)
+    chosen_anew = training.gradient_cache_chunk_size == AUTO and SIZE in resumption.allowed
+    return same and not chosen_anew and BUDGET in resumption.state
 
 
 def saved_budget(budget: ChunkBudget) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.tracking.trackers import Tracker
+from vembed_ds.training.chunk_choice import choose_chunks
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout
 from vembed_ds.training.engine_setup import (
     inference_batch_size,
@@ -33,7 +34,13 @@ from vembed_ds.training.log_window import resumed_window
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_losses, evaluated_dims, loss_configs
 from vembed_ds.training.memory_report import reports_memory
-from vembed_ds.training.memory_setup import BUDGET, resumed_budget, saved_budget, step_memory
+from vembed_ds.training.memory_setup import (
+    BUDGET,
+    is_to_be_chosen,
+    resumed_budget,
+    saved_budget,
+    step_memory,
+)
 from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.output import warn_of_little_space
 from vembed_ds.training.plan import RunPlan, plan_run
@@ -124,6 +131,8 @@ def train(
         loop, saver = _build(plan, resumption, process_ends=process_ends)
     try:
         phases.set_place("before the first step")
+        if is_to_be_chosen(config.training, resumption):
+            choose_chunks(loop, plan)
         examine(loop, plan.data, config.training, precision=config.model.precision)
         return loop.train()
     finally:

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vembed_ds.checkpointing.names import checkpoint_name, checkpoints
 from vembed_ds.config.distillation import teacher_entries
-from vembed_ds.config.schema import Config, RunConfig, default_of
+from vembed_ds.config.schema import Config, RunConfig, TrainingConfig, default_of
+from vembed_ds.data.chunking import AUTO
 from vembed_ds.data.collators import Batch
 from vembed_ds.distributed import comm
 from vembed_ds.engine.replicas import ReplicaCheck
@@ -103,6 +104,7 @@ class Trainer(TrainingLoop):
         items = TensorItems()
         _check_teacher(teacher_model, model, self.config)
         _check_saving(self.config.run)
+        _check_chunks(training)
         intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
         task, teachers = criterion, NO_TEACHERS
         if teacher_model is not None:
@@ -306,6 +308,14 @@ def _save(
 ) -> Path:
     folder = Path(config.run.output_dir) / checkpoint_name(step)
     return save_checkpoint(folder, model, engine, processor=processor, config=config)
+
+
+def _check_chunks(training: TrainingConfig) -> None:
+    if training.use_gradient_cache and training.gradient_cache_chunk_size == AUTO:
+        raise ConfigError(
+            "gradient_cache_chunk_size='auto': the class Trainer cannot choose, because it meets items only in "
+            "batches; give a number, or train with the command vembed_ds.train"
+        )
 
 
 def _check_saving(run: RunConfig) -> None:

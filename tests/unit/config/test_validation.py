@@ -506,3 +506,10 @@ def test_a_folder_for_features_that_nobody_computes(values: dict[str, Any]) -> N
         "frozen_features_dir='there': nothing would be kept there; set freeze_text_encoder or "
         "freeze_image_encoder, and cache_frozen_encoder, or remove it"
     ]
+
+
+def test_tokens_follow_from_chunks_that_are_chosen():
+    automatic = {"gradient_cache_chunk_size": "auto", "use_gradient_cache": True}
+    assert problems_of(**automatic) == []
+    (found,) = problems_of(**automatic, gradient_cache_chunk_tokens=512)
+    assert found.startswith("gradient_cache_chunk_tokens=512: with gradient_cache_chunk_size=auto")

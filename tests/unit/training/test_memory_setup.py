@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import Config
 from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.training.changes import flat_settings
-from vembed_ds.training.engine_setup import chunk_budget
-from vembed_ds.training.memory_setup import BUDGET, resumed_budget, saved_budget
+from vembed_ds.training.engine_setup import UNCHOSEN, chunk_budget
+from vembed_ds.training.memory_setup import (
+    BUDGET,
+    is_to_be_chosen,
+    resumed_budget,
+    saved_budget,
+)
 from vembed_ds.training.resuming import Resumption
 
 CACHED = {"use_gradient_cache": True, "gradient_cache_chunk_size": 8}
@@ -64,6 +70,39 @@ def test_chunks_that_became_smaller_remain_so_until_others_are_set(
     assert found == expected
     differs = expected != chunk_budget(training)
     assert ("as since memory ran out" in caplog.text) == differs
+
+
+AUTOMATIC = CACHED | {"gradient_cache_chunk_size": "auto"}
+
+
+def test_chunks_that_were_chosen_are_chosen_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    training = config(AUTOMATIC).training
+    assert is_to_be_chosen(training, None)
+    begun = checkpoint(AUTOMATIC, **{BUDGET: saved_budget(ChunkBudget(64))})
+    assert not is_to_be_chosen(training, begun)
+    assert resumed_budget(training, begun) == ChunkBudget(64)
+    assert "gradient_cache_chunk_size: 64, as when the run began" in caplog.text
+    anew = replace(begun, allowed=("gradient_cache_chunk_size",))
+    assert is_to_be_chosen(training, anew)
+    assert resumed_budget(training, anew) == ChunkBudget(UNCHOSEN)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "chosen"),
+    [
+        (CACHED, AUTOMATIC, True),
+        (AUTOMATIC, CACHED, False),
+        (AUTOMATIC, AUTOMATIC | {"use_gradient_cache": False}, False),
+    ],
+)
+def test_other_settings_of_a_resumed_run(
+    before: dict[str, Any], now: dict[str, Any], chosen: bool
+) -> None:
+    begun = checkpoint(before, **{BUDGET: saved_budget(ChunkBudget(64))})
+    training = config(now).training
+    assert is_to_be_chosen(training, begun) == chosen
+    assert resumed_budget(training, begun) == chunk_budget(training)
 
 
 def test_without_a_checkpoint_that_says_so_they_are_as_configured() -> None:

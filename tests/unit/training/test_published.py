@@ -343,6 +343,19 @@ def test_the_class_trainer_refuses_keys_of_checkpoints(
         )
 
 
+def test_the_class_trainer_chooses_no_chunk_size(clip_folder: Path) -> None:
+    automatic = {"use_gradient_cache": True, "gradient_cache_chunk_size": "auto"}
+    with pytest.raises(ConfigError, match="chunk_size='auto': the class Trainer cannot choose"):
+        published.Trainer(
+            published.build_model({"model_name": str(clip_folder)}),
+            optimizer=None,
+            dataloader=[{}],
+            criterion=None,
+            engine=None,
+            config={"model_name": str(clip_folder), **automatic},
+        )
+
+
 def test_the_class_trainer_overwrites_no_checkpoint(
     clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
