@@ -188,3 +188,19 @@ def test_experts_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(plan(run)) == 2
     said = capsys.readouterr().err
     assert "Qwen3MoeModel: cannot be computed without the items' values" in said
+
+
+def test_what_was_not_compared_with_memory_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slices = ["gradient_checkpointing=true", "gradient_checkpointing_slice_size=4"]
+    assert main(plan(run, *slices)) == 2
+    assert (
+        "gradient_checkpointing_slice_size=4: what layers in slices hold" in capsys.readouterr().err
+    )
+    values = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    values["zero_optimization"]["zero_hpz_partition_size"] = 2
+    file = tmp_path / "hpz.json"
+    file.write_text(json.dumps(values))
+    assert main(plan(run, "--ds_config", str(file))) == 2
+    assert "zero_optimization.zero_hpz_partition_size=2" in capsys.readouterr().err

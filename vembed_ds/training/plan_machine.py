@@ -10,7 +10,7 @@ from typing import Any
 
 from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config
-from vembed_ds.engine.ds_config import load_ds_config, resolve_ds_config
+from vembed_ds.engine.ds_config import HPZ, load_ds_config, resolve_ds_config
 from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
 from vembed_ds.errors import ConfigError
 from vembed_ds.planning.memory import Peak
@@ -100,6 +100,12 @@ def plan_on(
         raise ConfigError(
             f"--gpu_memory {machine.memory_gib:g}: {RESERVE_GIB[machine.device]:g} GiB of it are set aside for "
             "what is not counted, so nothing is left; give more"
+        )
+    slice_size = config.model.gradient_checkpointing_slice_size
+    if slice_size is not None:
+        raise ConfigError(
+            f"gradient_checkpointing_slice_size={slice_size}: what layers in slices hold was not compared "
+            "with memory; plan with null"
         )
     configured = None
     if ds_config is not None:  # what is wrong with it is said before anything is built
@@ -228,7 +234,7 @@ def _resolved(
     config: Config, machine: Machine, path: Path, origins: Mapping[str, str]
 ) -> dict[str, Any]:
     optimizer = config.optimizer
-    return resolve_ds_config(
+    resolved = resolve_ds_config(
         load_ds_config(path),
         origin=str(path),
         origins=origins,
@@ -245,6 +251,13 @@ def _resolved(
         bf16_supported=True,
         gradient_reduction=config.training.gradient_reduction,
     )
+    copies = resolved["zero_optimization"].get(HPZ, 1)
+    if copies != 1:
+        raise ConfigError(
+            f"zero_optimization.{HPZ}={copies} ({path}): what a machine's copy takes was not compared with "
+            "memory; plan without it"
+        )
+    return resolved
 
 
 def _left_out(config: Config) -> list[str]:
@@ -258,4 +271,6 @@ def _left_out(config: Config) -> list[str]:
         found.append("what the loss compares with teachers")
     if config.loss.guide_model_name is not None:
         found.append("vectors of the guide")
+    if config.training.use_torch_compile:
+        found.append("what compiled layers take more or less")
     return found
