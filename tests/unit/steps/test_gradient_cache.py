@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import random
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +62,20 @@ def test_what_is_kept_changes_no_bit(dropout: float) -> None:
         assert all(map(torch.equal, found[0], other))
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_what_python_and_numpy_draw_is_drawn_again(draw: Callable[[], float]) -> None:
+    """Layers that are left out, or masks, of models whose authors did not ask torch."""
+    found = []
+    for kept in (1, CHUNKS):
+        engine = PlainEngine()
+        engine.module.linear1.register_forward_hook(lambda module, inputs, output: output * draw())
+        random.seed(2)
+        np.random.seed(2)
+        result = run(engine, kept=kept)
+        found.append([result.loss, *engine.gradients(), torch.tensor(draw())])
+    assert all(map(torch.equal, *found))
+
+
 def test_with_all_graphs_it_is_the_plain_step() -> None:
     plain, cached = PlainEngine(), PlainEngine()
     rows = plain.embed({"text": pad("text", make_plan(None).streams["text"])})["text"]
@@ -75,8 +92,8 @@ def test_random_states_are_put_back_only_where_something_was_drawn(
     dropout: float, restored: int
 ) -> None:
     engine = PlainEngine(dropout=dropout)
-    restore = mock.Mock(wraps=gradient_cache.restore_rng)
-    with mock.patch.object(gradient_cache, "restore_rng", restore):
+    restore = mock.Mock(wraps=gradient_cache.restore_generators)
+    with mock.patch.object(gradient_cache, "restore_generators", restore):
         run(engine, kept=2)  # four chunks are computed again, then the state is as it was
     assert restore.call_count == restored
 
