@@ -23,9 +23,9 @@ from vembed_ds.data.batches import StepPlan, collect_roles
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.distributed.seeding import (
-    GeneratorStates,
-    capture_generators,
-    restore_generators,
+    RngState,
+    capture_rng,
+    restore_rng,
 )
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.kept_graphs import KeptGraphs
@@ -164,7 +164,7 @@ class _Embedded(NamedTuple):
 
     outputs: Outputs
     has_graph: bool
-    state: GeneratorStates | None
+    state: RngState | None
 
 
 def _embed(
@@ -172,7 +172,7 @@ def _embed(
 ) -> list[_Embedded]:
     """Embed every chunk, those from ``first_kept`` on with graph."""
     embedded = []
-    before = capture_generators(engine.device)
+    before = capture_rng(engine.device)
     for index in range(len(chunks)):
         has_graph = index >= first_kept
         with phase(Kind.EMBEDDING, f"embedding chunk {index + 1} of {len(chunks)}"):
@@ -181,7 +181,7 @@ def _embed(
             else:
                 with torch.no_grad():
                     outputs = chunks.embed(index)
-        after = capture_generators(engine.device)
+        after = capture_rng(engine.device)
         embedded.append(_Embedded(outputs, has_graph, None if after.equals(before) else before))
         before = after
     return embedded
@@ -225,7 +225,7 @@ def _replay(
 
     Uses ``embedded`` up, also when it fails: what is left there holds its memory.
     """
-    after_embed, has_drawn = capture_generators(engine.device), False
+    after_embed, has_drawn = capture_rng(engine.device), False
     try:
         while embedded:
             outputs, has_graph, state = embedded.pop()
@@ -239,7 +239,7 @@ def _replay(
             # the others still see the state they saw in the embed phase.
             elif chunks.has(index, trainable):
                 if state is not None:
-                    restore_generators(state, engine.device)
+                    restore_rng(state, engine.device)
                     has_drawn = True
                 with phase(Kind.REPLAY, f"replaying {of}"):
                     outputs = graphs.forward(partial(chunks.embed, index, only=trainable))
@@ -247,7 +247,7 @@ def _replay(
     finally:
         embedded.clear()
     if has_drawn:
-        restore_generators(after_embed, engine.device)
+        restore_rng(after_embed, engine.device)
 
 
 def _surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:

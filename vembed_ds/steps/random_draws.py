@@ -8,7 +8,7 @@ import torch
 
 from vembed_ds.data.batches import FillerFunction
 from vembed_ds.distributed import comm
-from vembed_ds.distributed.seeding import capture_generators, restore_generators
+from vembed_ds.distributed.seeding import capture_rng, restore_rng
 from vembed_ds.steps.gradient_cache import Embedder, PadFunction
 
 
@@ -28,14 +28,14 @@ def drawing_streams(
         item: Gives an item of a stream.
         pad: As of :func:`compute_gradient`.
     """
-    before = capture_generators(engine.device)
+    before = capture_rng(engine.device)
     drawn = []
     for stream in streams:
         inputs = {k: v.to(engine.device) for k, v in pad(stream, [item(stream)]).items()}
-        state = capture_generators(engine.device)
+        state = capture_rng(engine.device)
         with torch.no_grad():
             engine.embed({stream: inputs})
-        drawn.append(not state.equals(capture_generators(engine.device)))
-    restore_generators(before, engine.device)
+        drawn.append(not state.equals(capture_rng(engine.device)))
+    restore_rng(before, engine.device)
     found = comm.all_max([int(value) for value in drawn])
     return {stream for stream, value in zip(streams, found, strict=True) if value}

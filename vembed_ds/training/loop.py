@@ -24,7 +24,7 @@ from vembed_ds.data.processors import EncodedItem, ItemProcessor
 from vembed_ds.data.waiting import WaitInterrupted
 from vembed_ds.distributed import comm, phases
 from vembed_ds.distributed.phases import Kind, phase
-from vembed_ds.distributed.seeding import capture_generators, restore_generators
+from vembed_ds.distributed.seeding import capture_rng, restore_rng
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import SaveError, StoppedError, VembedError
@@ -257,7 +257,7 @@ class TrainingLoop:
         # asks again.
         with phase(Kind.TEACHER):
             said = self.teachers.judge(batch, plan, self.pad)
-        start = capture_generators(self.engine.device)
+        start = capture_rng(self.engine.device)
         while True:
             self.memory.begin(plan, self.budget)
             try:
@@ -275,7 +275,7 @@ class TrainingLoop:
             # Outside of the handler, which would hold the tensors of the attempt.
             self.engine.discard_gradients()
             self.budget = self.memory.make_room(shortage)
-            restore_generators(start, self.engine.device)
+            restore_rng(start, self.engine.device)
             plan = self.plan(batch)
 
     def plan(self, batch: Batch) -> StepPlan:

@@ -92,8 +92,8 @@ def test_random_states_are_put_back_only_where_something_was_drawn(
     dropout: float, restored: int
 ) -> None:
     engine = PlainEngine(dropout=dropout)
-    restore = mock.Mock(wraps=gradient_cache.restore_generators)
-    with mock.patch.object(gradient_cache, "restore_generators", restore):
+    restore = mock.Mock(wraps=gradient_cache.restore_rng)
+    with mock.patch.object(gradient_cache, "restore_rng", restore):
         run(engine, kept=2)  # four chunks are computed again, then the state is as it was
     assert restore.call_count == restored
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed_ds.data.processors import EncodedItem
-from vembed_ds.distributed.seeding import capture_generators
+from vembed_ds.distributed.seeding import capture_rng
 from vembed_ds.steps.random_draws import drawing_streams
 
 STREAMS = ("text", "image")
@@ -58,9 +58,9 @@ def drawing(model: Model) -> set[str]:
     ids=["dropout", "torch", "python", "numpy"],
 )
 def test_drawing_is_seen_and_leaves_no_trace(something: Any) -> None:
-    before = capture_generators(CPU)
+    before = capture_rng(CPU)
     assert drawing(Model(something)) == {"text"}
-    assert before.equals(capture_generators(CPU))
+    assert before.equals(capture_rng(CPU))
 
 
 @pytest.mark.parametrize("something", [nn.Dropout(0.0), nn.Dropout(0.1).eval(), nn.Identity()])
