@@ -15,13 +15,13 @@ from math import inf
 from typing import TypeVar
 
 from vembed_ds.data.batches import StepPlan
-from vembed_ds.data.chunking import padded, size_of
+from vembed_ds.data.chunking import Size, padded, size_of
 from vembed_ds.steps.meters import Meter
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Sizes = Mapping[tuple[str, str], int]  # of a chunk: by stream, its tokens and patches
+Sizes = Mapping[tuple[str, str], int]  # of a chunk: by stream, its tokens, patches and their pairs
 
 
 class GraphBudget:
@@ -164,15 +164,31 @@ class KeptGraphs:
 
 
 def padded_sizes(plan: StepPlan) -> list[Sizes]:
-    """Of every chunk, how large it is in each stream, padding counted."""
+    """Of every chunk, how large it is in each stream, padding counted.
+
+    In pairs too, as many as attention compares within the items: fewer but longer items of as many
+    tokens may hold more.
+    """
     items = {name: [size_of(item) for item in found] for name, found in plan.streams.items()}
-    chunks: list[Sizes] = []
-    for chunk in plan.chunks:
-        sizes = {name: padded(items[name][places]) for name, places in chunk.items()}
-        chunks.append(
-            {(name, of): n for name, size in sizes.items() for of, n in size._asdict().items() if n}
-        )
-    return chunks
+    return [
+        {
+            (name, of): size
+            for name, places in chunk.items()
+            for of, size in _sizes(items[name][places]).items()
+            if size
+        }
+        for chunk in plan.chunks
+    ]
+
+
+def _sizes(items: Sequence[Size]) -> dict[str, int]:
+    whole = padded(items)
+    return {
+        "tokens": whole.tokens,
+        "pairs of tokens": whole.tokens**2 // len(items),
+        "patches": whole.patches,
+        "pairs of patches": sum(item.patches**2 for item in items),
+    }
 
 
 def _megabytes(number: float) -> str:

@@ -154,17 +154,32 @@ def test_the_first_decision_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_sizes_are_those_of_padded_chunks() -> None:
+    def sizes(items: int, tokens: int, patches: int = 0) -> dict[tuple[str, str], int]:
+        found = {"tokens": items * tokens, "pairs of tokens": items * tokens**2}
+        found |= {"patches": patches, "pairs of patches": patches**2} if patches else {}
+        return {("text", of): size for of, size in found.items()}
+
     plan = make_plan(4, items=3)
-    tokens = ("text", "tokens")
-    assert padded_sizes(plan) == [{tokens: 4 * LENGTH}, {tokens: 2 * LENGTH}]
+    assert padded_sizes(plan) == [sizes(4, LENGTH), sizes(2, LENGTH)]
     first, *others = plan.streams["text"]
     first.inputs["input_ids"] = first.inputs["input_ids"][:1]
-    assert padded_sizes(plan) == [{tokens: 4 * LENGTH}, {tokens: 2 * LENGTH}]
+    assert padded_sizes(plan) == [sizes(4, LENGTH), sizes(2, LENGTH)]
     for item in others[:3]:
         item.inputs["input_ids"] = item.inputs["input_ids"][:2]
-    assert padded_sizes(plan) == [{tokens: 4 * 2}, {tokens: 2 * LENGTH}]
+    assert padded_sizes(plan) == [sizes(4, 2), sizes(2, LENGTH)]
     first.inputs["pixel_values"] = np.zeros((3, 32, 32))
-    assert padded_sizes(plan)[0] == {tokens: 4 * 2, ("text", "patches"): 4}
+    assert padded_sizes(plan)[0] == sizes(4, 2, patches=4)
+
+
+def test_longer_items_are_measured_though_the_tokens_are_as_many() -> None:
+    """Attention may hold the square of a text's length."""
+    graphs, _ = automatic(10**9)
+    assert [step(graphs), step(graphs)] == [1, 6]
+    longer = make_plan(1, items=3)  # as many tokens as four items had
+    for item in longer.streams["text"]:
+        item.inputs["input_ids"] = np.tile(item.inputs["input_ids"], 4)
+    with graphs.step(longer) as number:
+        assert number == 1
 
 
 MLP = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 8))
