@@ -36,7 +36,7 @@ from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
 from vembed_ds.steps.gradient_cache import compute_gradient
 from vembed_ds.steps.kept_graphs import KeptGraphs
-from vembed_ds.steps.random_draws import drawing_streams
+from vembed_ds.steps.random_draws import find_draws
 from vembed_ds.steps.self_test import check_gradient
 from vembed_ds.training.loss_inputs import loss_inputs
 
@@ -91,8 +91,8 @@ def train(
     model.train()
     merged: set[str] = set()
     if merge:
-        drawing = drawing_streams(engine, model.streams[:2], item=_filler, pad=_pad)
-        merged = set(model.streams) - set(drawing)
+        drawn = find_draws(engine, model.streams[:2], item=_filler, pad=_pad)
+        merged = {stream for stream in model.streams if not drawn.get(stream)}
     losses, norms, rows = [], [], [0] * steps
     for step in range(steps):
         with _counting(model, rows, step):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 
@@ -11,16 +12,26 @@ from vembed_ds.distributed import comm
 from vembed_ds.distributed.seeding import capture_rng, restore_rng
 from vembed_ds.steps.gradient_cache import Embedder, PadFunction
 
+# Of an embedding's norm. Two passes in 16 bit, on a device that adds in any order, differ by less.
+SAME = 0.03
 
-def drawing_streams(
+
+class Draws(IntEnum):
+    """What the embedding of an item depends on beside weights and inputs."""
+
+    NOTHING = 0
+    WATCHED = 1  # torch's (host and accelerator), Python's or NumPy's generators
+    HIDDEN = 2  # something else: a generator of the model's own, a count of its calls
+
+
+def find_draws(
     engine: Embedder, streams: Sequence[str], *, item: FillerFunction, pad: PadFunction
-) -> Collection[str]:
-    """The streams for whose items a forward pass draws random numbers, on any rank.
+) -> dict[str, Draws]:
+    """For every stream, whether a forward pass draws random numbers for its items, on any rank.
 
-    Found out by a forward pass for each, in the mode that the model is in, and not by what it is
-    made of: dropout at a rate of zero draws nothing, and there are many ways to draw. Generators of
-    torch (host and accelerator), Python and NumPy are watched; they are afterwards as they were.
-    Collective.
+    Found out by two forward passes for each, from the same random states and in the mode that the
+    model is in, and not by what it is made of: dropout at a rate of zero draws nothing, and there
+    are many ways to draw. The states are afterwards as they were. Collective.
 
     Args:
         engine: Embeds.
@@ -29,13 +40,17 @@ def drawing_streams(
         pad: As of :func:`compute_gradient`.
     """
     before = capture_rng(engine.device)
-    drawn = []
+    own = []
     for stream in streams:
         inputs = {k: v.to(engine.device) for k, v in pad(stream, [item(stream)]).items()}
         state = capture_rng(engine.device)
         with torch.no_grad():
-            engine.embed({stream: inputs})
-        drawn.append(not state.equals(capture_rng(engine.device)))
+            first = engine.embed({stream: inputs})[stream]
+            watched = not state.equals(capture_rng(engine.device))
+            restore_rng(state, engine.device)
+            again = engine.embed({stream: inputs})[stream]
+        hidden = bool((first - again).norm() > SAME * first.norm())
+        own.append(Draws.HIDDEN if hidden else Draws(watched))
     restore_rng(before, engine.device)
-    found = comm.all_max([int(value) for value in drawn])
-    return {stream for stream, value in zip(streams, found, strict=True) if value}
+    found = comm.all_max([int(draws) for draws in own])
+    return {stream: Draws(value) for stream, value in zip(streams, found, strict=True)}

@@ -15,8 +15,8 @@ from vembed_ds.distributed import comm, phases
 from vembed_ds.errors import VembedError
 from vembed_ds.steps.self_test import TOLERANCES, check_gradient
 from vembed_ds.training.data_setup import RunData
+from vembed_ds.training.drawing import examine_draws
 from vembed_ds.training.loop import TrainingLoop
-from vembed_ds.training.merging import merge_duplicates
 from vembed_ds.training.stream_setup import some_samples
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def examine(loop: TrainingLoop, data: RunData, training: TrainingConfig, *, prec
 
     Raises:
         GradientError: Chunks change the gradient.
+        ConfigError: The model cannot compute a chunk twice alike.
         VembedError: On every rank, when a sample cannot be used.
     """
     if not (training.gradient_self_test or training.encode_duplicates_once):
@@ -38,8 +39,7 @@ def examine(loop: TrainingLoop, data: RunData, training: TrainingConfig, *, prec
     found = some_samples(data, number=CANDIDATES)
     comm.raise_together(next((s for s in found if isinstance(s, VembedError)), None))
     samples = [sample for sample in found if isinstance(sample, Sample)]
-    if training.encode_duplicates_once:
-        merge_duplicates(loop, _largest(samples))
+    examine_draws(loop, _largest(samples), merge=training.encode_duplicates_once)
     if training.gradient_self_test:
         phases.set_place("gradient self-test")
         self_test(loop, samples, precision=precision)

@@ -29,12 +29,12 @@ from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.checkpoint import save_checkpoint
 from vembed_ds.training.config import as_config
 from vembed_ds.training.data_utils import TensorBatch
+from vembed_ds.training.drawing import examine_draws
 from vembed_ds.training.engine_setup import chunk_budget
 from vembed_ds.training.evaluator import Evaluator
 from vembed_ds.training.loop import Intervals, TrainingLoop
 from vembed_ds.training.loss_setup import build_distillation
 from vembed_ds.training.memory_setup import step_memory
-from vembed_ds.training.merging import merge_duplicates
 from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.teacher_loading import teacher_ds_config
 from vembed_ds.training.teacher_sources import NO_TEACHERS, SameInputs, Teachers
@@ -167,7 +167,7 @@ class Trainer(TrainingLoop):
         if (
             self._undecided
         ):  # whether equal items may share a row; what they are like shows only now
-            merge_duplicates(self, self._items.seen)
+            examine_draws(self, self._items.seen, merge=True)
             self._undecided = False
         self._result = super().compute_gradient(batch)
         return self._result.loss

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed.seeding import capture_rng
-from vembed_ds.steps.random_draws import drawing_streams
+from vembed_ds.steps.random_draws import Draws, find_draws
 
 STREAMS = ("text", "image")
 CPU = torch.device("cpu")
@@ -31,7 +31,23 @@ class Model(nn.Module):
         for stream, arguments in inputs.items():
             if stream == "text" and arguments["input_ids"].shape[1] > self.longer_than:
                 self.something(arguments["input_ids"].float())
-        return {stream: torch.zeros(1, 2) for stream in inputs}
+        return {stream: self.row(stream) for stream in inputs}
+
+    def row(self, stream: str) -> Tensor:
+        """``[1, 2]``."""
+        return torch.ones(1, 2)
+
+
+class Hidden(Model):
+    """Its texts depend on numbers that nobody sees."""
+
+    def __init__(self, something: Callable[[Tensor], Any]) -> None:
+        super().__init__(something)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def row(self, stream: str) -> Tensor:
+        drawn = torch.rand(1, 2, generator=self.generator)
+        return drawn if stream == "text" else super().row(stream)
 
 
 def item(stream: str) -> EncodedItem:
@@ -43,8 +59,14 @@ def pad(stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
 
 
 def drawing(model: Model) -> set[str]:
+    found = find(model)
+    assert Draws.HIDDEN not in found.values()
+    return {stream for stream, draws in found.items() if draws}
+
+
+def find(model: Model) -> dict[str, Draws]:
     engine = SimpleNamespace(device=CPU, embed=model)
-    return set(drawing_streams(engine, STREAMS, item=item, pad=pad))
+    return find_draws(engine, STREAMS, item=item, pad=pad)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +93,9 @@ def test_what_draws_nothing_is_not_taken_for_dropout(something: Any) -> None:
 def test_the_item_that_is_given_is_the_one_that_is_tried() -> None:
     assert drawing(Model(nn.Dropout(0.1), longer_than=8)) == {"text"}
     assert drawing(Model(nn.Dropout(0.1), longer_than=9)) == set()
+
+
+@pytest.mark.parametrize("something", [nn.Dropout(0.1), nn.Identity()])
+def test_a_generator_that_nobody_sees_is_told_from_the_others(something: Any) -> None:
+    found = find(Hidden(something))
+    assert found == {"text": Draws.HIDDEN, "image": Draws.NOTHING}

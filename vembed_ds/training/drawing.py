@@ -1,4 +1,4 @@
-"""Equal items of a batch are embedded once, wherever that changes nothing."""
+"""What follows from the random numbers that a model draws: which items may share a row."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.phases import Kind, phase
-from vembed_ds.steps.random_draws import drawing_streams
+from vembed_ds.errors import ConfigError
+from vembed_ds.steps.random_draws import Draws, find_draws
 from vembed_ds.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
 
-def merge_duplicates(loop: TrainingLoop, items: Mapping[str, EncodedItem]) -> None:
+def examine_draws(loop: TrainingLoop, items: Mapping[str, EncodedItem], *, merge: bool) -> None:
     """Let the loop embed equal items once where the model draws no random numbers. Collective.
 
     Where it does (dropout), each copy of an item has a mask of its own, and two copies as query and
@@ -25,19 +26,34 @@ def merge_duplicates(loop: TrainingLoop, items: Mapping[str, EncodedItem]) -> No
         loop: Before its first step.
         items: One of every stream that this rank has met, the larger the better; what no rank has
             met is left alone.
+        merge: Whether equal items may be embedded once at all.
+
+    Raises:
+        ConfigError: On every rank: the loop computes chunks twice, and the model would not compute
+            the same.
     """
     streams = loop.model.streams
     found = comm.all_max([int(stream in items) for stream in streams])
     met = [stream for stream, value in zip(streams, found, strict=True) if value]
     loop.model.train()
     with phase(Kind.EMBEDDING, "looking for random numbers"):
-        drawing = drawing_streams(
+        drawn = find_draws(
             loop.engine,
             met,
             item=lambda stream: items.get(stream) or loop.processor.filler(stream),
             pad=loop.pad,
         )
-    loop.merged = frozenset(met) - frozenset(drawing)
-    for stream in met if comm.is_main() else ():
-        words = "each, since the model draws random numbers for it" if stream in drawing else "once"
+    hidden = [stream for stream, draws in drawn.items() if draws is Draws.HIDDEN]
+    if hidden and loop.budget.items is not None:
+        raise ConfigError(
+            f"use_gradient_cache=true: the model embeds one {hidden[0]} item in two ways from the same "
+            "random states of torch, Python and NumPy (it has a generator of its own, or counts its calls), "
+            "so a chunk cannot be computed twice; set use_gradient_cache=false, or let the model draw from "
+            "torch's generator"
+        )
+    if merge:
+        loop.merged = frozenset(s for s, draws in drawn.items() if draws is Draws.NOTHING)
+    for stream in met if merge and comm.is_main() else ():
+        drawing = "each, since the model draws random numbers for it"
+        words = "once" if stream in loop.merged else drawing
         logger.info("equal %s items of a batch are encoded %s", stream, words)

@@ -1,9 +1,10 @@
-"""Which streams' equal items are embedded once is decided on items of the run's own data."""
+"""What the model draws is found out with items of the run's own data."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.processors import EncodedItem
-from vembed_ds.training.merging import merge_duplicates
+from vembed_ds.errors import ConfigError
+from vembed_ds.training.drawing import examine_draws
 from vembed_ds.training.self_test import _largest
 
 
@@ -26,6 +29,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dropout = nn.Dropout(0.5)
+        self.hidden: Iterator[float] = itertools.repeat(1.0)
         self.embedded: list[tuple[str, int]] = []
 
     def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -33,7 +37,7 @@ class Model(nn.Module):
             self.embedded.append((stream, arguments["input_ids"].shape[1]))
             if stream != "image":
                 self.dropout(arguments["input_ids"].float())
-        return {}
+        return {stream: torch.full((1, 2), next(self.hidden)) for stream in inputs}
 
 
 def item(stream: str, length: int) -> EncodedItem:
@@ -49,16 +53,17 @@ def loop() -> Any:
         pad=lambda stream, items: {
             k: torch.from_numpy(v)[None] for k, v in items[0].inputs.items()
         },
-        merged=None,
+        budget=ChunkBudget(2),
+        merged=frozenset(),
     )
 
 
 def test_streams_without_random_numbers_are_merged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run = loop()
-    merge_duplicates(run, {"text": item("text", 5), "image": item("image", 3)})
+    examine_draws(run, {"text": item("text", 5), "image": item("image", 3)}, merge=True)
     assert run.merged == {"image"}, "nothing is known of a stream that nobody has met"
-    assert run.model.embedded == [("text", 5), ("image", 3)]
+    assert run.model.embedded == 2 * [("text", 5)] + 2 * [("image", 3)]
     assert run.model.training, "it is tried out in training mode"
     assert "equal text items of a batch are encoded each, since the model draws" in caplog.text
     assert "equal image items of a batch are encoded once" in caplog.text
@@ -71,9 +76,28 @@ def test_a_rank_without_a_stream_that_others_have_takes_a_filler(
     found = iter([[1, 1, 0], [1, 0]])  # streams that any rank has met; those that draw on any
     monkeypatch.setattr("vembed_ds.distributed.comm.all_max", lambda values: next(found))
     run = loop()
-    merge_duplicates(run, {"image": item("image", 3)})
-    assert run.model.embedded == [("text", 1), ("image", 3)]
+    examine_draws(run, {"image": item("image", 3)}, merge=True)
+    assert run.model.embedded == 2 * [("text", 1)] + 2 * [("image", 3)]
     assert run.merged == {"image"}
+
+
+def test_nothing_is_merged_unless_it_may_be() -> None:
+    run = loop()
+    examine_draws(run, {"image": item("image", 3)}, merge=False)
+    assert run.merged == frozenset()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_chunks_of_a_model_with_hidden_random_numbers_are_refused(merge: bool) -> None:
+    run, items = loop(), {"image": item("image", 3)}
+    run.model.hidden = itertools.count(1.0)
+    with pytest.raises(
+        ConfigError, match="use_gradient_cache=true: the model embeds one image item in two ways"
+    ):
+        examine_draws(run, items, merge=merge)
+    run.budget = ChunkBudget(None)  # nothing is computed twice
+    examine_draws(run, items, merge=merge)
+    assert run.merged == frozenset()
 
 
 def test_the_largest_item_of_every_stream_is_tried() -> None:
