@@ -101,7 +101,12 @@ def test_the_step_is_made_again_and_the_update_is_the_same(
 @pytest.mark.parametrize(
     ("stage", "gather", "expected"),
     # Where chunks gather, one that keeps its graph gathers less: all ranks keep what the poorest can.
-    [(2, "auto", [3, 2]), (3, "per_module", [2, 2]), (3, "once", [3, 2])],
+    [
+        (2, "auto", [3, 2]),
+        (3, "per_module", [2, 2]),
+        (3, "once", [3, 2]),
+        (3, "cache_pass", [1, 1]),  # there the number moves the last bit
+    ],
 )
 def test_graphs_are_kept_as_far_as_there_is_room(
     world: Callable[[int], World],

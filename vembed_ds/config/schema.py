@@ -428,7 +428,7 @@ class TrainingConfig(Section):
     )
     gradient_cache_kept_graphs: Literal["auto"] | PositiveInt = Field(
         default="auto",
-        description="Chunks that are not computed twice, because they keep the graph of their first pass: a number, or auto: as many as fit into memory. The update is the same.",
+        description="Chunks that are not computed twice, because they keep the graph of their first pass: a number, or auto: as many as fit into memory, but one where ZeRO-3 gathers with cache_pass. The update is the same (with cache_pass but for its last bit).",
     )
     gradient_reduction: Literal["once", "per_chunk", "auto"] = Field(
         default="once",

@@ -72,6 +72,11 @@ class TrainEngine:
         return not gathers and not isinstance(self._reduction, ReducedPerChunk)
 
     @property
+    def kept_graphs_are_free(self) -> bool:
+        """Whether the number of kept graphs moves no bit of the gradient."""
+        return self._gather is not Gather.CACHE_PASS
+
+    @property
     def bytes_beside_graphs(self) -> int:
         """What keeping several graphs takes beside them, and does not show in a first step that keeps one.
 

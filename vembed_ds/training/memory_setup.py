@@ -40,8 +40,12 @@ def step_memory(config: Config, engine: TrainEngine) -> StepMemory:
 
 def _kept_graphs(config: Config, engine: TrainEngine) -> KeptGraphs:
     number = config.training.gradient_cache_kept_graphs
-    if number != "auto":
+    if number != AUTO:
         return KeptGraphs(number)
+    if (
+        not engine.kept_graphs_are_free
+    ):  # a step after a restart keeps one, and would round otherwise
+        return KeptGraphs(1)
     meter = build_meter(engine.device, local_ranks=comm.local_world_size())
     budget = GraphBudget(meter, reserve=lambda: engine.bytes_beside_graphs)
     # What ZeRO-3 gathers for a chunk depends on whether it is computed again.
