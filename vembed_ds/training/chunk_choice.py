@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from vembed_ds.config.schema import Config
-from vembed_ds.data.chunking import size_of
 from vembed_ds.data.dataset import Sample
-from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.host_memory import free_host_bytes
 from vembed_ds.distributed.seeding import capture_rng, restore_rng
@@ -23,11 +21,12 @@ from vembed_ds.errors import VembedError
 from vembed_ds.planning.recommend import chunk_sizes
 from vembed_ds.planning.states import states_of
 from vembed_ds.steps.meters import DEVICE_MARGIN, HOST_SHARE
+from vembed_ds.steps.shortage import MemoryShortage, emptied, may_run_out
 from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.placement import placement
 from vembed_ds.training.plan import RunPlan
 from vembed_ds.training.step_costs import StepCosts
-from vembed_ds.training.step_items import SAMPLED, items_of
+from vembed_ds.training.step_items import SAMPLED, StepItems, items_of
 from vembed_ds.training.stream_setup import some_samples
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Need(NamedTuple):
 
     Attributes:
         size: Items of each stream per chunk.
-        chunk: Bytes of the passes over one chunk.
+        chunk: Bytes of the passes over one chunk, with the parameters that they gather.
         rest: Bytes of all else.
     """
 
@@ -51,8 +50,8 @@ def choose_chunks(loop: TrainingLoop, plan: RunPlan) -> None:
     """Let the loop cut its batches into the largest chunks that fit. Collective.
 
     Rank 0 counts what chunks take; every rank says what it has free; the least counts. On an
-    accelerator one chunk of the longest samples is then measured, and what it takes more than was
-    counted makes the chunks smaller.
+    accelerator one chunk of the longest samples is then measured; what it takes more than was counted
+    makes the chunks smaller, and so does memory that runs out there.
 
     Args:
         loop: Before its first step.
@@ -66,17 +65,17 @@ def choose_chunks(loop: TrainingLoop, plan: RunPlan) -> None:
     found = some_samples(plan.data, number=SAMPLED)
     comm.raise_together(next((s for s in found if isinstance(s, VembedError)), None))
     samples = [sample for sample in found if isinstance(sample, Sample)]
+    items = items_of(samples, loop.processor)
     accelerator = device.type != "cpu"
 
     def count() -> list[Need]:
-        items = items_of(samples, loop.processor)
         costs = StepCosts(plan.config, plan.spec, plan.losses, items, fused=accelerator)
         return needs_of(costs, plan.config, plan.ds_config, accelerator=accelerator)
 
     size = choose_size(
         comm.run_on_main(count, doing="counting what chunks take"),
         room=free_bytes(device, local_ranks=comm.local_world_size()),
-        measure=_Measured(loop, samples) if accelerator else None,
+        measure=_Measured(loop, items, plan.config.training.batch_size) if accelerator else None,
     )
     loop.budget = replace(loop.budget, items=size)
     restore_rng(before, device)
@@ -95,39 +94,53 @@ def needs_of(
         accelerator=accelerator,
     )
     states = states_of(costs.size, setting)
+    gathered = states.gathered_again if setting.gather == "per_module" else 0
     checkpointing = config.model.gradient_checkpointing
     found = []
     for size in chunk_sizes(costs.largest):
-        chunk = costs.chunk(size, checkpointing=checkpointing).first_peak
+        passes = costs.chunk(size, checkpointing=checkpointing)
+        chunk = gathered + (passes.peak if setting.reduction == "per_chunk" else passes.first_peak)
         peak = costs.peak(setting, chunk_size=size, checkpointing=checkpointing)
         found.append(Need(size, chunk, peak.total - states.allocated - chunk))
     return found
 
 
 def choose_size(
-    needs: Sequence[Need], *, room: int, measure: Callable[[int], int] | None = None
+    needs: Sequence[Need], *, room: int, measure: Callable[[int], int | None] | None = None
 ) -> int:
     """The largest size that fits on every rank. Collective.
 
     Args:
         needs: The same on every rank, the largest size first.
         room: Bytes that this rank has free.
-        measure: Of a size, the bytes of the passes over one chunk; collective. ``None``: not measured.
+        measure: Of a size, the bytes of the passes over one chunk; ``None`` on every rank where
+            memory ran out on any; collective. ``None``: not measured.
     """
-    size = _agreed(needs, room, worse=1.0)
-    worse = 1.0
+    most, size, worse = needs[0].size, _agreed(needs, room, worse=1.0), 1.0
     if measure is not None:
-        counted = next(need.chunk for need in needs if need.size == size)
-        worse = max(1.0, measure(size) / max(1, counted))
+        taken = measure(size)
+        while taken is None and (smaller := [need for need in needs if need.size < size]):
+            needs, size = smaller, smaller[0].size
+            taken = measure(size)
+        worse = max(1.0, (taken or 0) / max(1, _of(size, needs).chunk))
         size = _agreed(needs, room, worse=worse)
     if comm.is_main():
-        need = next(need for need in needs if need.size == size)
-        logger.info(
-            "gradient_cache_chunk_size: %d of %d items (a step takes %s more, of %s that are free%s)",
-            *(size, needs[0].size, _megabytes(need.rest + worse * need.chunk), _megabytes(room)),
-            f"; a chunk takes {worse:.2f} times what was counted" if worse > 1 else "",
-        )
+        _tell(_of(size, needs), most, room=room, worse=worse)
     return size
+
+
+def _of(size: int, needs: Sequence[Need]) -> Need:
+    return next(need for need in needs if need.size == size)
+
+
+def _tell(need: Need, most: int, *, room: int, worse: float) -> None:
+    takes = need.rest + worse * need.chunk
+    logger.log(
+        logging.INFO if takes <= room else logging.WARNING,
+        "gradient_cache_chunk_size: %d of %d items (a step takes %s more, of %s that are free%s)",
+        *(need.size, most, _megabytes(takes), _megabytes(room)),
+        f"; a chunk takes {worse:.2f} times what was counted" if worse > 1 else "",
+    )
 
 
 def free_bytes(device: torch.device, *, local_ranks: int) -> int:
@@ -157,41 +170,63 @@ class _Measured:
 
     Args:
         loop: Before its first step.
-        samples: Of this rank.
+        items: Of this rank.
+        batch_size: Pairs of this rank.
     """
 
-    def __init__(self, loop: TrainingLoop, samples: Sequence[Sample]) -> None:
-        self._loop = loop
-        self._longest: dict[str, EncodedItem] = {}
-        for sample in samples:
-            for item in (item for items in sample.roles.values() for item in items):
-                if size_of(item) >= size_of(self._longest.get(item.stream, item)):
-                    self._longest[item.stream] = item
+    def __init__(self, loop: TrainingLoop, items: StepItems, batch_size: int) -> None:
+        self._loop, self._items = loop, items
+        self._most = items.count(batch_size)
 
-    def __call__(self, size: int) -> int:
-        """Bytes at most beyond what was allocated before; collective."""
+    def __call__(self, size: int) -> int | None:
+        """Bytes at most beyond what was allocated before; collective.
+
+        Returns:
+            ``None`` on every rank where memory ran out on any; unless passes need the other ranks,
+            where it raises.
+        """
         engine = self._loop.engine
         memory: Any = torch.get_device_module(engine.device)
-        inputs = {stream: self._inputs(stream, size) for stream in self._streams()}
-        with engine.parameters_held(), engine.reduce_once():
-            memory.reset_peak_memory_stats(engine.device)
-            before = memory.memory_allocated(engine.device)
-            outputs = engine.embed(inputs)
-            terms = [out.float().sum() for out in outputs.values() if out.requires_grad]
-            engine.backward(torch.stack(terms).sum())
-            found = memory.max_memory_allocated(engine.device) - before
+        streams = self._streams()
+        try:
+            with (
+                engine.parameters_held(),
+                engine.reduce_once(),
+                may_run_out(self._agree if engine.chunks_are_local else None),
+            ):
+                memory.reset_peak_memory_stats(engine.device)
+                before = memory.memory_allocated(engine.device)
+                self._pass({stream: self._inputs(stream, size) for stream in streams})
+                taken = memory.max_memory_allocated(engine.device) - before
+        except MemoryShortage as error:
+            emptied(error)
+            taken = None
         engine.discard_gradients()
-        return int(found)
+        if taken is None:
+            memory.empty_cache()
+        return taken
+
+    def _pass(self, inputs: dict[str, dict[str, Tensor]]) -> None:
+        """Forward and backward."""
+        outputs = self._loop.engine.embed(inputs)
+        terms = [out.float().sum() for out in outputs.values() if out.requires_grad]
+        self._loop.engine.backward(torch.stack(terms).sum())
+
+    def _agree(self, cause: BaseException | None) -> None:
+        if comm.all_max([int(cause is not None)])[0]:
+            raise MemoryShortage(cause, kept=False, largest=1)
 
     def _streams(self) -> list[str]:
         """Those that any rank has; collective."""
         streams = self._loop.model.streams
-        met = comm.all_max([int(stream in self._longest) for stream in streams])
+        met = comm.all_max([int(stream in self._items.longest) for stream in streams])
         return [stream for stream, known in zip(streams, met, strict=True) if known]
 
     def _inputs(self, stream: str, size: int) -> dict[str, Tensor]:
-        item = self._longest.get(stream) or self._loop.processor.filler(stream)
-        padded = self._loop.pad(stream, [item] * size)
+        """So many of the longest item, but no more than a step has of that stream."""
+        item = self._items.longest.get(stream) or self._loop.processor.filler(stream)
+        number = max(1, min(size, self._most.get(stream, 1)))
+        padded = self._loop.pad(stream, [item] * number)
         return {k: v.to(self._loop.engine.device, non_blocking=True) for k, v in padded.items()}
 
 
