@@ -105,6 +105,48 @@ def test_more_ranks_hold_less_of_the_state_and_longer_texts_take_more(
     assert 0 < 2 * short["activations"] < long["activations"]
 
 
+def test_what_a_run_would_refuse_is_not_recommended(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(plan(run, "--json", "use_torch_compile=true")) == 0
+    found = read(capsys)
+    assert {way["zero_stage"] for way in found["ways"]} == {0, 2}
+    assert {way["largest_chunk_recomputing"] for way in found["ways"]} == {None}
+    file = str(ROOT / "ds_configs" / "zero3.json")
+    assert main(plan(run, "--ds_config", file, "use_torch_compile=true")) == 2
+    assert "use_torch_compile=true: ZeRO stage 3 gathers" in capsys.readouterr().err
+    quantized = ["use_lora=true", "load_in_4bit=true", "precision=bf16"]
+    assert main(plan(run, "--ds_config", file, *quantized)) == 2
+    assert "load_in_4bit=true: ZeRO stage 3" in capsys.readouterr().err
+
+
+def test_what_is_recommended_is_one_of_our_files_whatever_is_configured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    values["optimizer"] = {"type": "SGD", "params": {"lr": "auto"}}
+    values["zero_optimization"]["reduce_bucket_size"] = 1000
+    file = tmp_path / "sgd.json"
+    file.write_text(json.dumps(values))
+    assert main(plan(run, "--json", "--ds_config", str(file))) == 0
+    found = read(capsys)
+    assert (found["ways"][0]["moments"], found["ways"][0]["bucket"]) == (0, 1000)
+    others = [*found["ways"][1:], found["recommended"]]
+    assert {(way["moments"], way["bucket"]) for way in others} == {(2, 50_000_000)}
+
+
+def test_chunks_that_the_run_would_choose(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    automatic = ["gradient_cache_chunk_size=auto", "batch_size=4096", "--device", "cpu"]
+    sizes = []
+    for gib in (80, 0.55):
+        file = str(ROOT / "ds_configs" / "zero0.json")
+        main(plan(run, "--json", "--ds_config", file, "--tokens", "32", *automatic, gib=gib))
+        found = read(capsys)["ways"][0]
+        assert found["chunk_size"] == found["largest_chunk"]
+        sizes.append(found["chunk_size"])
+    assert 1 < sizes[1] < sizes[0] == 8192
+
+
 def test_teachers_are_named_as_not_counted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ["teacher_model_name=some/teacher", "teacher_mode=cached"]
     assert main(plan(run, "--tokens", "8", *teacher)) == 0
@@ -198,6 +240,8 @@ def test_what_was_not_compared_with_memory_is_refused(
     assert (
         "gradient_checkpointing_slice_size=4: what layers in slices hold" in capsys.readouterr().err
     )
+    assert main(plan(run, "gradient_cache_chunk_tokens=4096")) == 2
+    assert "gradient_cache_chunk_tokens=4096: chunks of so many" in capsys.readouterr().err
     values = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     values["zero_optimization"]["zero_hpz_partition_size"] = 2
     file = tmp_path / "hpz.json"

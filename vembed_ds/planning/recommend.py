@@ -130,7 +130,9 @@ def recommend(
         )
 
     best = min(ways, key=cost)
-    return Advice(best, "; ".join(_reasons(best, settings[0], small, largest, take)))
+    cheapest = Way(settings[0], small, False)
+    fits = take(cheapest).memory <= memory
+    return Advice(best, "; ".join(_reasons(best, cheapest, fits, largest, take)))
 
 
 def largest_chunk(
@@ -168,17 +170,19 @@ def chunk_sizes(largest: int) -> Iterator[int]:
 
 
 def _reasons(
-    best: Way, cheapest: Setting, small: int, largest: int, take: Callable[[Way], Outcome]
+    best: Way, cheapest: Way, fits: bool, largest: int, take: Callable[[Way], Outcome]
 ) -> Iterator[str]:
-    if best.setting == cheapest:
-        yield f"{cheapest.name} sends least and fits"
+    """Why this one, and not ``cheapest``, the first setting with the smallest chunks worth having."""
+    small, name = cheapest.chunk_size, cheapest.setting.name
+    if best.setting == cheapest.setting:
+        yield f"{name} sends least and fits"
+    elif fits:
+        yield f"{best.setting.name} sends no more than {name}, and larger chunks fit"
     else:
-        needs = take(Way(cheapest, small, False)).memory
-        yield (
-            f"{cheapest.name} would send less, but takes {needs / GIB:.1f} GiB with chunks of {small}"
-        )
+        needs = take(cheapest).memory
+        yield f"{name} would send less, but takes {needs / GIB:.1f} GiB with chunks of {small}"
     if best.checkpointing:
-        needs = take(Way(best.setting, small, False)).memory
+        needs = take(replace(cheapest, setting=best.setting)).memory
         yield f"without checkpointing a chunk of {small} takes {needs / GIB:.1f} GiB"
     if best.chunk_size == largest:
         yield "the whole batch fits at once"

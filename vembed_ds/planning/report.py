@@ -176,9 +176,10 @@ def settings_to_write(way: Way) -> dict[str, Any]:
         "use_gradient_cache": True,
         "gradient_cache_chunk_size": way.chunk_size,
         "gradient_checkpointing": way.checkpointing,
+        "gradient_reduction": setting.reduction,
     }
-    if setting.reduction != "once":
-        found["gradient_reduction"] = setting.reduction
+    if way.checkpointing and setting.reduction == "per_chunk":  # another mechanism is refused
+        found["activation_checkpointing"] = "huggingface"
     if setting.zero_stage == 3:
         found["zero3_gather"] = setting.gather
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config
+from vembed_ds.data.chunking import AUTO
 from vembed_ds.engine.ds_config import HPZ, load_ds_config, resolve_ds_config
 from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
 from vembed_ds.errors import ConfigError
@@ -23,7 +24,8 @@ from vembed_ds.planning.recommend import (
     settings_of,
 )
 from vembed_ds.planning.report import Line, Plan
-from vembed_ds.planning.states import states_of
+from vembed_ds.planning.states import Setting, states_of
+from vembed_ds.training.compiling import refuse_compiling
 from vembed_ds.training.data_setup import dataset_entries
 from vembed_ds.training.engine_setup import chunk_budget
 from vembed_ds.training.loss_setup import loss_configs
@@ -101,12 +103,8 @@ def plan_on(
             f"--gpu_memory {machine.memory_gib:g}: {RESERVE_GIB[machine.device]:g} GiB of it are set aside for "
             "what is not counted, so nothing is left; give more"
         )
-    slice_size = config.model.gradient_checkpointing_slice_size
-    if slice_size is not None:
-        raise ConfigError(
-            f"gradient_checkpointing_slice_size={slice_size}: what layers in slices hold was not compared "
-            "with memory; plan with null"
-        )
+    if problems := [*_not_compared(config)]:
+        raise ConfigError(problems)
     configured = None
     if ds_config is not None:  # what is wrong with it is said before anything is built
         configured = _resolved(config, machine, ds_config, origins or {})
@@ -130,15 +128,11 @@ class _Planner:
 
     def plan(self, title: str, configured: Mapping[str, Any] | None) -> Plan:
         machine, config = self._machine, self._config
-        base = placement(
-            config,
-            self._costs.size,
-            configured or OUR_FILES,
-            ranks=machine.ranks,
-            memory=int(GIB * machine.memory_gib),
-            accelerator=machine.device != "cpu",
+        base = self._placed(configured or OUR_FILES)
+        settings = settings_of(
+            self._placed(OUR_FILES),  # what is recommended names one of these
+            partitions=not (config.model.load_in_4bit or config.training.use_torch_compile),
         )
-        settings = settings_of(base, partitions=not config.model.load_in_4bit)
         told = settings
         if configured is not None:
             told = [base, *(setting for setting in settings if setting != base)]
@@ -150,7 +144,7 @@ class _Planner:
             take=self.outcome,
             checkpointing=recomputes,
         )
-        first = Way(base, self._chunk_size(), config.model.gradient_checkpointing)
+        first = Way(base, self._chunk_size(base), config.model.gradient_checkpointing)
         return Plan(
             title=f"{title} on {machine.nodes} x {machine.gpus} {machine.device} of "
             f"{machine.memory_gib:g} GiB",
@@ -168,11 +162,38 @@ class _Planner:
             left_out=[*_NOT_COUNTED[machine.device], *_left_out(config)],
         )
 
-    def _chunk_size(self) -> int:
-        return min(chunk_budget(self._config.training).items or self._largest, self._largest)
+    def _placed(self, ds_config: Mapping[str, Any]) -> Setting:
+        machine = self._machine
+        return placement(
+            self._config,
+            self._costs.size,
+            ds_config,
+            ranks=machine.ranks,
+            memory=int(GIB * machine.memory_gib),
+            accelerator=machine.device != "cpu",
+        )
+
+    def _chunk_size(self, setting: Setting) -> int:
+        """As configured; where that is ``auto``, what a run would choose."""
+        training = self._config.training
+        if not training.use_gradient_cache or training.gradient_cache_chunk_size != AUTO:
+            return min(chunk_budget(training).items or self._largest, self._largest)
+        found = self._largest_chunk(setting, self._config.model.gradient_checkpointing)
+        return found.chunk_size if found else 1
+
+    def _largest_chunk(self, setting: Setting, checkpointing: bool) -> Way | None:
+        return largest_chunk(
+            setting,
+            checkpointing,
+            largest=self._largest,
+            memory=self._machine.usable,
+            take=self.outcome,
+        )
 
     def _recomputes(self) -> bool:
         """Whether activations can be computed again."""
+        if self._config.training.use_torch_compile:  # it is refused
+            return False
         try:
             self._costs.chunk(1, checkpointing=True)
         except ConfigError:
@@ -182,20 +203,15 @@ class _Planner:
         return True
 
     def _line(self, way: Way, recomputes: bool) -> Line:
-        outcome, usable = self.outcome(way), self._machine.usable
-        largest = {
-            again: largest_chunk(
-                way.setting, again, largest=self._largest, memory=usable, take=self.outcome
-            )
-            for again in ([False, True] if recomputes else [False])
-        }
-        plain, again = largest[False], largest.get(True)
+        outcome = self.outcome(way)
+        plain = self._largest_chunk(way.setting, False)
+        again = self._largest_chunk(way.setting, True) if recomputes else None
         return Line(
             way=way,
             peak=self._peak(way),
             host=states_of(self._costs.size, way.setting).host,
             sent=outcome.sent,
-            fits=outcome.memory <= usable,
+            fits=outcome.memory <= self._machine.usable,
             largest=plain.chunk_size if plain else None,
             largest_recomputing=again.chunk_size if again else None,
         )
@@ -257,7 +273,31 @@ def _resolved(
             f"zero_optimization.{HPZ}={copies} ({path}): what a machine's copy takes was not compared with "
             "memory; plan without it"
         )
+    refuse_compiling(config, resolved)
+    if config.model.load_in_4bit and resolved["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            f"load_in_4bit=true: ZeRO stage 3 ({path}) cannot partition 4-bit weights; use stage 0, 1 or 2"
+        )
     return resolved
+
+
+def _not_compared(config: Config) -> Iterator[str]:
+    """Settings of which nobody knows whether a plan is right."""
+    training = config.training
+    slice_size, tokens = (
+        config.model.gradient_checkpointing_slice_size,
+        training.gradient_cache_chunk_tokens,
+    )
+    if slice_size is not None:
+        yield (
+            f"gradient_checkpointing_slice_size={slice_size}: what layers in slices hold was not compared "
+            "with memory; plan with null"
+        )
+    if training.use_gradient_cache and isinstance(tokens, int):
+        yield (
+            f"gradient_cache_chunk_tokens={tokens}: chunks of so many tokens were not compared with memory; "
+            "plan with auto"
+        )
 
 
 def _left_out(config: Config) -> list[str]:
@@ -269,8 +309,11 @@ def _left_out(config: Config) -> list[str]:
     ]
     if entries:
         found.append("what the loss compares with teachers")
-    if config.loss.guide_model_name is not None:
+    losses = loss_configs(config.loss, dataset_entries(config.data))
+    if any(own.guide_model_name is not None for own in losses):
         found.append("vectors of the guide")
+    if config.model.load_in_4bit:
+        found.append("a layer's weights in full while it computes")
     if config.training.use_torch_compile:
         found.append("what compiled layers take more or less")
     return found

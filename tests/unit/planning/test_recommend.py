@@ -15,6 +15,7 @@ from vembed_ds.planning.recommend import (
     recommend,
     settings_of,
 )
+from vembed_ds.planning.report import settings_to_write
 from vembed_ds.planning.states import Setting
 
 BASE = Setting(ranks=8, zero_stage=0, precision="bf16")
@@ -70,6 +71,36 @@ def test_rather_less_traffic_than_a_larger_chunk_but_no_tiny_ones() -> None:
     found = advise(47).way  # ZeRO-0 has room for 7 items only
     assert found is not None
     assert found.setting.zero_stage == 3
+
+
+def test_where_the_cheapest_fits_too_the_reason_says_so() -> None:
+    """Full training sends as much at ZeRO-3, gathered once, as at ZeRO-0."""
+
+    def as_much(way: Way) -> Outcome:
+        found = take(way)
+        return replace(found, sent=int(2e9)) if way.setting.zero_stage == 3 else found
+
+    advice = recommend(
+        settings_of(BASE),
+        largest=LARGEST,
+        memory=50 * GIB,
+        take=as_much,
+        checkpointing=False,
+    )
+    assert advice.way == Way(replace(BASE, zero_stage=3), 32, False)
+    assert advice.reason.startswith(
+        "ZeRO-3, gather once sends no more than ZeRO-0, and larger chunks fit; 32 is"
+    )
+
+
+def test_what_is_to_be_written_wins_over_what_is_configured() -> None:
+    plain = settings_to_write(Way(BASE, 8, False))
+    assert plain["gradient_reduction"] == "once"
+    assert "zero3_gather" not in plain
+    lean = replace(BASE, zero_stage=3, gather="per_module", reduction="per_chunk")
+    found = settings_to_write(Way(lean, 8, True))
+    assert found["gradient_reduction"] == "per_chunk"
+    assert found["activation_checkpointing"] == "huggingface"
 
 
 def test_the_host_comes_last() -> None:
