@@ -12,7 +12,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from vembed_ds.errors import ConfigError, one_line
 
 BACKEND = "inductor"
-GRAPHS_PER_LENGTH = 3  # chunks are embedded without gradient, differentiated, and evaluated
+GRAPHS_PER_LENGTH = 4
+"""In training and, as the self-test and evaluation do, in evaluation mode; each with gradient and without."""
 
 
 def compile_in_place(modules: Iterable[nn.Module], *, num_lengths: int) -> None:

@@ -104,7 +104,7 @@ class Trainer(TrainingLoop):
         items = TensorItems()
         _check_teacher(teacher_model, model, self.config)
         _check_saving(self.config.run)
-        _check_chunks(training)
+        _check_training(training)
         intervals = _intervals(self.config, steps_per_epoch=len(dataloader))
         task, teachers = criterion, NO_TEACHERS
         if teacher_model is not None:
@@ -310,7 +310,12 @@ def _save(
     return save_checkpoint(folder, model, engine, processor=processor, config=config)
 
 
-def _check_chunks(training: TrainingConfig) -> None:
+def _check_training(training: TrainingConfig) -> None:
+    if training.use_torch_compile:
+        raise ConfigError(
+            "use_torch_compile=True: the class Trainer gets batches that are padded already, to any length, "
+            "and compiles nothing; remove it, or train with the command vembed_ds.train"
+        )
     if training.use_gradient_cache and training.gradient_cache_chunk_size == AUTO:
         raise ConfigError(
             "gradient_cache_chunk_size='auto': the class Trainer cannot choose, because it meets items only in "

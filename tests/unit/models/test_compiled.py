@@ -43,9 +43,19 @@ def test_more_lengths_than_were_planned_end_the_run() -> None:
             module(torch.ones(number, length))
     with pytest.raises(
         ConfigError,
-        match="use_torch_compile=true: Doubling would be compiled more than 3 times; set use_torch_comp",
+        match="use_torch_compile=true: Doubling would be compiled more than 4 times; set use_torch_comp",
     ):
         module(torch.ones(2, 9))
+
+
+def test_one_length_is_trained_on_tested_and_evaluated() -> None:
+    """The four modes in which a run embeds."""
+    module = compile_one(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    for training in (True, False):
+        for gradient in (True, False):
+            with torch.set_grad_enabled(gradient):
+                for number in (2, 3):
+                    module.train(training)(torch.ones(number, 2))
 
 
 def test_modules_of_one_class_have_bounds_of_their_own() -> None:

@@ -343,16 +343,27 @@ def test_the_class_trainer_refuses_keys_of_checkpoints(
         )
 
 
-def test_the_class_trainer_chooses_no_chunk_size(clip_folder: Path) -> None:
-    automatic = {"use_gradient_cache": True, "gradient_cache_chunk_size": "auto"}
-    with pytest.raises(ConfigError, match="chunk_size='auto': the class Trainer cannot choose"):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"use_gradient_cache": True, "gradient_cache_chunk_size": "auto"},
+            "chunk_size='auto': the class Trainer cannot choose",
+        ),
+        ({"use_torch_compile": True}, "use_torch_compile=True: the class Trainer gets batches"),
+    ],
+)
+def test_the_class_trainer_refuses_what_it_cannot_follow(
+    clip_folder: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
         published.Trainer(
             published.build_model({"model_name": str(clip_folder)}),
             optimizer=None,
             dataloader=[{}],
             criterion=None,
             engine=None,
-            config={"model_name": str(clip_folder), **automatic},
+            config={"model_name": str(clip_folder), **settings},
         )
 
 
