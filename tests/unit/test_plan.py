@@ -89,6 +89,21 @@ def test_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "retrieval_mode=x2t: what the records hold is not known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("batching", "texts"), [("homogeneous", 64 * 4), ("mixed", 64 * 3)])
+def test_a_step_of_the_data_set_that_gives_most(
+    run: Path, batching: str, texts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two, one has two negatives for each pair."""
+    values = yaml.safe_load(run.read_text())
+    pairs = [{"query": f"q {n}", "positive": "p", "negatives": ["x", "y"]} for n in range(8)]
+    path = run.parent / "hard.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    values["datasets"] = [{"data_path": values.pop("data_path")}, {"data_path": str(path)}]
+    run.write_text(yaml.safe_dump(values | {"batching": batching}))
+    assert main(plan(run, "--json")) == 0
+    assert read(capsys)["items"] == {"text": texts}
+
+
 def test_more_ranks_hold_less_of_the_state_and_longer_texts_take_more(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,7 +65,8 @@ def choose_chunks(loop: TrainingLoop, plan: RunPlan) -> None:
     found = some_samples(plan.data, number=SAMPLED)
     comm.raise_together(next((s for s in found if isinstance(s, VembedError)), None))
     samples = [sample for sample in found if isinstance(sample, Sample)]
-    items = items_of(samples, loop.processor)
+    mixed = plan.config.data.batching == "mixed"
+    items = items_of(samples, loop.processor, mixed=mixed)
     accelerator = device.type != "cpu"
 
     def count() -> list[Need]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -79,19 +79,27 @@ def sample_items(config: Config, spec: ModelSpec) -> StepItems:
     samples = [sample for sample in found if isinstance(sample, Sample)]
     if errors and (not samples or config.data.on_bad_record == "fail"):
         raise errors[0]
-    return items_of(samples, processor)
+    return items_of(samples, processor, mixed=config.data.batching == "mixed")
 
 
-def items_of(samples: Sequence[Sample], processor: ItemProcessor) -> StepItems:
-    """A step of records like these, at least one."""
+def items_of(samples: Sequence[Sample], processor: ItemProcessor, *, mixed: bool) -> StepItems:
+    """A step of records like these.
+
+    Args:
+        samples: At least one; of all data sets.
+        processor: Of the model.
+        mixed: Whether a batch may hold records of several; otherwise it has as many items as one of
+            the data set that gives most.
+    """
     items = [item for sample in samples for role in sample.roles.values() for item in role]
     longest = {item.stream: item for item in sorted(items, key=_values)}
+    members = {0 if mixed else sample.member for sample in samples}
     per_pair: dict[str, dict[str, float]] = {}
-    for sample in samples:
-        for role, of_role in sample.roles.items():
-            counts = per_pair.setdefault(role, {})
-            for item in of_role:
-                counts[item.stream] = counts.get(item.stream, 0) + 1 / len(samples)
+    for member in members:
+        own = [sample for sample in samples if mixed or sample.member == member]
+        for role, counts in _per_pair(own).items():
+            most = per_pair.setdefault(role, {})
+            most |= {stream: max(n, most.get(stream, 0)) for stream, n in counts.items()}
     return StepItems(
         processor,
         per_pair,
@@ -100,6 +108,16 @@ def items_of(samples: Sequence[Sample], processor: ItemProcessor) -> StepItems:
         scores=any(sample.score is not None for sample in samples),
         origin=f"the longest of {len(samples)} records",
     )
+
+
+def _per_pair(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for sample in samples:
+        for role, of_role in sample.roles.items():
+            counts = found.setdefault(role, {})
+            for item in of_role:
+                counts[item.stream] = counts.get(item.stream, 0) + 1 / len(samples)
+    return found
 
 
 def imagined_items(config: Config, spec: ModelSpec, *, tokens: int) -> StepItems:
@@ -164,9 +182,10 @@ def _of_tables(config: Config, spec: ModelSpec) -> tuple[ItemProcessor, list[Sam
     ]
     processor = setup_processor(config, spec, needed=[source.reader for source in sources])
     found: list[Sample | VembedError] = []
-    for source in sources:
+    for member, source in enumerate(sources):
         dataset = build_dataset(source, processor=processor, config=config)
-        found += [dataset[row] for row in _spread(len(dataset))]
+        samples = (dataset[row] for row in _spread(len(dataset)))
+        found += [replace(s, member=member) if isinstance(s, Sample) else s for s in samples]
     return processor, found
 
 
