@@ -40,15 +40,14 @@ def _compiled(module: nn.Module, *, limit: int) -> Any:
 
     A single item runs uncompiled. It would need a graph of its own, in whose backward pass gradients of
     two parameters may be views of one tensor (a ViT's class token and positions, torch 2.13): autograd
-    keeps both without a copy, and adding the next chunk's to one of them changes the other. So does
-    what is called while every operation is watched: the step of which a CPU weighs the graphs.
+    keeps both without a copy, and adding the next chunk's to one of them changes the other.
     """
     plain: Callable[..., Any] = module._call_impl
     run = torch.compile(plain, **_settings(limit))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-        if _is_dispatch_watched() or any(len(tensor) == 1 for tensor in tensors):
+        if any(len(tensor) == 1 for tensor in tensors):
             return plain(*args, **kwargs)
         for tensor in tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -63,10 +62,6 @@ def _compiled(module: nn.Module, *, limit: int) -> Any:
             raise _refused(module, f"cannot be compiled ({_cause(error)})") from error
 
     return call
-
-
-def _is_dispatch_watched() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _refused(module: nn.Module, problem: str) -> ConfigError:

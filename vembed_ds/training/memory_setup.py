@@ -42,9 +42,10 @@ def _kept_graphs(config: Config, engine: TrainEngine) -> KeptGraphs:
     number = config.training.gradient_cache_kept_graphs
     if number != AUTO:
         return KeptGraphs(number)
-    if (
-        not engine.kept_graphs_are_free
-    ):  # a step after a restart keeps one, and would round otherwise
+    # Where it would round otherwise than the steps after it, a step after a restart must not measure:
+    # it keeps one graph, and on a CPU runs compiled modules uncompiled.
+    uncompiled = config.training.use_torch_compile and engine.device.type == "cpu"
+    if uncompiled or not engine.kept_graphs_are_free:
         return KeptGraphs(1)
     meter = build_meter(engine.device, local_ranks=comm.local_world_size())
     budget = GraphBudget(meter, reserve=lambda: engine.bytes_beside_graphs)
