@@ -64,6 +64,8 @@ def peak_of(states: States, cut: Cut, loss: LossMemory, *, precision: str, per_c
     buffers = {"buffers": states.buffers}
     embedding = {**held, **buffers, "parameters": states.parameters + states.gathered}
     replaying = {**held, **buffers, "parameters": states.parameters + states.gathered_again}
+    # What was gathered for all chunks is put away before the first one that is computed again.
+    later_parameters = replaying if kept == 1 else embedding
     summed = {"gradients": states.gradients}
     rows = {
         "loss": {
@@ -73,7 +75,7 @@ def peak_of(states: States, cut: Cut, loss: LossMemory, *, precision: str, per_c
             "loss": loss.peak - loss.kept,
         },
         "backward pass of the first chunk": {
-            **replaying,
+            **embedding,
             **(summed if per_chunk else {}),
             "activations": (kept - 1) * chunk.saved + first,
             "embeddings": loss.kept,
@@ -97,7 +99,7 @@ def peak_of(states: States, cut: Cut, loss: LossMemory, *, precision: str, per_c
             "embeddings": loss.kept,
         }
         rows["backward pass of a later chunk"] = {
-            **replaying,
+            **later_parameters,
             **summed,
             "activations": max(0, kept - 2) * chunk.saved + later,
             "embeddings": loss.kept,
