@@ -189,6 +189,7 @@ class _Measured:
         engine = self._loop.engine
         memory: Any = torch.get_device_module(engine.device)
         streams = self._streams()
+        taken: int | None = None
         try:
             with (
                 engine.parameters_held(),
@@ -198,10 +199,9 @@ class _Measured:
                 memory.reset_peak_memory_stats(engine.device)
                 before = memory.memory_allocated(engine.device)
                 self._pass({stream: self._inputs(stream, size) for stream in streams})
-                taken = memory.max_memory_allocated(engine.device) - before
+                taken = int(memory.max_memory_allocated(engine.device) - before)
         except MemoryShortage as error:
             emptied(error)
-            taken = None
         engine.discard_gradients()
         if taken is None:
             memory.empty_cache()

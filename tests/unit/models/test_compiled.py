@@ -48,9 +48,18 @@ def test_more_lengths_than_were_planned_end_the_run() -> None:
         module(torch.ones(2, 9))
 
 
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(2, 2), nn.Dropout(0.5)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.dropout(self.linear(values))
+
+
 def test_one_length_is_trained_on_tested_and_evaluated() -> None:
     """The four modes in which a run embeds."""
-    module = compile_one(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    module = compile_one(Dropping())
     for training in (True, False):
         for gradient in (True, False):
             with torch.set_grad_enabled(gradient):
