@@ -7,8 +7,10 @@ import importlib
 import os
 import socket
 import traceback
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch.multiprocessing as mp
 
@@ -20,9 +22,10 @@ class World:
 
     Args:
         size: Number of ranks.
+        environment: Variables that they have beside those of this process.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, environment: Mapping[str, str] | None = None) -> None:
         self.size = size
         context = mp.get_context("spawn")
         with socket.socket() as probe:
@@ -33,7 +36,8 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, port, theirs))
-            process.start()
+            with mock.patch.dict(os.environ, environment or {}):
+                process.start()
             self._connections.append(ours)
             self._processes.append(process)
 

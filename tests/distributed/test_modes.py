@@ -394,7 +394,8 @@ def test_a_width_that_the_model_lacks_ends_every_rank_before_training(
     assert not (tmp_path / "out" / "metrics.jsonl").exists() or not metrics_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_over_widths_and_layers(
     world: Callable[[int], World],
     make_config: Callable[..., str],

@@ -64,16 +64,15 @@ def plain(folders: dict[float, Path]) -> Callable[..., dict[str, Any]]:
     return compute
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("kind", "variant"), CELLS)
+@pytest.mark.parametrize(("cell", "stage"), one_in(2, CELLS, [0, 1, 2, 3]))
 def test_adapters(
     world: Callable[[int], World],
     folders: dict[float, Path],
     plain: Callable[..., Any],
-    kind: str,
-    variant: str,
+    cell: tuple[str, str],
     stage: int,
 ) -> None:
+    kind, variant = cell
     results = world(2).run(
         "tests.parity.lora_cases:train",
         folder=str(folders[0.0]),

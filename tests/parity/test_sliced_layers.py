@@ -54,7 +54,7 @@ def run(world: Callable[[int], World], folders: dict[float, Path]) -> Run:
 
 @pytest.mark.parametrize(
     ("kind", "way", "world_size", "chunk"),
-    one_in(10, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], WAYS, [1, 2], ["one", "uneven"]),
+    one_in(20, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], WAYS, [1, 2], ["one", "uneven"]),
 )
 def test_plain(
     run: Run, reference: Callable[..., Any], kind: str, way: str, world_size: int, chunk: str

@@ -61,7 +61,7 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "stage", "world_size", "chunk"),
-    one_in(3, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], STAGES, [1, 2], CHUNKS),
+    one_in(4, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], STAGES, [1, 2], CHUNKS),
 )
 def test_plain(
     world: Callable[[int], World],

@@ -107,6 +107,7 @@ def test_a_model_without_contents_holds_what_the_real_one_holds(
             )
 
 
+@pytest.mark.slow
 def test_every_family_can_be_counted(tmp_path: Path) -> None:
     for name, family in FAMILIES.items():
         family.save(tmp_path / name)
