@@ -73,26 +73,18 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage", "world_size"),
+    ("kind", "stage", "world_size", "backend"),
     [
-        pytest.param(*cell, marks=[] if cell in DEFAULT else [pytest.mark.slow])
-        for cell in product(KINDS, STAGES, [1, 2])
+        *(
+            pytest.param(*cell, "aot_eager", marks=[] if cell in DEFAULT else [pytest.mark.slow])
+            for cell in product(KINDS, STAGES, [1, 2])
+        ),
+        *(
+            pytest.param(*cell, "inductor", marks=pytest.mark.slow)
+            for cell in [("shared", 2, 2), ("clip", 0, 1)]
+        ),
     ],
 )
-def test_traced(
-    world: Callable[[int], World],
-    folders: dict[float, Path],
-    padded: Callable[..., Any],
-    kind: str,
-    stage: int,
-    world_size: int,
-) -> None:
-    results = run(world(world_size), folders[0.2], kind=kind, stage=stage, backend="aot_eager")
-    check(padded(kind, world_size), results)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage", "world_size"), [("shared", 2, 2), ("clip", 0, 1)])
 def test_compiled(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -100,8 +92,9 @@ def test_compiled(
     kind: str,
     stage: int,
     world_size: int,
+    backend: str,
 ) -> None:
-    results = run(world(world_size), folders[0.2], kind=kind, stage=stage, backend="inductor")
+    results = run(world(world_size), folders[0.2], kind=kind, stage=stage, backend=backend)
     check(padded(kind, world_size), results)
 
 

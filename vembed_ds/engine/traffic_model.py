@@ -107,6 +107,6 @@ def _gathers(zero3_gather: str, replayed: int, kept: int, reused: float) -> floa
         return 1 + replayed * again
     if (replayed, kept) == (0, 1):
         return again
-    # Passes without backward pass come between, so DeepSpeed's record of the order of modules
-    # never fits, and nothing is kept for a backward pass.
+    # Passes without backward pass come first, and what DeepSpeed decides in them of every module it
+    # does not decide again: nothing is kept for a backward pass (docs/decisions.md).
     return 3.0 * replayed + 2 * kept

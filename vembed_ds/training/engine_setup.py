@@ -40,13 +40,43 @@ logger = logging.getLogger(__name__)
 def fill_ds_config(
     config: Config, raw: Mapping[str, Any], *, origin: str, origins: Mapping[str, str]
 ) -> dict[str, Any]:
-    """DeepSpeed's config with our values in place of ``"auto"``."""
-    accelerator, optimizer = get_accelerator(), config.optimizer
-    return resolve_ds_config(
+    """DeepSpeed's config with our values in place of ``"auto"``, for the ranks that run this."""
+    accelerator = get_accelerator()
+    return fill_ds_config_for(
+        config,
         raw,
         origin=origin,
         origins=origins,
         world_size=comm.world_size(),
+        device_type=accelerator.device_name(),
+        fp16_supported=bool(accelerator.is_fp16_supported()),
+        bf16_supported=bool(accelerator.is_bf16_supported()),
+    )
+
+
+def fill_ds_config_for(
+    config: Config,
+    raw: Mapping[str, Any],
+    *,
+    origin: str,
+    origins: Mapping[str, str],
+    **machine: Any,
+) -> dict[str, Any]:
+    """The same for any ranks.
+
+    Args:
+        config: Of the run.
+        raw: DeepSpeed's, as it stands in its file.
+        origin: That file's name, for messages.
+        origins: Where the values of ``config`` came from.
+        machine: ``world_size``, ``device_type``, ``fp16_supported`` and ``bf16_supported`` of
+            :func:`resolve_ds_config`.
+    """
+    optimizer = config.optimizer
+    return resolve_ds_config(
+        raw,
+        origin=origin,
+        origins=origins,
         batch_size=config.training.batch_size,
         precision=config.model.precision,
         gradient_reduction=config.training.gradient_reduction,
@@ -55,9 +85,7 @@ def fill_ds_config(
         betas=(optimizer.adam_beta1, optimizer.adam_beta2),
         eps=optimizer.adam_epsilon,
         weight_decay=optimizer.weight_decay,
-        device_type=accelerator.device_name(),
-        fp16_supported=bool(accelerator.is_fp16_supported()),
-        bf16_supported=bool(accelerator.is_bf16_supported()),
+        **machine,
     )
 
 

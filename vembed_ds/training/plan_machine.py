@@ -11,7 +11,7 @@ from typing import Any
 from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config
 from vembed_ds.data.chunking import AUTO
-from vembed_ds.engine.ds_config import HPZ, load_ds_config, resolve_ds_config
+from vembed_ds.engine.ds_config import HPZ, load_ds_config
 from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
 from vembed_ds.errors import ConfigError
 from vembed_ds.planning.memory import Peak
@@ -27,7 +27,7 @@ from vembed_ds.planning.report import Line, Plan
 from vembed_ds.planning.states import Setting, states_of
 from vembed_ds.training.compiling import refuse_compiling
 from vembed_ds.training.data_setup import dataset_entries
-from vembed_ds.training.engine_setup import chunk_budget
+from vembed_ds.training.engine_setup import chunk_budget, fill_ds_config_for
 from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.placement import placement
@@ -249,23 +249,15 @@ class _Planner:
 def _resolved(
     config: Config, machine: Machine, path: Path, origins: Mapping[str, str]
 ) -> dict[str, Any]:
-    optimizer = config.optimizer
-    resolved = resolve_ds_config(
+    resolved = fill_ds_config_for(
+        config,
         load_ds_config(path),
         origin=str(path),
         origins=origins,
         world_size=machine.ranks,
-        batch_size=config.training.batch_size,
-        precision=config.model.precision,
-        max_grad_norm=optimizer.max_grad_norm,
-        lr=optimizer.lr,
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        eps=optimizer.adam_epsilon,
-        weight_decay=optimizer.weight_decay,
         device_type=machine.device,
         fp16_supported=machine.device != "cpu",
         bf16_supported=True,
-        gradient_reduction=config.training.gradient_reduction,
     )
     copies = resolved["zero_optimization"].get(HPZ, 1)
     if copies != 1:
