@@ -30,20 +30,32 @@ def count_bytes(
     modes: dict[str, str],
     chunk_size: int | None,
     slice_size: int | None = None,
+    kept: int = 1,
+    looked_at: bool = False,
 ) -> dict[str, Any]:
-    """Bytes that this rank sends in its fourth step, and what they depend on."""
+    """Bytes that this rank sends in its fifth step, and what they depend on.
+
+    Args:
+        looked_at: The model embeds before its first step and between others, as in a run.
+    """
     model = cases.make_model(Path(folder), kind="shared", temperature=0.1)
     if slice_size:
         backbone = model.trained_backbones()[0]
         enable_activation_checkpointing(backbone, mechanism="", slice_size=slice_size)
     engine = cases.make_engine(model, ds_config=ds_config, modes=modes)
     model.train()
-    for step in range(3):
-        cases.train_step(engine, model, "shared", step, chunk_size, True, 0.1)
+
+    def take_step(step: int) -> None:
+        cases.train_step(engine, model, "shared", step, chunk_size, True, 0.1, kept=kept)
         engine.step()
+
+    for number, step in enumerate((0, 1, 2, 1)):
+        if looked_at and number in (0, 2):
+            _evaluate(engine)
+            model.train()
+        take_step(step)
     with CountedTraffic() as traffic:
-        cases.train_step(engine, model, "shared", 3, chunk_size, True, 0.1)
-        engine.step()
+        take_step(3)
     sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     roles = cases.rank_roles("shared", 3)
     found = {
@@ -55,6 +67,13 @@ def count_bytes(
     }
     engine.engine.destroy()
     return found
+
+
+def _evaluate(engine: TrainEngine) -> None:
+    roles = {"query": cases.rank_roles("shared", 7)["query"]}  # as many on every rank
+    plan = lay_out(roles, budget=ChunkBudget(2)).alone()
+    engine.module.eval()
+    embed_plan(engine, plan, pad=_pad)
 
 
 def whole_gradients(*, folder: str, ds_config: dict[str, Any], modes: dict[str, str]) -> list[int]:

@@ -62,8 +62,7 @@ def predict_step_bytes(
         persistent: Elements of the parameters that ZeRO-3 keeps gathered between passes, because
             they are small (``stage3_param_persistence_threshold``).
         reused: The share of the others that stays gathered from a chunk's forward to its backward
-            pass: 1 where the model has fewer elements than ``stage3_max_reuse_distance``, else
-            towards 0.
+            pass, as :func:`reused_share` tells.
         machine_ranks: ``zero_hpz_partition_size``: those of a machine have a copy between them, from
             which all but the first gather of a step are.
         scatter_units: 2 with gloo, which scatters a reduced tensor by reducing it for all.
@@ -84,6 +83,19 @@ def predict_step_bytes(
     )
 
 
+def reused_share(parameters: int, reuse_distance: int) -> float:
+    """The share of a model that ZeRO-3 keeps gathered from its forward to its backward pass.
+
+    A parameter is kept whose next use is less than so many elements away, and from its forward to
+    its backward pass all that come behind it are used twice.
+
+    Args:
+        parameters: Elements that a pass uses.
+        reuse_distance: ``stage3_max_reuse_distance``.
+    """
+    return min(1.0, reuse_distance / (2 * max(1, parameters)))
+
+
 def predict_embedding_bytes(
     *, world_size: int, rows: int, width: int, scatter_units: int = 1
 ) -> float:
@@ -102,11 +114,9 @@ def _gathers(zero3_gather: str, replayed: int, kept: int, reused: float) -> floa
     """How often ZeRO-3 gathers a parameter in one step."""
     if zero3_gather == "once":
         return 1.0
-    again = 2 - reused  # of a chunk's forward and backward pass
     if zero3_gather == "cache_pass":
-        return 1 + replayed * again
-    if (replayed, kept) == (0, 1):
-        return again
-    # Passes without backward pass come first, and what DeepSpeed decides in them of every module it
-    # does not decide again: nothing is kept for a backward pass (docs/decisions.md).
-    return 3.0 * replayed + 2 * kept
+        return 1 + replayed * (2 - reused)
+    # A pass without gradient leaves gathered what a backward pass would soon need, for the next one.
+    # Where several graphs are kept, the order of modules is recorded anew behind them.
+    anew = kept > 1 and replayed > 0
+    return reused * (replayed + kept + anew) + (1 - reused) * (3 * replayed + 2 * kept)

@@ -16,6 +16,7 @@ from vembed_ds.engine.choices import Gather, Reduce
 from vembed_ds.engine.loss_scale import LossScaleUpdates
 from vembed_ds.engine.reduced import Piece, norm_of, reduced_pieces
 from vembed_ds.engine.reduction import ReducedOnce, ReducedPerChunk, Reduction
+from vembed_ds.engine.releases import forget_releases_with_the_order
 from vembed_ds.engine.whole_parameters import WholeParameters
 
 
@@ -46,6 +47,8 @@ class TrainEngine:
         self._trained = list(self._names)
         reduction = ReducedPerChunk if reduce is Reduce.PER_CHUNK else ReducedOnce
         self._reduction: Reduction = reduction(engine, self._trained)
+        if self.zero_stage == 3:
+            forget_releases_with_the_order(engine)
         self._gather = gather if self.zero_stage == 3 else Gather.PER_MODULE
         held = self._gather is not Gather.PER_MODULE
         self._whole = WholeParameters(engine, without=idle) if held else None

@@ -32,6 +32,7 @@ class Setting:
         buckets: 1, or 2 where reduction and backward pass overlap.
         persistence: Stage 3 keeps parameters whole that have at most so many values.
         live_limit: Most values of parameters that stage 3 holds whole.
+        reuse_distance: Stage 3 keeps a parameter whole that is used again within so many values.
         moments: Float32 values that the optimizer keeps of each parameter.
         accelerator: Whether memory is taken as soon as it is allocated, and the optimizer goes over all
             parameters at once; on a CPU neither is so.
@@ -48,6 +49,7 @@ class Setting:
     buckets: int = 1
     persistence: int = 100_000
     live_limit: int = 1_000_000_000
+    reuse_distance: int = 1_000_000_000
     moments: int = 2
     accelerator: bool = True
 

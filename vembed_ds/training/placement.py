@@ -49,6 +49,7 @@ def placement(
         buckets=2 if zero.get("overlap_comm") and stage < 3 else 1,
         persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
         live_limit=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        reuse_distance=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
         moments=2 if is_adam else int(momentum != 0),
         accelerator=accelerator,
     )

@@ -12,7 +12,11 @@ from vembed_ds.config.distillation import teacher_entries
 from vembed_ds.config.schema import Config
 from vembed_ds.data.chunking import AUTO
 from vembed_ds.engine.ds_config import HPZ, load_ds_config
-from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
+from vembed_ds.engine.traffic_model import (
+    predict_embedding_bytes,
+    predict_step_bytes,
+    reused_share,
+)
 from vembed_ds.errors import ConfigError
 from vembed_ds.planning.memory import Peak
 from vembed_ds.planning.recommend import (
@@ -238,7 +242,7 @@ class _Planner:
             zero3_gather=setting.gather,
             gradient_reduction=setting.reduction,
             persistent=small,
-            reused=float(size.total <= setting.live_limit),
+            reused=reused_share(size.total, setting.reuse_distance),
         )
         embeddings = predict_embedding_bytes(
             world_size=setting.ranks, rows=setting.ranks, width=self._costs.gathered_values

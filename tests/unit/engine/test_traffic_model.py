@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
-from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
+from vembed_ds.engine.traffic_model import (
+    predict_embedding_bytes,
+    predict_step_bytes,
+    reused_share,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,13 +26,20 @@ from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step
         ({"zero_stage": 2, "gradient_reduction": "per_chunk"}, 952),
         ({"zero_stage": 3, "zero3_gather": "once"}, 168),
         ({"zero_stage": 3, "zero3_gather": "cache_pass"}, 560),
-        ({"zero_stage": 3, "zero3_gather": "per_module", "kept_chunks": 0}, 1456),
+        ({"zero_stage": 3, "zero3_gather": "per_module"}, 560),
+        # Where nothing is kept gathered from one pass to the next:
+        ({"zero_stage": 3, "zero3_gather": "cache_pass", "reused": 0.0}, 952),
+        (
+            {"zero_stage": 3, "zero3_gather": "per_module", "kept_chunks": 0, "reused": 0.0},
+            1456,
+        ),
         (
             {
                 "zero_stage": 3,
                 "zero3_gather": "per_module",
                 "kept_chunks": 0,
                 "gradient_reduction": "per_chunk",
+                "reused": 0.0,
             },
             2240,
         ),
@@ -65,3 +76,10 @@ def test_small_frozen_and_many() -> None:
     nearby = predict_step_bytes(**settings, machine_ranks=2)
     assert nearby[:2] == (0.75 * 2 * 800, 0.5 * 2 * 800 * 3 * 1.5)
     assert predict_embedding_bytes(world_size=4, rows=8, width=10) == 0.75 * 2 * 4 * 80
+
+
+def test_what_is_reused() -> None:
+    """Counted from a parameter's forward to its backward pass: all that come behind it, twice."""
+    assert reused_share(100, 200) == reused_share(100, 10**9) == 1
+    assert reused_share(100, 50) == 0.25
+    assert reused_share(100, 0) == 0
