@@ -13,7 +13,7 @@ from torch import nn
 
 from vembed_ds.errors import ConfigError, one_line
 from vembed_ds.models.embedding_model import EmbeddingModel
-from vembed_ds.planning.tracing import Inputs, Trace, fake_like, trace
+from vembed_ds.planning.tracing import Inputs, Trace, inputs_without_contents, trace
 
 Array = npt.NDArray[np.float64]
 TRACED = (16, 32)
@@ -77,10 +77,7 @@ class ChunkCosts:
 
     def _made(self, items: int) -> Inputs:
         return {
-            stream: {
-                name: fake_like(self._model, value) if value.is_floating_point() else value
-                for name, value in chunk.items()
-            }
+            stream: inputs_without_contents(self._model, chunk)
             for stream, chunk in self._inputs(items).items()
         }
 

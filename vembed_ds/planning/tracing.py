@@ -180,11 +180,18 @@ def _fake(parameter: nn.Parameter, dtype: torch.dtype, mode: FakeTensorMode) -> 
     return fake
 
 
-def fake_like(model: nn.Module, tensor: Tensor) -> Tensor:
-    """A tensor without contents, to be computed with beside a model of :func:`without_contents`."""
-    mode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
-    with mode:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+def inputs_without_contents(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of a stream for a model of :func:`without_contents`.
+
+    Whole numbers and masks stay: models read them.
+    """
+    with next(model.parameters()).fake_mode:  # type: ignore[attr-defined]
+        made = {
+            name: torch.empty(value.shape, dtype=value.dtype)
+            for name, value in inputs.items()
+            if value.is_floating_point()
+        }
+    return {**inputs, **made}
 
 
 class Trace(NamedTuple):

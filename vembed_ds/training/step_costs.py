@@ -27,7 +27,7 @@ from vembed_ds.planning.loss import Embedded, LossMemory, loss_memory
 from vembed_ds.planning.memory import Cut, Peak, peak_of
 from vembed_ds.planning.parameters import size_of
 from vembed_ds.planning.states import Setting, states_of
-from vembed_ds.planning.tracing import Inputs, fake_like, without_contents
+from vembed_ds.planning.tracing import Inputs, inputs_without_contents, without_contents
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss
 from vembed_ds.streams import FEATURES, IMAGE_INPUTS, JOINT, is_learned
@@ -212,19 +212,16 @@ class StepCosts:
 
     def _feature_width(self, part: str) -> int:
         stream = next(s for s in self.items if s in (part, JOINT))
-        inputs = self._without_contents(self._pad(stream, 2))
+        inputs = inputs_without_contents(self._model, self._pad(stream, 2))
         only = {n: v for n, v in inputs.items() if (n in IMAGE_INPUTS) == (part == "image")}
         with torch.no_grad():
             return int(self._model.encoder.features(part, only).shape[-1])
 
     def _few(self) -> Inputs:
         """Two items of every stream, for a pass of the model."""
-        return {stream: self._without_contents(self._pad(stream, 2)) for stream in self.items}
-
-    def _without_contents(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: fake_like(self._model, value) if value.is_floating_point() else value
-            for name, value in inputs.items()
+            stream: inputs_without_contents(self._model, self._pad(stream, 2))
+            for stream in self.items
         }
 
     def _embed(self) -> Embedded:
