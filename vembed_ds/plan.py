@@ -21,6 +21,7 @@ exit code: 0 something fits (with --ds_config: what is configured), 1 nothing do
 """
 
 EXIT_TOO_LARGE = 1
+MOST = 1_000_000  # of anything that is counted here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,8 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {MOST}")
     return int(text)
 
 

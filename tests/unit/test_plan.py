@@ -51,13 +51,18 @@ def test_a_table_and_what_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{run} on 1 x 8 cuda of 80 GiB"
     assert (
-        "  a rank's step: 64 pairs, 128 x text (the longest of 8 records), embeddings of 12"
-        in lines
+        "  a rank's step: 64 pairs, 128 x text (the longest of 8 records; 8 do not fill one global batch "
+        "of 512 (batch_size x ranks), so that a run would refuse them), embeddings of 12" in lines
     )
     assert any(line.startswith("  ZeRO-3, gather once  ") for line in lines)
     chosen = next(line for line in lines if line.startswith("recommended: "))
     assert "--ds_config=ds_configs/zero0.json use_gradient_cache=true" in chosen
     assert lines[-1] == "  because ZeRO-0 sends least and fits; the whole batch fits at once"
+
+
+def test_enough_records(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan(run, "--json", "batch_size=1")) == 0
+    assert read(capsys)["items_from"] == "the longest of 8 records"
 
 
 def test_what_is_configured_comes_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,8 +180,12 @@ def test_teachers_are_named_as_not_counted(run: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (["--gpus", "0"], "argument --gpus: 0: give a whole number from 1 on"),
-        (["--gpus", "many"], "argument --gpus: many: give a whole number from 1 on"),
+        (["--gpus", "0"], "argument --gpus: 0: give a whole number from 1 to 1000000"),
+        (
+            ["--nodes", "1000001"],
+            "argument --nodes: 1000001: give a whole number from 1 to 1000000",
+        ),
+        (["--gpus", "many"], "argument --gpus: many: give a whole number from 1 to 1000000"),
         (["--gpu_memory", "-1"], "argument --gpu_memory: -1: give a number of GiB above 0"),
         (["--gpu_memory", "nan"], "argument --gpu_memory: nan: give a number of GiB above 0"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),

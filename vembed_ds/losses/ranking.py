@@ -92,7 +92,7 @@ def inversions(
         tie: ``[r, 1]``, wanted values that differ by no more have no order; ``None``: equal ones.
 
     Returns:
-        ``[r]``.
+        ``[r]``; NaN where something wanted is NaN, which has no order.
     """
     if known is None:
         known = torch.ones_like(wanted, dtype=torch.bool)
@@ -107,7 +107,8 @@ def inversions(
     # Not where nothing is below: minus infinity there would give NaN in the backward pass.
     valid = known & (lower > (~known).sum(dim=1, keepdim=True))
     terms = torch.where(valid, sums - values, -torch.inf)
-    return log_one_plus(torch.logsumexp(terms, dim=1))
+    undefined = (known & sorted_wanted.isnan()).any(dim=1)
+    return log_one_plus(torch.logsumexp(terms, dim=1)).masked_fill(undefined, torch.nan)
 
 
 def _own_or_in_batch(

@@ -157,13 +157,24 @@ class _Planner:
             width=self._costs.width,
             batch_size=config.training.batch_size,
             items=self._costs.items,
-            origin=self._items.origin,
+            origin=self._origin(),
             memory=machine.usable,
             reserve=machine.reserve,
             lines=[self._line(replace(first, setting=s), recomputes) for s in told],
             configured=configured is not None,
             advice=advice,
             left_out=[*_NOT_COUNTED[machine.device], *_left_out(config)],
+        )
+
+    def _origin(self) -> str:
+        """Where the items are from, and whether there are enough of them to train."""
+        records = self._items.records
+        batch = self._config.training.batch_size * self._machine.ranks
+        if records is None or records >= batch:
+            return self._items.origin
+        return (
+            f"{self._items.origin}; {records} do not fill one global batch of {batch} (batch_size x ranks), "
+            "so that a run would refuse them"
         )
 
     def _placed(self, ds_config: Mapping[str, Any]) -> Setting:

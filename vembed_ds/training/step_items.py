@@ -37,6 +37,7 @@ class StepItems:
         labels: Whether pairs have classes.
         scores: Whether they have graded similarities.
         origin: Where that is known from, for people.
+        records: How many there are to fill a batch from; ``None``: not known.
     """
 
     processor: ItemProcessor
@@ -45,6 +46,7 @@ class StepItems:
     labels: bool
     scores: bool
     origin: str
+    records: int | None = None
 
     @property
     def parts(self) -> set[str]:
@@ -70,16 +72,19 @@ def sample_items(config: Config, spec: ModelSpec) -> StepItems:
     Raises:
         VembedError: The data cannot be read.
     """
+    records = None
     if config.data.streaming:
         data = setup_stream(config, spec)
         processor, found = data.processor, some_samples(data, number=SAMPLED)
     else:
-        processor, found = _of_tables(config, spec)
+        processor, found, numbers = _of_tables(config, spec)
+        records = sum(numbers) if config.data.batching == "mixed" else min(numbers)
     errors = [sample for sample in found if isinstance(sample, VembedError)]
     samples = [sample for sample in found if isinstance(sample, Sample)]
     if errors and (not samples or config.data.on_bad_record == "fail"):
         raise errors[0]
-    return items_of(samples, processor, mixed=config.data.batching == "mixed")
+    items = items_of(samples, processor, mixed=config.data.batching == "mixed")
+    return replace(items, records=records)
 
 
 def items_of(samples: Sequence[Sample], processor: ItemProcessor, *, mixed: bool) -> StepItems:
@@ -174,7 +179,10 @@ def _imagined(letter: str, tokens: int, processor: ItemProcessor) -> EncodedItem
     return _cut(item, tokens)
 
 
-def _of_tables(config: Config, spec: ModelSpec) -> tuple[ItemProcessor, list[Sample | VembedError]]:
+def _of_tables(
+    config: Config, spec: ModelSpec
+) -> tuple[ItemProcessor, list[Sample | VembedError], list[int]]:
+    """The processor, some samples, and how many records each data set has."""
     entries = dataset_entries(config.data)
     sources = [
         open_source(entry, key=f"datasets[{name}].data_path" if name else "data_path")
@@ -182,11 +190,13 @@ def _of_tables(config: Config, spec: ModelSpec) -> tuple[ItemProcessor, list[Sam
     ]
     processor = setup_processor(config, spec, needed=[source.reader for source in sources])
     found: list[Sample | VembedError] = []
+    numbers = []
     for member, source in enumerate(sources):
         dataset = build_dataset(source, processor=processor, config=config)
+        numbers.append(len(dataset))
         samples = (dataset[row] for row in _spread(len(dataset)))
         found += [replace(s, member=member) if isinstance(s, Sample) else s for s in samples]
-    return processor, found
+    return processor, found, numbers
 
 
 def _spread(number: int) -> Iterator[int]:

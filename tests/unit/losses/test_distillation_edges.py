@@ -232,3 +232,14 @@ def test_how_much_larger_the_gradient_of_the_task_is(
     alone = followed(name, temperature=temperature)
     task = gradient_norm(replace(alone, alpha=lambda step: 1.0))
     assert task / gradient_norm(alone) == pytest.approx(times, rel=0.05)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize("name", SIMILARITY_LOSSES)
+def test_a_teacher_that_says_nan_is_not_followed(name: str, scores: bool) -> None:
+    """The loss is NaN, which ends the step: sorted, NaN would only be the largest of all."""
+    inputs = given(4, [1, 2, 0, 3], scores=scores)
+    (teacher,) = inputs.teachers
+    values = teacher.positive if isinstance(teacher, TeacherScores) else teacher.query.values
+    values[1] = math.nan
+    assert loss_of(inputs, followed(name)).isnan()
