@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import signal
 import sys
 import traceback
@@ -87,8 +88,14 @@ def run_on_ranks(prepare: Callable[[], Prepared]) -> int:
         The exit code. A rank that the others still wait for exits here.
     """
     _quiet()
-    from vembed_ds.distributed import comm, launcher
+    from vembed_ds.distributed import announced, comm, launcher
+    from vembed_ds.errors import VembedError
 
+    try:
+        announced.adopt_environment()
+    except VembedError as error:
+        _report(error)
+        return EXIT_ERROR
     code = _run(prepare)
     if code == EXIT_STOPPED:
         _ignore_signals([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -134,6 +141,7 @@ def _run(prepare: Callable[[], Prepared]) -> int:
     prepared = Prepared(JOIN_MINUTES, lambda: None)
     try:
         prepared = prepare()
+        _require_device()
     except VembedError as error:
         mistake = error
         _report(error)
@@ -181,6 +189,29 @@ def _tell(notices: Sequence[str]) -> None:
         logging.getLogger("vembed_ds").warning("%s", notice)
 
 
+def _require_device() -> None:
+    """Every rank of this machine has an accelerator of its own, where there are accelerators.
+
+    Raises:
+        DistributedError: Not this one.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    from vembed_ds.distributed import comm
+    from vembed_ds.errors import DistributedError, counted
+
+    accelerator = get_accelerator()
+    kind, count = accelerator.device_name(), accelerator.device_count()
+    if kind == "cpu" or comm.local_rank() < count:
+        return
+    raise DistributedError(
+        f"LOCAL_RANK={comm.local_rank()} on {platform.node()}: the rank sees {counted(count, kind + ' device')}, "
+        f"and needs number {comm.local_rank()}; start at most {counted(count, 'rank')} on this machine "
+        "(--num_gpus, slots=), and hide none from its ranks (CUDA_VISIBLE_DEVICES; srun: "
+        "--gpus-per-node instead of --gpus-per-task)"
+    )
+
+
 def _start(timeout_minutes: float) -> None:
     """Pick this rank's device, or its share of the cores, and join the other ranks."""
     import torch
@@ -190,7 +221,8 @@ def _start(timeout_minutes: float) -> None:
 
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(comm.local_rank())
+        if comm.local_rank() < accelerator.device_count():  # else the ranks are about to be told
+            accelerator.set_device(comm.local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         # Every rank would start a thread per core, and they would wait for each other.
         cores = len(os.sched_getaffinity(0))

@@ -14,14 +14,12 @@ import torch
 import torch.distributed as dist
 
 from vembed_ds.distributed import rendezvous
+from vembed_ds.distributed.announced import adopt_environment
 from vembed_ds.distributed.heartbeat import Heartbeat, is_exchange_error
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.errors import DistributedError, PeerError, VembedError, one_line
 
 T = TypeVar("T")
-
-# How srun and mpirun tell a process that it is one of several.
-_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 _this_thread = threading.local()  # .group: where its collectives travel; None: the usual way
 _heartbeat: Heartbeat | None = None  # from start-up to shutdown, where there are several ranks
@@ -30,6 +28,8 @@ _timeout = timedelta(minutes=30)
 
 def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
     """Join the process group that the launcher describes; a world of 1 without a launcher.
+
+    Launchers are ``deepspeed``, torchrun, srun and mpirun (:mod:`vembed_ds.distributed.announced`).
 
     Collective: every rank calls it once. Host tensors always travel over gloo, so that
     control messages never wait for the accelerator. From here on the ranks watch each other
@@ -40,15 +40,15 @@ def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
         timeout_minutes: A collective that waits longer than this fails; so does this start.
 
     Raises:
-        DistributedError: Another launcher started several processes without telling them who
-            they are; the port is taken; or the ranks cannot reach each other.
+        DistributedError: The launcher does not tell its processes who they are; the port is
+            taken; or the ranks cannot reach each other.
         PeerError: A rank did not come.
     """
     global _heartbeat, _timeout
     if dist.is_initialized():
         return
+    adopt_environment()
     if "RANK" not in os.environ:
-        _refuse_unnamed_ranks()
         _describe_world_of_one()
     backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
     _timeout = timedelta(minutes=timeout_minutes)
@@ -332,17 +332,6 @@ def require_equal(value: Any, *, what: str) -> None:
 
 def _group() -> Any:
     return getattr(_this_thread, "group", None)
-
-
-def _refuse_unnamed_ranks() -> None:
-    """Processes that do not know of each other would each train alone, in one folder."""
-    for variable in _OTHER_LAUNCHERS:
-        if int(os.environ.get(variable) or "1") > 1:
-            raise DistributedError(
-                f"{variable}={os.environ[variable]}: started by another launcher, without RANK, "
-                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; start with `deepspeed "
-                "--module vembed_ds.train` or torchrun, or set these five"
-            )
 
 
 def _describe_world_of_one() -> None:

@@ -1,0 +1,1 @@
+"""What a run needs of its machines, looked at before it begins."""
