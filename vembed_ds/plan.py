@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vembed_ds.plan",
+        prog="vembed-ds plan",
         description="Say what a run takes of a rank's memory and sends per step at every ZeRO stage, "
         "whether it fits, and which settings to take. Nothing is loaded but configurations, the tokenizer and "
         "some records.",

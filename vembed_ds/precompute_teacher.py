@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vembed_ds.command import Prepared, add_run_arguments, announce_rank, load_run, run_on_ranks
 
 EXAMPLES = """examples:
+  vembed-ds precompute-teacher --config my.yaml
   deepspeed --num_gpus 8 --module vembed_ds.precompute_teacher --config my.yaml
   python -m vembed_ds.precompute_teacher --config my.yaml --config_override teacher_cache=vectors
 exit code: 0 every item of the training data is in teacher_cache, 2 something must be mended
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="vembed_ds.precompute_teacher",
+        prog="vembed-ds precompute-teacher",
         description="Embed every item of the training data with the cached teachers of a run, into "
         "teacher_cache; what is there already is not embedded again. Training does the same by "
         "itself: the command is for doing it on other machines, or once for many runs.",

@@ -17,6 +17,8 @@ from vembed_ds.command import (
 )
 
 EXAMPLES = """examples:
+  vembed-ds train --ds_config ds_configs/zero2.json --config my.yaml
+  vembed-ds train --num_gpus 8 --hostfile hosts --ds_config ds_configs/zero2.json --config my.yaml
   deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
   python -m vembed_ds.train --ds_config ds_configs/zero0.json --config my.yaml \\
       --config_override lr=1e-4 batch_size=64
@@ -27,7 +29,8 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, set up this rank, train; returns the exit code."""
-    arguments = _parse(argv)
+    arguments = build_parser().parse_args(argv)
+    announce_rank(arguments)
     return run_on_ranks(lambda: _prepare(arguments))
 
 
@@ -55,9 +58,10 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
     return Prepared(config.run.timeout_minutes, work)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        prog="vembed_ds.train",
+        prog="vembed-ds train",
         description="Train an embedding model on DeepSpeed.",
         epilog=EXAMPLES + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,9 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY",
         help="settings that may differ from those of the checkpoint that --resume goes on from",
     )
-    arguments = parser.parse_args(argv)
-    announce_rank(arguments)
-    return arguments
+    return parser
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ STATUS_FILE = "VEMBED_STATUS_FILE"  # the environment's name for it
 
 # Programs and modules that start ranks and wait for them. What started those may end before them:
 # a shell does, behind `nohup`.
-_LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+_LAUNCHERS = {
+    "vembed-ds",
+    "vembed_ds",
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+}
 
 
 def tell(word: str, value: object) -> None:
@@ -51,7 +59,7 @@ _unwritable: set[str] = set()
 
 
 class Launcher:
-    """The launcher of this process, if it has one: up to two processes above it."""
+    """The launcher of this process, if it has one: up to three processes above it."""
 
     def __init__(self) -> None:
         self._chain: list[tuple[int, int]] = []  # a process, and its parent

@@ -1,0 +1,84 @@
+"""Which machines a launch means, and whether the launcher reaches them from here."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vembed_ds.distributed.announced import DEFAULT_PORT
+from vembed_ds.errors import ConfigError
+from vembed_ds.launching.flags import require_consistent
+from vembed_ds.launching.hostfile import hostfile_of, read_hostfile, used_hosts
+
+logger = logging.getLogger(__name__)
+
+
+class Target(NamedTuple):
+    """Ranks of every machine, in order (empty: this machine, without a host file), and flags to reach them.
+
+    ``by_ssh``: the launcher starts them from here, through pdsh or mpirun.
+    """
+
+    hosts: dict[str, int]
+    flags: dict[str, Any]
+    by_ssh: bool
+
+
+def target_of(flags: Mapping[str, Any]) -> Target:
+    """What the flags of the launcher mean, with a port that is free where it can be known.
+
+    Raises:
+        ConfigError: They contradict each other or the host file, or the port is taken.
+    """
+    require_consistent(flags)
+    hosts = _hosts(flags)
+    if "no_ssh" in flags:
+        return Target(hosts, dict(flags), by_ssh=False)
+    if len(hosts) > 1 or (hosts and "force_multi" in flags):
+        return Target(hosts, dict(flags), by_ssh=True)
+    if hosts:
+        logger.warning(
+            "one machine is left, %s: its ranks start on this one; --force_multi reaches it by ssh",
+            *hosts,
+        )
+    port = free_port(flags.get("master_port"))
+    return Target(hosts, {**flags, "master_port": port}, by_ssh=False)
+
+
+def free_port(wanted: int | None) -> int:
+    """The port for ranks on this machine: the one that is asked for, else the default, else a free one.
+
+    Raises:
+        ConfigError: The one that is asked for is taken.
+    """
+    try:
+        return _bound(wanted or DEFAULT_PORT)
+    except OSError as error:
+        if wanted is not None:
+            raise ConfigError(
+                f"--master_port={wanted}: cannot be used on this machine ({error.strerror}); leave it "
+                "out to get a free one, or end the job that has it"
+            ) from error
+    port = _bound(0)
+    logger.warning("port %d is taken; the ranks meet at %d", DEFAULT_PORT, port)
+    return port
+
+
+def _bound(port: int) -> int:
+    """The port, if nobody listens there; 0: any."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as rank 0 will
+        probe.bind(("", port))
+        number: int = probe.getsockname()[1]
+        return number
+
+
+def _hosts(flags: Mapping[str, Any]) -> dict[str, int]:
+    path = hostfile_of(flags)
+    if path is not None:
+        return used_hosts(read_hostfile(path), flags)
+    if flags.get("num_nodes", 1) > 1:
+        raise ConfigError(f"--num_nodes={flags['num_nodes']}: needs --hostfile, which names them")
+    return {}

@@ -1,0 +1,64 @@
+"""What a machine says of itself within a second: versions, code, clock. Imports no torch.
+
+``python -m vembed_ds.preflight.facts`` prints it as one marked line, which others find behind
+whatever a login prints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import vembed_ds
+
+MARK = "vembed-facts: "
+PACKAGES = ("torch", "deepspeed", "transformers")  # must be alike on all machines of a run
+
+
+def facts() -> dict[str, Any]:
+    """Host, versions by name, a digest of this package's code, and the time in seconds."""
+    return {
+        "host": platform.node(),
+        "versions": {
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            **{name: installed_version(name) for name in PACKAGES},
+            "vembed_ds": f"{vembed_ds.__version__} (code {code_digest()})",
+        },
+        "time": time.time(),
+    }
+
+
+def installed_version(package: str) -> str:
+    """``"none"`` where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def code_digest() -> str:
+    """Eight characters that change with any module of this package."""
+    folder = Path(vembed_ds.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def parse_facts(text: str) -> dict[str, Any] | None:
+    """What :func:`facts` gave, out of what a command printed; ``None``: it is not in there."""
+    for line in text.splitlines():
+        if line.startswith(MARK):
+            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
+            return found
+    return None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{MARK}{json.dumps(facts())}\n")
