@@ -24,6 +24,9 @@ from vembed_ds.launching.remote import exported, pdsh_word, write_environment
 
 STATUS_FILE = "VEMBED_STATUS_FILE"  # vembed_ds.distributed.launcher writes it
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Without these pdsh waits two hours for a machine that has gone, long after all ranks have ended.
+_SSH_FLAGS = "-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+_SSH_FAILED = 255  # pdsh gives the largest code of all machines
 _UNEXPECTED, _TO_MEND = 1, 2
 
 
@@ -47,6 +50,8 @@ def launch(module: str, arguments: Sequence[str], *, flags: Mapping[str, Any], b
             variables = exported(os.environ, [Path.home(), Path.cwd()])
             write_environment(Path(folder) / "environment", variables)
             environment["DS_ENV_FILE"] = str(Path(folder) / "environment")
+            given = environment.get("PDSH_SSH_ARGS_APPEND", "")  # of two values ssh takes the first
+            environment["PDSH_SSH_ARGS_APPEND"] = f"{given} {_SSH_FLAGS}".strip()
         command = launcher_command(module, arguments, flags=flags, by_ssh=by_ssh)
         return _Child(command, environment, by_ssh=by_ssh).wait()
 
@@ -97,6 +102,9 @@ class _Child:
             _say(
                 "the launcher ended with 0, but no rank said that it is done: its ranks were killed"
             )
+            return _UNEXPECTED
+        if code == _SSH_FAILED and self._by_ssh:
+            _say("the connection to a machine broke, or could not be made: see above which")
             return _UNEXPECTED
         return code if code >= 0 else 128 - code
 
