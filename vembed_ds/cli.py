@@ -19,7 +19,7 @@ from vembed_ds.distributed.announced import other_launcher
 from vembed_ds.errors import ConfigError, VembedError
 from vembed_ds.launching.flags import add_flags, split
 from vembed_ds.launching.hostfile import hostfile_of
-from vembed_ds.launching.target import target_of
+from vembed_ds.launching.target import local_devices, target_of
 
 
 class Command(NamedTuple):
@@ -167,15 +167,6 @@ def _is_launch(flags: Mapping[str, Any]) -> bool:
     if devices == 0:
         sys.stderr.write(f"vembed-ds: {_CPU_NOTICE}\n")
     return devices > 1
-
-
-def local_devices() -> int:
-    """Accelerators that a run here would use; 0: it is on the CPU."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
-    import torch
-
-    return torch.accelerator.device_count()
 
 
 def _launch(module: str, arguments: Sequence[str], flags: Mapping[str, Any]) -> int:

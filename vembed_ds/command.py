@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vembed_ds.config.schema import Config
+    from vembed_ds.errors import VembedError
 
 # With a traceback; or a rank or loader process died or hung, replicas differ, or a disk or file
 # server failed in a way that may pass: a restart may help.
@@ -141,14 +142,13 @@ def _run(prepare: Callable[[], Prepared]) -> int:
     prepared = Prepared(JOIN_MINUTES, lambda: None)
     try:
         prepared = prepare()
-        _require_device()
     except VembedError as error:
         mistake = error
         _report(error)
     try:
-        _start(prepared.timeout_minutes)
+        lacking = _start(prepared.timeout_minutes)
         # The launcher ends all ranks as soon as one exits: a later one would never say why.
-        comm.raise_together(mistake)
+        comm.raise_together(mistake or lacking)
         prepared.work()
     except Exception as error:  # noqa: BLE001 (whatever it is, this process ends with it)
         if mistake is not None:  # what is wrong has been said, though the others may not have come
@@ -189,39 +189,36 @@ def _tell(notices: Sequence[str]) -> None:
         logging.getLogger("vembed_ds").warning("%s", notice)
 
 
-def _require_device() -> None:
-    """Every rank of this machine has an accelerator of its own, where there are accelerators.
-
-    Raises:
-        DistributedError: Not this one.
-    """
-    from deepspeed.accelerator import get_accelerator
-
+def _missing_device(kind: str, count: int) -> VembedError | None:
+    """What to tell all ranks, when this machine has no accelerator for this one."""
     from vembed_ds.distributed import comm
     from vembed_ds.errors import DistributedError, counted
 
-    accelerator = get_accelerator()
-    kind, count = accelerator.device_name(), accelerator.device_count()
     if kind == "cpu" or comm.local_rank() < count:
-        return
-    raise DistributedError(
-        f"LOCAL_RANK={comm.local_rank()} on {platform.node()}: the rank sees {counted(count, kind + ' device')}, "
-        f"and needs number {comm.local_rank()}; start at most {counted(count, 'rank')} on this machine "
-        "(--num_gpus, slots=), and hide none from its ranks (CUDA_VISIBLE_DEVICES; srun: "
-        "--gpus-per-node instead of --gpus-per-task)"
+        return None
+    return DistributedError(
+        f"LOCAL_RANK={comm.local_rank()} on {platform.node()}: the rank sees "
+        f"{counted(count, f'{kind} device')} and needs number {comm.local_rank()}; start at most "
+        f"{counted(count, 'rank')} on this machine (--num_gpus, slots=), and hide none from its ranks "
+        "(CUDA_VISIBLE_DEVICES; srun: --gpus-per-node instead of --gpus-per-task)"
     )
 
 
-def _start(timeout_minutes: float) -> None:
-    """Pick this rank's device, or its share of the cores, and join the other ranks."""
+def _start(timeout_minutes: float) -> VembedError | None:
+    """Pick this rank's device, or its share of the cores, and join the other ranks.
+
+    Returns:
+        What is wrong with this rank's device.
+    """
     import torch
     from deepspeed.accelerator import get_accelerator
 
     from vembed_ds.distributed import comm
 
     accelerator = get_accelerator()
+    lacking = _missing_device(accelerator.device_name(), accelerator.device_count())
     if accelerator.device_name() != "cpu":
-        if comm.local_rank() < accelerator.device_count():  # else the ranks are about to be told
+        if lacking is None:
             accelerator.set_device(comm.local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         # Every rank would start a thread per core, and they would wait for each other.
@@ -230,6 +227,7 @@ def _start(timeout_minutes: float) -> None:
     comm.init_distributed(device_type=accelerator.device_name(), timeout_minutes=timeout_minutes)
     level = logging.INFO if comm.is_main() else logging.ERROR
     logging.getLogger("vembed_ds").setLevel(level)
+    return lacking
 
 
 def _quiet() -> None:

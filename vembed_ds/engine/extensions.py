@@ -44,12 +44,18 @@ def prepare_extensions(ds_config: Mapping[str, Any]) -> Path:
     Returns:
         The folder.
     """
-    folder = Path(os.environ.setdefault(FOLDER, str(_default_folder())))
+    folder = extensions_folder()
+    os.environ[FOLDER] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = needed_extensions(ds_config) if comm.local_rank() == 0 else []
     comm.run_together(lambda: _build(folder, names), doing=f"building {names} in {folder}")
     _hold(folder, fcntl.LOCK_SH)
     return folder
+
+
+def extensions_folder() -> Path:
+    """``TORCH_EXTENSIONS_DIR``, else a folder per machine, torch and DeepSpeed version."""
+    return Path(os.environ.get(FOLDER) or _default_folder())
 
 
 def _build(folder: Path, names: list[str]) -> None:
@@ -82,7 +88,7 @@ def wait_for_builds(folder: Path) -> None:
         VembedError: A ``lock`` older than any compilation takes.
     """
     started, told = time.monotonic(), False
-    while ages := _lock_ages(folder):
+    while ages := lock_ages(folder):
         lock, age = max(ages.items(), key=lambda found: found[1])
         if age > OLDEST_BUILD_SECONDS:
             raise VembedError(
@@ -100,7 +106,7 @@ def wait_for_builds(folder: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _lock_ages(folder: Path) -> dict[Path, float]:
+def lock_ages(folder: Path) -> dict[Path, float]:
     """Torch's ``lock`` files, and how many seconds old they are."""
     found = {lock: _age_seconds(lock) for lock in folder.glob("**/lock")}
     return {lock: age for lock, age in found.items() if age is not None}

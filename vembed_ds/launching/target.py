@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -45,6 +46,15 @@ def target_of(flags: Mapping[str, Any]) -> Target:
         )
     port = free_port(flags.get("master_port"))
     return Target(hosts, {**flags, "master_port": port}, by_ssh=False)
+
+
+def local_devices() -> int:
+    """Accelerators that a run on this machine would use; 0: it would be on the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch  # here: it takes seconds
+
+    return torch.accelerator.device_count()
 
 
 def free_port(wanted: int | None) -> int:

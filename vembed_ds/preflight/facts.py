@@ -1,6 +1,6 @@
 """What a machine says of itself within a second: versions, code, clock. Imports no torch.
 
-``python -m vembed_ds.preflight.facts`` prints it as one marked line, which others find behind
+``python -m vembed_ds.preflight.facts PORT`` prints it as one marked line, which others find behind
 whatever a login prints.
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import socket
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import vembed_ds
 
@@ -21,8 +24,8 @@ MARK = "vembed-facts: "
 PACKAGES = ("torch", "deepspeed", "transformers")  # must be alike on all machines of a run
 
 
-def facts() -> dict[str, Any]:
-    """Host, versions by name, a digest of this package's code, and the time in seconds."""
+def facts(port: int | None = None) -> dict[str, Any]:
+    """Host, versions by name with a digest of this package's code, who listens on a port, time in seconds."""
     return {
         "host": platform.node(),
         "versions": {
@@ -30,6 +33,7 @@ def facts() -> dict[str, Any]:
             **{name: installed_version(name) for name in PACKAGES},
             "vembed_ds": f"{vembed_ds.__version__} (code {code_digest()})",
         },
+        "port_owner": None if port is None else port_owner(port),
         "time": time.time(),
     }
 
@@ -51,6 +55,21 @@ def code_digest() -> str:
     return digest.hexdigest()[:8]
 
 
+def port_owner(port: int) -> str | None:
+    """Who listens on a port of this machine, such as ``"python, pid 12"``; ``None``: it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as rank 0 will
+        try:
+            probe.bind(("", port))
+            return None
+        except OSError as error:
+            reason = error.strerror or str(error)
+    for connection in psutil.net_connections("tcp"):
+        if connection.pid and connection.laddr and connection.laddr.port == port:
+            return f"{psutil.Process(connection.pid).name()}, pid {connection.pid}"
+    return reason
+
+
 def parse_facts(text: str) -> dict[str, Any] | None:
     """What :func:`facts` gave, out of what a command printed; ``None``: it is not in there."""
     for line in text.splitlines():
@@ -61,4 +80,4 @@ def parse_facts(text: str) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{MARK}{json.dumps(facts())}\n")
+    sys.stdout.write(f"{MARK}{json.dumps(facts(int(sys.argv[1])))}\n")

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vembed_ds.distributed.announced import DEFAULT_PORT
 from vembed_ds.errors import ConfigError
 from vembed_ds.preflight.facts import facts, parse_facts
 from vembed_ds.preflight.findings import FAIL, OK, WARN, Finding, failed
@@ -54,7 +55,21 @@ def ask_hosts(hosts: Sequence[str], flags: Mapping[str, Any]) -> list[Finding]:
         if answer.facts is not None:
             findings.append(_versions(answer.host, answer.facts["versions"], own=own))
             findings.append(_clock(answer.host, answer.seconds))
+    first = answers[0]
+    if first.facts is not None and "master_addr" not in flags:  # rank 0's machine
+        owner = first.facts["port_owner"]
+        findings.append(
+            port_finding(flags.get("master_port", DEFAULT_PORT), owner, host=first.host)
+        )
     return findings
+
+
+def port_finding(port: int, owner: str | None, *, host: str = "") -> Finding:
+    """Whether rank 0 can wait for the others at ``port`` of its machine."""
+    if owner is None:
+        return Finding("port", f"{port} is free", OK, "", host)
+    finding = f"MASTER_PORT={port} is taken ({owner})"
+    return Finding("port", finding, FAIL, "choose a free one by --master_port", host)
 
 
 def require_hosts(hosts: Sequence[str], flags: Mapping[str, Any]) -> None:
@@ -107,7 +122,8 @@ def _command(flags: Mapping[str, Any]) -> str:
     if "venv_script" in flags:
         parts.append(f"source {shlex.quote(flags['venv_script'])}")
     python = f"PYTHONPATH={shlex.quote(path)} {shlex.quote(sys.executable)}"
-    parts.append(f"{python} -m vembed_ds.preflight.facts")
+    port = flags.get("master_port", DEFAULT_PORT)
+    parts.append(f"{python} -m vembed_ds.preflight.facts {port}")
     return "; ".join(parts)
 
 
