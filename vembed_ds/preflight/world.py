@@ -166,8 +166,9 @@ def exchange() -> Finding:
         mean = comm.mean_over_ranks(tensor)
         wrong = int((mean != (ranks - 1) / 2).sum())  # waits for the device
         seconds.append(time.monotonic() - started)
-    if comm.all_max([wrong])[0]:
-        finding = f"{wrong} of {tensor.numel()} sums over {ranks} ranks are wrong"
+    [most] = comm.all_max([wrong])
+    if most:
+        finding = f"{most} of {tensor.numel()} sums over {ranks} ranks are wrong"
         return Finding("all-reduce", finding, FAIL, "look for broken memory or network hardware")
     backend = "gloo" if device == "cpu" else "nccl"
     speed = EXCHANGED_MIB / min(seconds)
