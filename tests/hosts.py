@@ -68,13 +68,13 @@ class Hosts:
             _ip("-n", space, "link", "set", "lo", "up")
         self._write_settings()
         for index in range(len(self._spaces)):
-            server = [str(shutil.which("sshd")), "-f", str(self.folder / "sshd_config")]
+            server = [_program("sshd"), "-f", str(self.folder / "sshd_config")]
             subprocess.run(self.inside(index, server), check=True, timeout=20)
 
     def inside(self, index: int, command: Sequence[str]) -> list[str]:
         """``command`` as run on a machine; to be run with :meth:`environment`."""
         named = ["sh", "-c", f'hostname host-{index}; exec "$@"', "sh", *command]
-        return ["ip", "netns", "exec", self._spaces[index], "unshare", "--uts", *named]
+        return [_program("ip"), "netns", "exec", self._spaces[index], "unshare", "--uts", *named]
 
     def environment(self) -> dict[str, str]:
         """Where ``ssh`` knows these machines, and what dead connections are noticed by."""
@@ -103,7 +103,7 @@ class Hosts:
     def processes(self, index: int, *, of: str = "") -> list[int]:
         """Of a machine, those in whose command line ``of`` stands."""
         done = subprocess.run(
-            ["ip", "netns", "pids", self._spaces[index]],
+            [_program("ip"), "netns", "pids", self._spaces[index]],
             check=False,
             capture_output=True,
             text=True,
@@ -116,7 +116,9 @@ class Hosts:
             for process in self.processes(index):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
+            subprocess.run(
+                [_program("ip"), "netns", "del", space], check=False, capture_output=True
+            )
         for link in (*self._links, self._bridge):
             subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)
 
@@ -129,7 +131,7 @@ class Hosts:
         Path("/run/sshd").mkdir(exist_ok=True)
         # The client reads only the settings of the user's real home; so does the one of pdsh.
         ssh = self.folder / "ssh"
-        ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
+        ssh.write_text(f'#!/bin/sh\nexec {_program("ssh")} -F {self.folder}/ssh_config "$@"\n')
         ssh.chmod(0o755)
 
 
@@ -151,12 +153,17 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
 def _require_means() -> None:
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+    if missing := [name for name in PROGRAMS if not _program(name)]:
         pytest.skip(f"not installed: {', '.join(missing)} (iproute2, openssh-server, pdsh)")
 
 
+def _program(name: str) -> str:
+    """Its path; empty: it is not installed."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or ""
+
+
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20)
+    subprocess.run([_program("ip"), *words], check=True, capture_output=True, text=True, timeout=20)
 
 
 def _command_line(process: int) -> str:
