@@ -200,3 +200,11 @@ def test_documents_that_are_not_finite_stop_every_rank(world: Callable[[int], Wo
 def test_a_missing_faiss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "faiss is not installed; run pip install 'vembed-ds[faiss]'" in case(backend="faiss")
+
+
+def test_many_equal_scores_are_cut_in_row_order() -> None:
+    """``topk`` itself chooses some of them."""
+    queries, corpus = Embeddings(torch.ones(3, 4)), Embeddings(torch.ones(4000, 4))
+    corpus.values[[7, 3000], 0] = 0.5  # less similar
+    found = search(queries, corpus, k=9, chunk_size=2)
+    assert found.rows.tolist() == [[0, 1, 2, 3, 4, 5, 6, 8, 9]] * 3

@@ -257,6 +257,15 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return total / world_size()
 
 
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum of ``value`` over the ranks, any shape, on its device. Collective."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        with phase(Kind.WAITING):
+            dist.all_reduce(total)
+    return total
+
+
 def raise_together(error: VembedError | None) -> None:
     """Raise on every rank when any rank has an error, so that none waits for the other.
 

@@ -5,7 +5,7 @@ Shapes: Q queries, C documents of a shard, c queries of a chunk, B documents of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def search(
     k: int,
     chunk_size: int,
     reduction: str = "mean",
-    ignored: Sequence[Sequence[int]] | None = None,
+    ignored: Sequence[Sequence[int]] | Pairs | None = None,
     backend: str = "exact",
 ) -> Found:
     """The k most similar documents of every query, by cosine or MaxSim.
@@ -98,7 +98,7 @@ def search(
             ``BLOCK_ELEMENTS`` similarities, or ``chunk_size`` where that is more.
         reduction: Of MaxSim.
         ignored: Per query, rows of the whole corpus that do not compete: the query itself, or what
-            is known to answer it; the same on every rank.
+            is known to answer it; or the same as pairs. The same on every rank.
         backend: ``exact``; ``faiss``: its exact flat index, of single vectors; ``faiss:INDEX``: an
             index of its factory, such as ``faiss:HNSW32``, which may miss documents.
 
@@ -114,7 +114,7 @@ def search(
         DistributedError: When they are not on another rank.
     """
     index = _faiss_index(backend, query_emb)
-    pairs = None if ignored is None else _pairs(ignored, num_queries=len(query_emb))
+    pairs = _pairs(ignored, num_queries=len(query_emb))
     start = check_corpus(query_emb, corpus_emb)
     if index is not None:
         found = comm.run_together(
@@ -288,13 +288,21 @@ def _merged(own: Found, *, k: int, chunk_size: int) -> Found:
     return own
 
 
-def _pairs(listed: Sequence[Sequence[int]], *, num_queries: int) -> Pairs:
-    if len(listed) != num_queries:
-        raise ValueError(f"{num_queries} queries, but {len(listed)} lists of ignored rows")
-    counts = torch.tensor([len(rows) for rows in listed], dtype=torch.int64)
+def _pairs(ignored: Sequence[Sequence[int]] | Pairs | None, *, num_queries: int) -> Pairs | None:
+    if ignored is None or isinstance(ignored, Pairs):
+        return ignored
+    if len(ignored) != num_queries:
+        raise ValueError(f"{num_queries} queries, but {len(ignored)} lists of ignored rows")
+    return pairs_of(ignored)
+
+
+def pairs_of(rows: Sequence[Iterable[int]]) -> Pairs:
+    """The rows of query 0, of query 1, ..., as pairs."""
+    listed = [list(found) for found in rows]
+    counts = torch.tensor([len(found) for found in listed], dtype=torch.int64)
     return Pairs(
-        torch.arange(num_queries).repeat_interleave(counts),
-        torch.tensor([row for rows in listed for row in rows], dtype=torch.int64),
+        torch.arange(len(listed)).repeat_interleave(counts),
+        torch.tensor([row for found in listed for row in found], dtype=torch.int64),
     )
 
 
