@@ -139,7 +139,7 @@ def _pair_scores(
     own = torch.nonzero((places >= 0) & (places < len(corpus_emb))).flatten()
     tokens = (query_emb.mask, corpus_emb.mask)
     size = int(np.prod([mask.shape[1] for mask in tokens if mask is not None]) * query_emb.width)
-    for chosen in own.split(max(1, search.BLOCK_ELEMENTS // size)):
+    for chosen in torch.split(own, max(1, search.BLOCK_ELEMENTS // size)):
         queries, documents = (
             embeddings.rows(index.to(embeddings.values.device)).float()
             for embeddings, index in (
