@@ -61,7 +61,9 @@ def case(
         corpus.values[poison] = torch.nan
     shard = corpus.rows(slice(*SHARDS[comm.world_size()][comm.rank()]))
     try:
-        found = relevant_ranks(queries, shard, relevance(GRADES, ignored), chunk_size=chunk_size)
+        found = relevant_ranks(
+            queries, shard, relevance(GRADES, ignored), chunk_size=chunk_size
+        ).ranks
     except VembedError as error:
         return f"{type(error).__name__}: {error}"
     return found.tolist()
@@ -134,7 +136,7 @@ def test_ranks_agree_with_those_of_training() -> None:
         ignored=[next(iter(rows), None) for rows in IGNORED],
     )
     judged = relevance(GRADES, [rows[:1] for rows in IGNORED])
-    ranks = relevant_ranks(queries, corpus, judged, chunk_size=2)
+    ranks = relevant_ranks(queries, corpus, judged, chunk_size=2).ranks
     values = first_rank_values(ranks, judged, ks=KS)
     assert (1 / values["mrr"]).tolist() == pytest.approx(expected.tolist())
     assert means(values)["recall@3"] == pytest.approx(metrics.recall_at_k(expected, 3))
@@ -157,7 +159,7 @@ def test_metrics_equal_those_of_whole_lists(alike: int) -> None:
 
     queries, corpus = data("vectors", alike)
     found = relevance(GRADES, IGNORED)
-    ranks = relevant_ranks(queries, corpus, found, chunk_size=4)
+    ranks = relevant_ranks(queries, corpus, found, chunk_size=4).ranks
     values = first_rank_values(ranks, found, ks=KS) | trec_values(ranks, found, ks=KS)
     assert values.keys() == {*expected, *(f"mrr@{k}" for k in KS)}
     for ours, name in expected.items():
@@ -188,7 +190,7 @@ def test_a_collapsed_model_finds_nothing() -> None:
     queries = Embeddings(torch.randn(9, 384, generator=generator))
     judged = relevance([{row: 1} for row in range(9)], [[]] * 9)
     ranks = relevant_ranks(queries, Embeddings(point.repeat(1003, 1)), judged, chunk_size=4)
-    assert ranks.tolist() == [1003] * 9
+    assert ranks.ranks.tolist() == [1003] * 9
 
 
 def test_documents_that_are_not_finite_stop_every_rank(world: Callable[[int], World]) -> None:
@@ -203,7 +205,7 @@ def test_one_query_with_hundreds_of_answers() -> None:
     queries = Embeddings(torch.randn(3, 4, generator=generator))
     corpus = Embeddings(torch.randn(400, 4, generator=generator))
     judged = relevance([{1: 1}, dict.fromkeys(range(0, 400, 2), 1), {2: 1}], [[], [], []])
-    ranks = relevant_ranks(queries, corpus, judged, chunk_size=2).numpy()
+    ranks = relevant_ranks(queries, corpus, judged, chunk_size=2).ranks.numpy()
     order = np.argsort(-similarity(queries, corpus)[1].numpy(), kind="stable")
     place = np.empty(400, dtype=int)
     place[order] = np.arange(1, 401)

@@ -92,7 +92,7 @@ def case(
         shard = embed_share(task.documents, **options)
     except VembedError as error:
         return f"{type(error).__name__}: {error}"
-    ranks = relevant_ranks(queries, shard, task.relevance, chunk_size=3)
+    ranks = relevant_ranks(queries, shard, task.relevance, chunk_size=3).ranks
     return {
         "metrics": means(first_rank_values(ranks, task.relevance, ks=(1, 2, 4))),
         "size": (len(task.queries), len(task.documents)),

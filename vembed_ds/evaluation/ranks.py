@@ -8,6 +8,7 @@ documents of a query, at most.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,10 +44,22 @@ class Relevance:
         return torch.bincount(self.pairs.queries, minlength=self.num_queries)
 
 
+class Ranked(NamedTuple):
+    """Where the relevant documents stand; on the host.
+
+    Attributes:
+        ranks: ``[P]`` int64, from 1.
+        scores: ``[P]`` float32: their similarity to the query.
+    """
+
+    ranks: Tensor
+    scores: Tensor
+
+
 def relevant_ranks(
     query_emb: Embeddings, corpus_emb: Embeddings, relevance: Relevance, *, chunk_size: int
-) -> Tensor:
-    """Rank of every relevant document among all documents, by cosine or MaxSim.
+) -> Ranked:
+    """Every relevant document's rank among all documents, by cosine or MaxSim.
 
     Ties count against the model: an irrelevant document as similar as a relevant one (closer than
     ``TIE``) comes first, and of relevant ones the lower grade. A model that maps everything to one
@@ -62,7 +75,7 @@ def relevant_ranks(
         chunk_size: Queries compared at a time.
 
     Returns:
-        ``[P]`` int64 on the host, from 1, in the order of ``relevance.pairs``.
+        In the order of ``relevance.pairs``.
 
     Raises:
         DataError: When no rank has a document.
@@ -88,7 +101,7 @@ def relevant_ranks(
     ahead = _ahead(comm.sum_over_ranks(found), slots=slots, counts=counts)
     ranks = torch.empty_like(ahead)
     ranks[order] = ahead
-    return ranks
+    return Ranked(ranks, scores)
 
 
 def _worst_first(relevance: Relevance, scores: Tensor) -> Tensor:

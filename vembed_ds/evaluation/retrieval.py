@@ -166,7 +166,11 @@ def check_recall_k(recall_k: Sequence[int], *, judgments: Judgments, origin: str
     Raises:
         DataError: When a k is not below the number of documents.
     """
-    num_documents = len(judgments.document_records)
+    check_cutoffs(recall_k, num_documents=len(judgments.document_records), origin=origin)
+
+
+def check_cutoffs(recall_k: Sequence[int], *, num_documents: int, origin: str) -> None:
+    """:func:`check_recall_k` of any documents."""
     if too_large := [k for k in recall_k if k >= num_documents]:
         choice = f"choose k below {num_documents} or " if num_documents > 1 else ""
         raise DataError(

@@ -107,7 +107,8 @@ def pairs_task(
         ItemList("positive", sources),
         relevance,
         fingerprint(
-            [*pairs["query"].iloc[query_records], *map(keys.__getitem__, document_records)], relevance
+            [*pairs["query"].iloc[query_records], *map(keys.__getitem__, document_records)],
+            relevance,
         ),
     )
     what = "no other document of their class" if by_label else "no answer"
