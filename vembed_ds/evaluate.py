@@ -1,52 +1,65 @@
-"""Command: retrieval metrics of an exported model folder."""
+"""Command: retrieval metrics of a model, as a table, JSON, Markdown and an HTML page."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.metadata
+import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
+from vembed_ds.command import Prepared, announce_rank, run_on_ranks
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF, Config
-from vembed_ds.data.dataset import PairDataset
-from vembed_ds.data.images import open_image
 from vembed_ds.data.processors import EncodedItem
-from vembed_ds.data.readers import load_table
-from vembed_ds.data.records import Item, RecordReader
 from vembed_ds.distributed import comm
 from vembed_ds.errors import ConfigError, DataError, VembedError
-from vembed_ds.evaluation.metrics import top_documents
+from vembed_ds.evaluation.beir import is_beir
+from vembed_ds.evaluation.comparison import Interval, paired_intervals
+from vembed_ds.evaluation.earlier import Before, check_same_data, read_before
+from vembed_ds.evaluation.gallery import COLUMNS, ROWS, Gallery, draw
+from vembed_ds.evaluation.html_report import check_html, write_html
+from vembed_ds.evaluation.measuring import Measured, Neighbours, measure, neighbours
+from vembed_ds.evaluation.opening import open_beir, open_pairs
+from vembed_ds.evaluation.plots import check_matplotlib
 from vembed_ds.evaluation.report import (
-    GridRow,
-    Picture,
-    comparison_table,
-    metrics_table,
-    retrieval_grid,
+    INTERVAL_NOTE,
+    Evaluation,
     write_report,
+    write_text,
 )
-from vembed_ds.evaluation.retrieval import (
-    Embed,
-    Judgments,
-    check_recall_k,
-    embed_distinct,
-    prefix_metrics,
-    query_chunk,
-    read_judgments,
-)
+from vembed_ds.evaluation.retrieval import Embed, check_cutoffs
+from vembed_ds.evaluation.scoring import has_trec_eval
+from vembed_ds.evaluation.tasks import RetrievalTask
 from vembed_ds.inference import Encoder, embed_items
 from vembed_ds.similarity import Embeddings
 
-EXAMPLE = """\
-example:
-  python -m vembed_ds.evaluate --model output/model --data_path val.jsonl \\
+EPILOG = """\
+data:
+  pairs                as for training: every distinct positive is searched with every distinct query
+  pairs and --corpus   the same among more documents
+  pairs and --by_label documents of the query's class answer it; the query itself does not count
+  a folder of BEIR     corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv with graded judgments
+
+examples:
+  vembed-ds evaluate --model output/model --data val.jsonl --html report.html
+  vembed-ds evaluate --model output/model --data val.jsonl \\
       --config_override retrieval_mode=t2i eval_recall_k=[1,10] \\
       --output report.json --picture grid.png --before before.json
+  vembed-ds evaluate --model output/model --compare openai/clip-vit-base-patch32 --data val.jsonl
+  vembed-ds evaluate --model output/model --data datasets/scifact --split test
+  deepspeed --num_gpus 8 --module vembed_ds.evaluate --model output/model --data datasets/nq
+
+exit codes:
+  0    done; with --dry_run: it could be done
+  1    unexpected, or another rank died
+  2    something is to be mended first; the message says what
 """
 
 STORED_KEYS = (
@@ -65,7 +78,25 @@ EVALUATION_KEYS = (
     "num_workers",
     "prefetch_factor",
 )
-PICTURE_ROWS, PICTURE_COLUMNS = 8, 5
+PACKAGES = ("vembed-ds", "torch", "transformers", "numpy", "pytrec_eval-terrier")
+TREC_NOTE = "nDCG and MAP are missing: pip install 'vembed-ds[evaluate]'"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model, measured.
+
+    Attributes:
+        config: Settings of the evaluation.
+        task: What was measured on.
+        measured: How well; ``None`` in a dry run.
+        settings: Content of the model's ``vembed_config.json``.
+    """
+
+    config: Config
+    task: RetrievalTask
+    measured: Measured | None
+    settings: Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error, which is printed on one line.
     """
     arguments = build_parser().parse_args(argv)
+    announce_rank(arguments)
     transformers_logging.disable_progress_bar()
+    if comm.world_size() > 1:
+        return run_on_ranks(lambda: _prepare(arguments))
     try:
         sys.stdout.write(run(arguments) + "\n")
     except VembedError as error:
@@ -87,13 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _prepare(arguments: argparse.Namespace) -> Prepared:
+    def work() -> None:
+        text = run(arguments)
+        if comm.is_main():
+            sys.stdout.write(text + "\n")
+
+    return Prepared(arguments.timeout_minutes, work)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vembed_ds.evaluate",
-        description="Recall@k and MRR of an exported model: all distinct positives are searched "
-        "with all distinct queries.",
-        epilog=EXAMPLE,
+        prog="vembed-ds evaluate",
+        description="Measure how well a model finds the right documents: Recall@k, MRR, nDCG, MAP. "
+        "Every document of the corpus is compared, exactly.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -101,9 +144,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="FOLDER",
-        help="folder from python -m vembed_ds.convert, or any Hugging Face model to compare with",
+        help="folder from vembed-ds convert, or any Hugging Face model to compare with",
     )
-    add("--data_path", required=True, nargs="+", metavar="DATA", help="pairs to evaluate on")
+    add(
+        "--data",
+        "--data_path",
+        dest="data_path",
+        required=True,
+        nargs="+",
+        metavar="DATA",
+        help="pairs to evaluate on, or one folder of BEIR",
+    )
+    add("--corpus", nargs="+", metavar="DATA", help="more documents, which answer no query")
+    add("--split", help="with BEIR: which qrels; default: the only ones, or test")
+    add("--by_label", action="store_true", help="documents of the query's class (label) answer it")
+    add(
+        "--ignore_queries_without_answers",
+        action="store_true",
+        help="leave out queries without a relevant document, and say how many",
+    )
     add(
         "--config_override",
         nargs="+",
@@ -121,15 +180,48 @@ def build_parser() -> argparse.ArgumentParser:
         help="also measure the first N dimensions of the embeddings; default: the mrl_dims that are "
         "stored with the model",
     )
-    add("--output", metavar="JSON", help="write the metrics to this file")
-    add("--picture", metavar="PNG", help="draw queries with their best documents")
+    _add_comparison(parser)
+    _add_outputs(parser)
     add("--trust_remote_code", action="store_true", help="run Python code that the model brings")
-    add("--before", metavar="JSON", help="an earlier --output to compare with")
+    add("--timeout_minutes", type=float, default=30.0, help="longest wait of a rank for another")
+    add("--local_rank", type=int, help="set by the DeepSpeed launcher")
     return parser
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--compare",
+        metavar="MODEL",
+        help="measure this model too; differences come with 95 %% confidence intervals",
+    )
+    group.add_argument(
+        "--before",
+        metavar="JSON",
+        help="an earlier --output to compare with; written with --per_query, it gives intervals too",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", metavar="JSON", help="write the metrics to this file")
+    add("--per_query", action="store_true", help="store the metrics of every query there too")
+    add("--markdown", metavar="MD", help="write the table, settings and versions to this file")
+    add(
+        "--html", metavar="HTML", help="write a page with plots, examples and failures, in one file"
+    )
+    add("--picture", metavar="PNG", help="draw queries with their best documents")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="read model and data, check where to write, and stop before anything is embedded",
+    )
 
 
 def run(arguments: argparse.Namespace) -> str:
     """Evaluate, and write what was asked for.
+
+    Collective; only rank 0 writes.
 
     Returns:
         The table to print.
@@ -137,44 +229,83 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         VembedError: For everything that a user can put right.
     """
-    if comm.world_size() > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={comm.world_size()}: evaluation of a folder runs in one process; "
-            "start it with python -m vembed_ds.evaluate, without a launcher"
-        )
+    check_flags(arguments)
+    check_outputs(arguments)
     before = read_before(Path(arguments.before)) if arguments.before else None
-    encoder = Encoder(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    config = evaluation_config(arguments, settings=encoder.settings)
-    dataset = open_pairs(arguments.data_path, config=config, encoder=encoder)
-    judgments = read_judgments(dataset)
-    check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=dataset.reader.origin)
-    query_emb, corpus_emb = embed_distinct(
-        dataset,
-        judgments,
+    result = evaluate_model(arguments, arguments.model)
+    if before is not None:
+        check_same_data(before, result.task, path=arguments.before)
+    other: Result | None = None
+    if arguments.compare:
+        data = result.config.data
+        shared = {
+            key: getattr(data, key) for key in ("retrieval_mode", "column_mapping", "image_root")
+        }
+        other = evaluate_model(arguments, arguments.compare, shared=shared)
+        before = None if other.measured is None else _as_before(other.task, other.measured)
+    if result.measured is None:
+        return _plan(arguments, result)
+    evaluation = summary(arguments, result, measured=result.measured, before=before)
+    if before is not None and not before.metrics.keys() & evaluation.metrics.keys():
+        raise DataError(
+            f"--before {arguments.before}: has {', '.join(before.metrics) or 'no metrics'}, none of "
+            f"{', '.join(evaluation.metrics)}; give an --output of this command"
+        )
+    near = None
+    if arguments.html or arguments.picture:
+        number = min(COLUMNS, len(result.task.documents))
+        near = neighbours(result.task, result.measured, number=number)
+    comm.run_together(
+        lambda: (
+            _write(arguments, result, evaluation, near=near, other=other)
+            if comm.is_main()
+            else None
+        ),
+        doing="writing the results",
+    )
+    notes = [f"note: {note}" for note in evaluation.notes]
+    return "\n".join([evaluation.table, *([INTERVAL_NOTE] if evaluation.intervals else []), *notes])
+
+
+def evaluate_model(
+    arguments: argparse.Namespace, reference: str, *, shared: Mapping[str, Any] | None = None
+) -> Result:
+    """Load a model and measure it. Collective.
+
+    Args:
+        arguments: Of the command.
+        reference: The model.
+        shared: Settings that another model was measured with, and that this one is to share.
+
+    Raises:
+        VembedError: For everything that a user can put right.
+    """
+    encoder = Encoder(reference, trust_remote_code=arguments.trust_remote_code)
+    settings = {**encoder.settings, **(shared or {})}
+    config = evaluation_config(arguments, reference, settings=settings)
+    task = open_task(arguments, config=config, encoder=encoder)
+    ks = config.run.eval_recall_k
+    check_cutoffs(ks, num_documents=len(task.documents), origin=task.origin)
+    dims = arguments.dims or encoder.settings.get("mrl_dims") or ()
+    if arguments.dry_run:
+        return Result(config, task, None, encoder.settings)
+    device = next(encoder.model.parameters()).device
+    measured = measure(
+        task,
         embed=embed_with(encoder),
+        ks=ks,
+        dims=dims,
         batch_size=config.run.eval_batch_size or config.training.batch_size,
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
+        device=device,
     )
-    dims = arguments.dims or encoder.settings.get("mrl_dims") or ()
-    check_dims(dims, width=corpus_emb.width)
-    metrics = prefix_metrics(
-        query_emb, corpus_emb, judgments, recall_k=config.run.eval_recall_k, dims=dims
-    )
-    if before is not None and not before.keys() & metrics.keys():
-        raise DataError(
-            f"--before {arguments.before}: has {', '.join(before) or 'no metrics'}, none of "
-            f"{', '.join(metrics)}; give an --output of this command"
-        )
-    if arguments.output:
-        write_report(arguments.output, report(arguments, config, metrics=metrics, before=before))
-    if arguments.picture:
-        found = (query_emb, corpus_emb)
-        draw(arguments.picture, dataset, judgments, embeddings=found, metrics=metrics)
-    return metrics_table(metrics) if before is None else comparison_table(before, metrics)
+    return Result(config, task, measured, encoder.settings)
 
 
-def evaluation_config(arguments: argparse.Namespace, *, settings: Mapping[str, Any]) -> Config:
+def evaluation_config(
+    arguments: argparse.Namespace, reference: str, *, settings: Mapping[str, Any]
+) -> Config:
     """The settings stored with the model, under those of the command line.
 
     Raises:
@@ -190,62 +321,81 @@ def evaluation_config(arguments: argparse.Namespace, *, settings: Mapping[str, A
             f"remove it (used are {', '.join(EVALUATION_KEYS)})"
         )
     stored = {key: settings[key] for key in STORED_KEYS if key in settings and key not in given}
+    if is_beir(arguments.data_path[0]):  # which says itself what is what
+        stored = {**stored, "retrieval_mode": "t2t", "column_mapping": {}}
+        stored = {key: value for key, value in stored.items() if key not in given}
     if differing := [key for key, value in stored.items() if value is None]:
         raise ConfigError(
-            f"{differing[0]}: {arguments.model} was trained on data sets that differ in it; give "
+            f"{differing[0]}: {reference} was trained on data sets that differ in it; give "
             f"--config_override {differing[0]}=..."
         )
     if "retrieval_mode" not in {*stored, *given}:
         raise ConfigError(
-            f"retrieval_mode: {arguments.model} does not state one; give --config_override "
+            f"retrieval_mode: {reference} does not state one; give --config_override "
             "retrieval_mode=QUERY2POSITIVE, for example t2i"
         )
-    values = {"model_name": str(arguments.model), "data_path": list(arguments.data_path), **stored}
-    origin = f"{arguments.model}/vembed_config.json"
+    values = {"model_name": str(reference), "data_path": list(arguments.data_path), **stored}
+    origin = f"{reference}/vembed_config.json"
     return parse_config(values, origin=origin, overrides=arguments.config_override)
 
 
-def open_pairs(paths: Sequence[str], *, config: Config, encoder: Encoder) -> PairDataset:
-    """The pairs, to be encoded for this model.
+def open_task(arguments: argparse.Namespace, *, config: Config, encoder: Encoder) -> RetrievalTask:
+    """The data, to be encoded for this model. Collective.
 
     Raises:
-        ConfigError: When the model lacks a tower for the retrieval mode.
+        ConfigError: When flags do not fit the data, or the model lacks a tower.
         DataError: When the data cannot be read.
     """
-    table = _load(paths)
-    reader = RecordReader(
-        table.column_names,
-        retrieval_mode=config.data.retrieval_mode,
-        column_mapping=config.data.column_mapping,
-        image_root=config.data.image_root,
-        allow_images_outside_root=config.data.allow_images_outside_root,
-        allow_image_urls=config.data.allow_image_urls,
-        origin=", ".join(paths),
-        instructions={
-            "query": config.data.query_instruction,
-            "positive": config.data.document_instruction,
-        },
-    )
-    for part in sorted(reader.parts - set(encoder.model.parts)):
-        role, _ = reader.columns_of(part)[0]
-        raise ConfigError(
-            f"retrieval_mode={config.data.retrieval_mode}: the {role} is {part}, but the "
-            f"model embeds {' and '.join(encoder.model.parts)}; choose another mode"
+    data = config.data
+    common: dict[str, Any] = {
+        "processor": encoder.processor,
+        "parts": encoder.model.parts,
+        "leave_out_unanswered": arguments.ignore_queries_without_answers,
+        "image_root": data.image_root,
+        "allow_images_outside_root": data.allow_images_outside_root,
+        "allow_image_urls": data.allow_image_urls,
+        "instructions": {"query": data.query_instruction, "positive": data.document_instruction},
+    }
+    if is_beir(arguments.data_path[0]):
+        given = any("retrieval_mode" in token for token in arguments.config_override)
+        return open_beir(
+            Path(arguments.data_path[0]),
+            split=arguments.split,
+            retrieval_mode=data.retrieval_mode if given else None,
+            **common,
         )
-    return PairDataset(table, reader=reader, processor=encoder.processor, seed=0)
+    return open_pairs(
+        arguments.data_path,
+        corpus=arguments.corpus,
+        by_label=arguments.by_label,
+        retrieval_mode=data.retrieval_mode,
+        column_mapping=data.column_mapping,
+        **common,
+    )
 
 
-def check_dims(dims: Sequence[int], *, width: int) -> None:
-    """Refuse prefixes that the embeddings do not have: they would be measured as the whole.
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that do not fit the data or each other.
 
     Raises:
-        ConfigError: Naming the widest.
+        ConfigError: Naming the first.
     """
-    if dims and max(dims) > width:
+    first = arguments.data_path[0]
+    beir = [path for path in arguments.data_path if is_beir(path)]
+    if beir and len(arguments.data_path) > 1:
+        raise ConfigError(f"--data {beir[0]}: a folder of BEIR stands alone; give one at a time")
+    if not beir and arguments.split:
         raise ConfigError(
-            f"--dims {max(dims)}: the model's embeddings have {width} dimensions; leave out what is "
-            f"above {width}"
+            f"--split {arguments.split}: {first} is no folder of BEIR, with {first}/corpus.jsonl, and "
+            "has no splits; leave it out"
         )
+    for flag in ("corpus", "by_label"):
+        if beir and getattr(arguments, flag):
+            raise ConfigError(
+                f"--{flag}: a folder of BEIR says itself what answers what; leave it out"
+            )
+    if arguments.per_query and not arguments.output:
+        raise ConfigError("--per_query: there is no --output to store the values in; give one")
 
 
 def embed_with(encoder: Encoder) -> Embed:
@@ -257,101 +407,130 @@ def embed_with(encoder: Encoder) -> Embed:
     return embed
 
 
-def read_before(path: Path) -> dict[str, float]:
-    """Metrics of an earlier evaluation: a report, or a JSON object of numbers.
-
-    Names may begin with ``eval/``, as the trackers have them.
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it.
 
     Raises:
-        DataError: When the file is missing or holds something else.
+        ConfigError: A package is missing, or a path cannot be written.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--before {path}: cannot be read as JSON ({error})") from error
-    metrics = content.get("metrics", content) if isinstance(content, dict) else None
-    if not isinstance(metrics, dict) or not all(_is_number(v) for v in metrics.values()):
-        raise DataError(
-            f"--before {path}: holds no metrics; give a file that --output wrote, "
-            'or {"recall@1": 0.1, ...}'
+    if arguments.html:
+        check_html(f"--html {arguments.html}")
+    if arguments.picture:
+        check_matplotlib(f"--picture {arguments.picture}")
+    for flag in ("output", "markdown", "html", "picture"):
+        if path := getattr(arguments, flag):
+            _check_writable(Path(path), flag=flag)
+
+
+def _check_writable(path: Path, *, flag: str) -> None:
+    if path.is_dir():
+        raise ConfigError(f"--{flag} {path}: is a folder; give the name of a file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(
+            f"--{flag} {path}: {parent} is no folder to write to; choose another path"
         )
-    # A line of metrics.jsonl also says at which step it was measured.
-    return {name.removeprefix("eval/"): v for name, v in metrics.items() if name != "step"}
 
 
-def report(
+def summary(
     arguments: argparse.Namespace,
-    config: Config,
+    result: Result,
     *,
-    metrics: Mapping[str, float],
-    before: Mapping[str, float] | None,
-) -> dict[str, Any]:
-    """What ``--output`` writes."""
-    return {
-        "model": str(arguments.model),
-        "data_path": list(arguments.data_path),
-        "retrieval_mode": config.data.retrieval_mode,
-        "metrics": dict(metrics),
-        **({"before": dict(before)} if before is not None else {}),
+    measured: Measured,
+    before: Before | None,
+) -> Evaluation:
+    """What all reports tell."""
+    task = result.task
+    sizes = {"num_queries": len(task.queries), "num_documents": len(task.documents)}
+    intervals: dict[str, Interval] = {}
+    if before is not None and before.per_query is not None:
+        intervals = paired_intervals(before.per_query, measured.values)
+    return Evaluation(
+        model=str(arguments.model),
+        data=list(arguments.data_path),
+        retrieval_mode=task.retrieval_mode,
+        metrics={**measured.metrics, **sizes},
+        before=None if before is None else before.metrics,
+        before_name=arguments.compare or "before",
+        intervals=intervals,
+        notes=[*task.notes, *([] if has_trec_eval() else [TREC_NOTE])],
+        fingerprint=task.fingerprint,
+        settings=_settings(arguments, result),
+        versions=_versions(),
+        per_query=measured.values if arguments.per_query else None,
+    )
+
+
+def _as_before(task: RetrievalTask, measured: Measured) -> Before:
+    sizes = {"num_queries": len(task.queries), "num_documents": len(task.documents)}
+    return Before({**measured.metrics, **sizes}, measured.values, task.fingerprint)
+
+
+def _settings(arguments: argparse.Namespace, result: Result) -> dict[str, Any]:
+    data = result.config.data
+    settings: dict[str, Any] = {
+        "query_instruction": data.query_instruction,
+        "document_instruction": data.document_instruction,
+        "embedding width": None if result.measured is None else result.measured.query_emb.width,
+        "ranks": comm.world_size(),
     }
+    if arguments.corpus:
+        settings["corpus"] = ", ".join(arguments.corpus)
+    if arguments.by_label:
+        settings["relevance"] = "documents of the query's class"
+    return settings
 
 
-def draw(
-    path: str,
-    dataset: PairDataset,
-    judgments: Judgments,
-    *,
-    embeddings: tuple[Embeddings, Embeddings],
-    metrics: Mapping[str, float],
-) -> None:
-    """Draw queries spread evenly over the data, chosen without looking at their results."""
-    query_emb, corpus_emb = embeddings
-    num_queries, num_documents = len(query_emb.values), len(corpus_emb.values)
-    chosen = torch.linspace(0, num_queries - 1, min(PICTURE_ROWS, num_queries)).long()
-    columns = min(PICTURE_COLUMNS, num_documents)
-    chunk_size = query_chunk(num_documents)
-    found = top_documents(query_emb.rows(chosen), corpus_emb, k=columns, chunk_size=chunk_size)
-    rows = [
-        _grid_row(dataset, judgments, query=query, documents=documents)
-        for query, documents in zip(chosen.tolist(), found.tolist(), strict=True)
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plan(arguments: argparse.Namespace, result: Result) -> str:
+    """What a dry run says."""
+    task = result.task
+    files = [getattr(arguments, flag) for flag in ("output", "markdown", "html", "picture")]
+    lines = [
+        f"{arguments.model}: {len(task.queries):,} queries would search {len(task.documents):,} documents "
+        f"of {task.origin} ({task.retrieval_mode}) on {comm.world_size()} rank(s)",
+        *(f"would write {file}" for file in files if file),
+        *(f"note: {note}" for note in task.notes),
     ]
-    name = max(
-        (key for key in metrics if key.removeprefix("recall@").isdigit()),
-        key=lambda key: int(key[7:]),
-    )
-    retrieval_grid(
-        path,
-        rows=rows,
-        headline=f"{name.capitalize()}: {100 * metrics[name]:.1f} %",
-        subtitle=f"{num_queries:,} queries, {num_documents:,} documents. "
-        f"The {columns} best of each query, right ones framed green.",
-    )
+    return "\n".join(lines)
 
 
-def _grid_row(
-    dataset: PairDataset, judgments: Judgments, *, query: int, documents: Sequence[int]
-) -> GridRow:
-    results = [dataset.record(judgments.document_records[place]) for place in documents]
-    return GridRow(
-        query=_content(dataset.record(judgments.query_records[query]).query),
-        results=[_content(record.positive) for record in results],
-        relevant=[place in judgments.relevant[query] for place in documents],
-    )
-
-
-def _content(item: Item) -> Picture:
-    if item.text is not None:
-        return item.text
-    assert item.image is not None  # one of the two, by construction
-    return open_image(item.image, origin="picture")
-
-
-def _load(paths: Sequence[str]) -> Any:
-    """Prefers a validation split, as training does; errors name the flag of this command."""
-    try:
-        return load_table(paths, key="val_data_path")
-    except DataError as error:
-        raise DataError(str(error).replace("val_data_path", "--data_path")) from error
+def _write(
+    arguments: argparse.Namespace,
+    result: Result,
+    evaluation: Evaluation,
+    *,
+    near: Neighbours | None,
+    other: Result | None,
+) -> None:
+    if arguments.output:
+        write_report(arguments.output, evaluation.payload)
+    if arguments.markdown:
+        write_text(arguments.markdown, evaluation.markdown)
+    if near is None:
+        return
+    assert result.measured is not None
+    gallery = Gallery(result.task, result.measured, near)
+    if arguments.picture:
+        draw(arguments.picture, gallery, metrics=evaluation.metrics)
+    if arguments.html:
+        earlier = None if other is None or other.measured is None else other.measured
+        write_html(
+            arguments.html,
+            evaluation,
+            gallery.charts(before=earlier),
+            examples=[gallery.example(query) for query in gallery.spread(ROWS)],
+            failures=[gallery.example(query, with_answer=True) for query in gallery.worst(ROWS)],
+        )
 
 
 def _positive(text: str) -> int:
@@ -359,10 +538,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

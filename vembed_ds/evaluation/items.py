@@ -51,6 +51,11 @@ class ItemList(Dataset[Sample | VembedError]):
         found = dataset.record(record)
         return found.query if self.role == "query" else found.positive
 
+    @property
+    def parts(self) -> set[Part]:
+        """Whether any item may hold a text, an image, or both."""
+        return {part for dataset, _ in self._sources for part in dataset.reader.parts}
+
     def place(self, number: int) -> str:
         """Its record, for messages."""
         dataset, record = self._find(number)

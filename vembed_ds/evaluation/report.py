@@ -1,19 +1,36 @@
-"""Results for people: a table, a JSON file, a picture."""
+"""Results for people: tables, a JSON file, a Markdown file, a picture."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.errors import DataError
+from vembed_ds.evaluation.comparison import Interval
+from vembed_ds.evaluation.plots import check_matplotlib
+from vembed_ds.evaluation.scoring import Values
 
 Picture = str | Image.Image
+
+TITLES = {
+    "recall": "Recall",
+    "mrr": "MRR",
+    "ndcg": "nDCG",
+    "map": "MAP",
+    "trec_recall": "Recall of all",
+    "num_queries": "queries",
+    "num_documents": "documents",
+}
+INTERVAL_NOTE = (
+    "In brackets: where the difference lies with 95 % confidence, by a paired bootstrap over the "
+    "queries; an interval without 0 leaves no doubt which is better on such queries."
+)
 
 # Layout of the grid, in inches.
 CELL, GAP, MARGIN, HEADER = 0.95, 0.18, 0.35, 1.15
@@ -36,21 +53,109 @@ class GridRow:
     relevant: Sequence[bool]
 
 
-def comparison_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, as all reports tell it.
+
+    Attributes:
+        model: Reference of the model.
+        data: The data.
+        retrieval_mode: What searched what.
+        metrics: Metric to value; recalls as fractions.
+        before: The same of what it is compared with; ``None``: nothing.
+        before_name: Its name.
+        intervals: Metric to the interval of the difference, where both were measured on the same
+            queries.
+        notes: What was left out, and the like, one sentence each.
+        fingerprint: Of queries, documents and answers.
+        settings: What else decides the result.
+        versions: Package to version.
+        per_query: Metric to the value of every query, to be stored; ``None``: not asked for.
+    """
+
+    model: str
+    data: Sequence[str]
+    retrieval_mode: str
+    metrics: Mapping[str, float]
+    before: Mapping[str, float] | None = None
+    before_name: str = "before"
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    fingerprint: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    per_query: Values | None = None
+
+    @property
+    def table(self) -> str:
+        """All metrics as a Markdown table, aligned for terminals."""
+        if self.before is None:
+            return metrics_table(self.metrics)
+        return comparison_table(
+            self.before, self.metrics, intervals=self.intervals, before_name=self.before_name
+        )
+
+    @property
+    def markdown(self) -> str:
+        """A document: the table, and how it came about."""
+        facts = {"data": ", ".join(self.data), "retrieval_mode": self.retrieval_mode}
+        facts |= {name: str(value) for name, value in {**self.settings, **self.versions}.items()}
+        parts = [f"# Retrieval evaluation of {self.model}", self.table]
+        if self.intervals:
+            parts.append(INTERVAL_NOTE)
+        parts += [f"> {note}" for note in self.notes]
+        parts.append(_markdown([("setting", "value"), *facts.items()]))
+        return "\n\n".join(parts) + "\n"
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        found: dict[str, Any] = {
+            "model": self.model,
+            "data_path": list(self.data),
+            "retrieval_mode": self.retrieval_mode,
+            "metrics": dict(self.metrics),
+        }
+        if self.before is not None:
+            found |= {"before": dict(self.before), "before_name": self.before_name}
+        if self.intervals:
+            found["intervals"] = {name: list(value) for name, value in self.intervals.items()}
+        found |= {
+            "notes": list(self.notes),
+            "fingerprint": self.fingerprint,
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+        }
+        if self.per_query is not None:
+            found["per_query"] = {name: v.tolist() for name, v in self.per_query.items()}
+        return found
+
+
+def comparison_table(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    intervals: Mapping[str, Interval] | None = None,
+    before_name: str = "before",
+) -> str:
     """A Markdown table of two evaluations, aligned for terminals.
 
     Args:
         before: Metric to value; recalls as fractions.
         after: The same; metrics that only one side has show a dash on the other.
+        intervals: Of the differences.
+        before_name: Of the first one.
 
     Returns:
         Lines without a newline at the end; recalls in percent, their change in points.
     """
-    names = list(dict.fromkeys([*after, *before]))
-    rows = [("metric", "before", "after", "change")]
-    for name in names:
+    rows = [("metric", before_name, "after", "change [95 %]" if intervals else "change")]
+    for name in dict.fromkeys([*after, *before]):
         old, new = before.get(name), after.get(name)
-        rows.append((_title(name), _shown(name, old), _shown(name, new), _change(name, old, new)))
+        change = shown_change(name, old, new)
+        if name in (intervals or {}):
+            change = f"{change} {shown_interval(name, (intervals or {})[name])}"
+        rows.append((metric_title(name), shown_value(name, old), shown_value(name, new), change))
     return _markdown(rows)
 
 
@@ -59,7 +164,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
     return _markdown(
         [
             ("metric", "value"),
-            *((_title(name), _shown(name, value)) for name, value in metrics.items()),
+            *((metric_title(name), shown_value(name, value)) for name, value in metrics.items()),
         ]
     )
 
@@ -70,8 +175,16 @@ def write_report(path: str | Path, payload: Mapping[str, Any]) -> None:
     Raises:
         DataError: When the file cannot be written.
     """
+    write_text(path, json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a report; the folder is made when it is missing.
+
+    Raises:
+        DataError: When the file cannot be written.
+    """
     path = Path(path)
-    text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -94,13 +207,9 @@ def retrieval_grid(
         ConfigError: When matplotlib is not installed.
         DataError: When there is nothing to draw, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: drawing needs matplotlib, which is not installed; "
-            "run pip install 'vembed-ds[quickstart]'"
-        ) from error
+    check_matplotlib(str(path))
+    from matplotlib.figure import Figure
+
     if not rows:
         raise DataError(f"{path}: there are no queries to draw; give at least one")
     figure = Figure(figsize=_grid_size(rows), dpi=160, facecolor="white")
@@ -111,28 +220,37 @@ def retrieval_grid(
     _save(figure, Path(path))
 
 
-def _title(name: str) -> str:
-    if name.startswith("recall@"):
-        return f"Recall@{name.removeprefix('recall@')}"
-    return {"mrr": "MRR", "num_queries": "queries", "num_documents": "documents"}.get(name, name)
+def metric_title(name: str) -> str:
+    """How people write the name of a metric."""
+    kind, at, rest = name.partition("@") if "@" in name else name.partition("_d")
+    return f"{TITLES.get(kind, kind)}{at}{rest}" if kind in TITLES else TITLES.get(name, name)
 
 
-def _shown(name: str, value: float | None) -> str:
+def shown_value(name: str, value: float | None) -> str:
+    """Recalls in percent."""
     if value is None:
         return "-"
-    if name.startswith("recall@"):
+    if "recall@" in name:
         return f"{100 * value:.1f} %"
     return f"{value:.0f}" if name.startswith("num_") else f"{value:.3f}"
 
 
-def _change(name: str, before: float | None, after: float | None) -> str:
+def shown_change(name: str, before: float | None, after: float | None) -> str:
+    """Of recalls in points."""
     if before is None or after is None:
         return "-"
-    if name.startswith("recall@"):
+    if "recall@" in name:
         return f"{100 * (after - before):+.1f} points"
     if name.startswith("num_"):
         return f"{after - before:+.0f}" if after != before else ""
     return f"{after - before:+.3f}"
+
+
+def shown_interval(name: str, interval: Interval) -> str:
+    """In the unit of the change."""
+    if "recall@" in name:
+        return f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    return f"[{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

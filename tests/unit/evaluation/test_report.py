@@ -90,5 +90,5 @@ def test_grid_errors(tmp_path: Path, rows: list[GridRow], monkeypatch: pytest.Mo
     with pytest.raises(DataError, match=r"grid\.docx: the picture cannot be written"):
         retrieval_grid(tmp_path / "grid.docx", rows=rows, headline="")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'vembed-ds\[quickstart\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vembed-ds\[evaluate\]'"):
         retrieval_grid(tmp_path / "grid.png", rows=rows, headline="")
