@@ -222,8 +222,13 @@ def retrieval_grid(
 
 def metric_title(name: str) -> str:
     """How people write the name of a metric."""
-    kind, at, rest = name.partition("@") if "@" in name else name.partition("_d")
-    return f"{TITLES.get(kind, kind)}{at}{rest}" if kind in TITLES else TITLES.get(name, name)
+    if name in TITLES:
+        return TITLES[name]
+    whole, _, dim = name.rpartition("_d")
+    if whole and dim.isdigit():
+        return f"{metric_title(whole)} ({dim} dims)"
+    kind, at, k = name.partition("@")
+    return f"{TITLES.get(kind, kind)}{at}{k}"
 
 
 def shown_value(name: str, value: float | None) -> str:
@@ -232,7 +237,7 @@ def shown_value(name: str, value: float | None) -> str:
         return "-"
     if "recall@" in name:
         return f"{100 * value:.1f} %"
-    return f"{value:.0f}" if name.startswith("num_") else f"{value:.3f}"
+    return f"{value:,.0f}" if name.startswith("num_") else f"{value:.3f}"
 
 
 def shown_change(name: str, before: float | None, after: float | None) -> str:

@@ -109,7 +109,12 @@ def test_metrics_are_printed_and_written(
     assert content["data_path"] == [str(folder / "val.jsonl")]
     assert content["retrieval_mode"] == "t2i"
     metrics = content["metrics"]
-    assert {name for name in metrics if "@" not in name} == {"mrr", "map", "num_queries", "num_documents"}
+    assert {name for name in metrics if "@" not in name} == {
+        "mrr",
+        "map",
+        "num_queries",
+        "num_documents",
+    }
     assert (metrics.pop("num_queries"), metrics.pop("num_documents")) == (7, 7)
     assert set(metrics.values()) == {1.0}
     assert content["versions"]["torch"] == torch.__version__
@@ -336,6 +341,4 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--help"])
     assert stop.value.code == 0
-    assert (
-        "vembed-ds evaluate --model output/model --data val.jsonl" in capsys.readouterr().out
-    )
+    assert "vembed-ds evaluate --model output/model --data val.jsonl" in capsys.readouterr().out
