@@ -29,6 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "launching": {"distributed"},
     "preflight": {"distributed", "engine", "launching"},
+    "encoding": {"distributed", "data", "inference", "teachers"},
+    "mining": {"distributed", "data", "encoding", "evaluation", "inference"},
     "planning": {"distributed", "data", "models", "engine", "steps"},
     "teachers": {"distributed", "data", "checkpointing", "engine", "inference", "models"},
     "training": {
@@ -51,7 +53,9 @@ COMMANDS = {
     "train",
     "convert",
     "doctor",
+    "encode",
     "evaluate",
+    "mine",
     "plan",
     "validate",
     "precompute_teacher",

@@ -182,3 +182,9 @@ def _patches(pixels: Array) -> int:
         return shape[0]
     *images, _, height, width = shape
     return max(1, math.prod(images) * height * width // _PATCH**2)
+
+
+def batches_by_size(items: Sequence[EncodedItem], *, batch_size: int) -> list[list[int]]:
+    """Places of the items of each forward pass, the largest first: neighbours are of like size."""
+    order = sorted(range(len(items)), key=lambda i: -sum(a.size for a in items[i].inputs.values()))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

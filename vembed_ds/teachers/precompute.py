@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from vembed_ds.data.chunking import batches_by_size
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.loader import BatchLoader, enough_workers
 from vembed_ds.data.processors import EncodedItem, ItemProcessor
@@ -163,7 +164,7 @@ def _fill(
     for batch in loader:
         comm.raise_together(batch.error)
         items = batch.roles[ITEMS]
-        for places in _by_size(items, batch_size=batch_size):
+        for places in batches_by_size(items, batch_size=batch_size):
             rows = embed([items[place] for place in places])
             # The last ranks' shares are filled up with the first items: those are not theirs.
             own = [turn for turn, place in enumerate(places) if start + place < len(keys)]
@@ -175,9 +176,3 @@ def _fill(
             progress.update(len(places))
         start += len(items)
     progress.close()
-
-
-def _by_size(items: Sequence[EncodedItem], *, batch_size: int) -> list[list[int]]:
-    """Places of the items of each forward pass, the largest first: neighbours are of like size."""
-    order = sorted(range(len(items)), key=lambda i: -sum(a.size for a in items[i].inputs.values()))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

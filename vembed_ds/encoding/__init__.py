@@ -1,0 +1,1 @@
+"""Embeddings of whole tables, on the disk."""
