@@ -61,7 +61,12 @@ class ItemColumns:
 
 
 def choose_columns(
-    columns: Sequence[str], *, role: str, given: Mapping[str, str], origin: str
+    columns: Sequence[str],
+    *,
+    role: str,
+    given: Mapping[str, str],
+    origin: str,
+    flag: str = "--columns",
 ) -> ItemColumns:
     """Which columns hold the items.
 
@@ -71,15 +76,19 @@ def choose_columns(
         given: ``text``, ``image`` and ``id`` to columns; with a text or an image column, no other
             one of the two is read.
         origin: The data, for messages.
+        flag: Of the command, in which the columns are given.
 
     Raises:
+        ConfigError: A given key is unknown.
         DataError: A given column is not there, no column is known, or columns of both roles are.
     """
     for key, column in given.items():
+        if key not in COLUMN_KEYS:
+            raise ConfigError(f"{flag} {key}={column}: unknown; give {', '.join(COLUMN_KEYS)}")
         if column not in columns:
             raise DataError(
-                f"{origin}: --columns {key}={column}: no such column; the columns are "
-                f"{listed(columns)}; correct --columns"
+                f"{origin}: {flag} {key}={column}: no such column; the columns are "
+                f"{listed(columns)}; correct {flag}"
             )
     own_id = given.get(ID) or next((name for name in ID_NAMES if name in columns), None)
     parts = {part: given[part] for part in (TEXT, IMAGE) if part in given}
@@ -91,7 +100,7 @@ def choose_columns(
         wanted = [name for names in _wanted(found).values() for name in names]
         raise DataError(
             f"{origin}: no column of items: looked for {listed(wanted)}, the columns are "
-            f"{listed(columns)}; name it with --columns text=COLUMN or image=COLUMN"
+            f"{listed(columns)}; name it with {flag} text=COLUMN or image=COLUMN"
         )
     return ItemColumns(parts, own_id, found)
 
@@ -171,11 +180,25 @@ def stated_instruction(settings: Mapping[str, Any], columns: ItemColumns) -> str
             "--role auto: the columns do not say whether they hold queries or documents, and the "
             "model reads something else before either; give --role query or --role document"
         )
-    instruction = stated[columns.role or "query"]
+    return role_instruction(settings, columns.role or "query", flag="--instruction")
+
+
+def role_instruction(settings: Mapping[str, Any], role: Role, *, flag: str) -> str:
+    """What the model was trained to read before items of a role.
+
+    Args:
+        settings: Content of ``vembed_config.json``; empty for a plain folder.
+        role: Of the items.
+        flag: Of the command, which says it otherwise.
+
+    Raises:
+        ConfigError: It was trained on several, of which none is chosen.
+    """
+    instruction = settings.get(f"{role}_instruction", "")
     if instruction is None:
         raise ConfigError(
             "the model was trained on data sets with instructions of their own; say which it shall "
-            'read with --instruction TEXT (--instruction "" for none)'
+            f'read with {flag} TEXT ({flag} "" for none)'
         )
     return str(instruction)
 

@@ -1,0 +1,1 @@
+"""Hard negatives: documents that a model takes for answers, and that are none."""

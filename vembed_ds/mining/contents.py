@@ -1,0 +1,234 @@
+"""What the data holds, every content once: queries, documents, and which documents must not be negatives.
+
+Shapes: R records, Q distinct queries, C distinct documents, P distinct pairs of query and positive.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from vembed_ds.data.dataset import PairDataset, Sample
+from vembed_ds.data.processors import ItemProcessor, content_key
+from vembed_ds.data.records import Item, content_number
+from vembed_ds.data.sampler import SampleKey, own_share
+from vembed_ds.distributed import comm
+from vembed_ds.encoding.items import ITEMS, ItemTable
+from vembed_ds.errors import VembedError
+
+IntArray = npt.NDArray[np.int64]
+
+QUERY, POSITIVE, NEGATIVE, CORPUS = range(4)  # kinds of places
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Every content once, in the order in which the data has them first.
+
+    Attributes:
+        queries: ``[Q, 3]``, where each distinct query stands first: kind, row, place in the row.
+        documents: ``[C, 3]``, the same of the documents: positives, negatives, the further corpus.
+        query_of: ``[R]``, the distinct query of each record.
+        starts: ``[Q + 1]``: the positives of query q are ``positives[starts[q]:starts[q + 1]]``.
+        positives: ``[P]``, rows of ``documents``.
+        excluded: For every query the documents that are none of its negatives, whatever their score: its
+            positives, those of its labels, and the one that holds the same as the query.
+    """
+
+    queries: IntArray
+    documents: IntArray
+    query_of: IntArray
+    starts: IntArray
+    positives: IntArray
+    excluded: list[list[int]]
+
+
+def read_contents(dataset: PairDataset, corpus: ItemTable | None) -> Contents:
+    """Read all records, without decoding them. Collective: the ranks share the records.
+
+    Contents are told apart by 64-bit hashes, of image files by that of their bytes.
+
+    Args:
+        dataset: Pairs.
+        corpus: Further documents.
+
+    Raises:
+        VembedError: On every rank, when a record or an image file cannot be read.
+    """
+    parts = comm.all_gather_objects(
+        comm.run_together(lambda: _read(dataset, corpus), doing="reading the records")
+    )
+    read = _Read(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    queries, query_of = _distinct(read.queries)
+    keys = np.concatenate([read.positives, read.negatives, read.corpus])
+    places = np.concatenate(
+        [
+            _places(POSITIVE, len(read.positives)),
+            np.insert(read.negative_places, 0, NEGATIVE, axis=1),
+            _places(CORPUS, len(read.corpus)),
+        ]
+    )
+    documents, document_of = _distinct(keys)
+    pairs = np.unique(np.stack([query_of, document_of[: len(query_of)]], axis=1), axis=0)
+    starts = np.searchsorted(pairs[:, 0], np.arange(len(queries) + 1))
+    excluded = _excluded(pairs, query_of, document_of, read.labels, num_queries=len(queries))
+    _exclude_same(excluded, read.queries[queries], keys[documents])
+    return Contents(
+        queries=_places(QUERY, len(read.queries))[queries],
+        documents=places[documents],
+        query_of=query_of,
+        starts=starts,
+        positives=pairs[:, 1],
+        excluded=[sorted(rows) for rows in excluded],
+    )
+
+
+class _Read(NamedTuple):
+    """Content keys; of this rank's share, or of everything."""
+
+    queries: IntArray  # [R]
+    positives: IntArray  # [R]
+    labels: IntArray  # [R], or [0] where the data has none
+    negatives: IntArray  # of all records, one behind the other
+    negative_places: IntArray  # [..., 2]: record, place
+    corpus: IntArray
+
+
+def _read(dataset: PairDataset, corpus: ItemTable | None) -> _Read:
+    known: dict[str, int] = {}  # of image files, which many records may name
+
+    def key(item: Item) -> int:
+        path = item.image if isinstance(item.image, str) and item.text is None else None
+        if path is not None and path in known:
+            return known[path]
+        found = content_number(content_key(item, read_files=True).encode())
+        if path is not None:
+            known[path] = found
+        return found
+
+    queries, positives, labels, negatives, places = [], [], [], [], []
+    for number in _share(len(dataset)):
+        record = dataset.record(number)
+        queries.append(key(record.query))
+        positives.append(key(record.positive))
+        labels += [] if record.label is None else [record.label]
+        negatives += [key(item) for item in record.negatives]
+        places += [(number, place) for place in range(len(record.negatives))]
+    rows = [] if corpus is None else [key(corpus.item(row)) for row in _share(len(corpus))]
+    return _Read(
+        queries=np.array(queries, dtype=np.int64),
+        positives=np.array(positives, dtype=np.int64),
+        labels=np.array(labels, dtype=np.int64),
+        negatives=np.array(negatives, dtype=np.int64),
+        negative_places=np.array(places, dtype=np.int64).reshape(-1, 2),
+        corpus=np.array(rows, dtype=np.int64),
+    )
+
+
+def _share(number: int) -> range:
+    return own_share(number, rank=comm.rank(), world_size=comm.world_size())
+
+
+def _places(kind: int, number: int) -> IntArray:
+    rows = np.arange(number, dtype=np.int64)
+    return np.stack([np.full_like(rows, kind), rows, np.zeros_like(rows)], axis=1)
+
+
+def _distinct(keys: IntArray) -> tuple[IntArray, IntArray]:
+    """Where each distinct key stands first, in that order, and for every key its place among them."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return first[order], place[inverse]
+
+
+def _excluded(
+    pairs: IntArray,
+    query_of: IntArray,
+    document_of: IntArray,
+    labels: IntArray,
+    *,
+    num_queries: int,
+) -> list[set[int]]:
+    """The positives of every query, also those that only a label makes positives."""
+    found: list[set[int]] = [set() for _ in range(num_queries)]
+    for query, document in pairs.tolist():
+        found[query].add(document)
+    of_label: dict[int, set[int]] = defaultdict(set)
+    # Where there are labels every record has one; the first documents are the records' positives.
+    for label, document in zip(labels.tolist(), document_of.tolist(), strict=False):
+        of_label[label].add(document)
+    for query, label in set(zip(query_of.tolist(), labels.tolist(), strict=False)):
+        found[query] |= of_label[label]
+    return found
+
+
+def _exclude_same(
+    excluded: Sequence[set[int]], query_keys: IntArray, document_keys: IntArray
+) -> None:
+    """A query is no negative of itself, where queries and documents are of one kind."""
+    row_of = {key: row for row, key in enumerate(document_keys.tolist())}
+    for query, key in enumerate(query_keys.tolist()):
+        if key in row_of:
+            excluded[query].add(row_of[key])
+
+
+class PlacedItems(Dataset[Sample | VembedError]):
+    """Encodes the items at some places; every sample has the one role ``ITEMS``.
+
+    Args:
+        dataset: Pairs.
+        corpus: Further documents.
+        places: ``[n, 3]`` of :class:`Contents`.
+        processor: Of the model that embeds them.
+        instruction: That the model reads before them.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        corpus: ItemTable | None,
+        places: IntArray,
+        *,
+        processor: ItemProcessor,
+        instruction: str,
+    ) -> None:
+        self._dataset, self._corpus, self._places = dataset, corpus, places
+        self._processor, self._instruction = processor, instruction
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._places)
+
+    def __getitem__(self, key: SampleKey | int) -> Sample | VembedError:
+        """One item; an error is returned, as in ``PairDataset``."""
+        index = key.index if isinstance(key, SampleKey) else key
+        kind, row, place = (int(value) for value in self._places[index])
+        try:
+            item, origin = self._item(kind, row, place)
+            item = replace(item, instruction=self._instruction)
+            encoded = self._processor.encode(item, origin=origin, augment_seed=None)
+        except VembedError as error:
+            return error
+        return Sample(index, roles={ITEMS: [encoded]}, keys={ITEMS: []})
+
+    def _item(self, kind: int, row: int, place: int) -> tuple[Item, str]:
+        if kind == CORPUS:
+            assert self._corpus is not None, "it has the place"
+            return self._corpus.item(row), f"{self._corpus.origin}, record {row}"
+        record = self._dataset.record(row)
+        item = (
+            record.query
+            if kind == QUERY
+            else record.positive
+            if kind == POSITIVE
+            else record.negatives[place]
+        )
+        return item, f"{self._dataset.reader.origin}, record {row}"
