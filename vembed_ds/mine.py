@@ -6,19 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from vembed_ds.command import Prepared, announce_rank, run_on_ranks
 
 if TYPE_CHECKING:
-    import datasets
-
-    from vembed_ds.data.dataset import PairDataset
-    from vembed_ds.encoding.items import ItemTable
-    from vembed_ds.inference import Encoder
     from vembed_ds.mining.contents import Contents
+    from vembed_ds.mining.opening import Opened
     from vembed_ds.mining.rules import Rules
-    from vembed_ds.mining.vectors import Model
 
 EXAMPLES = """examples:
   vembed-ds mine --model output/model --data pairs.jsonl --output mined.jsonl
@@ -38,19 +33,6 @@ exit codes:
 """
 TIMEOUT_MINUTES = 30.0
 EXIT_INTERRUPTED = 130
-STORED_KEYS = ("retrieval_mode", "column_mapping", "image_root")
-NEGATIVE_KEYS = ("negatives", "negative_images")
-
-
-class Opened(NamedTuple):
-    """The data, and the models that look at it."""
-
-    table: datasets.Dataset
-    dataset: PairDataset
-    corpus: ItemTable | None
-    column_mapping: dict[str, str]
-    model: Model
-    guide: Model | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,13 +200,17 @@ def run(arguments: argparse.Namespace, rules: Rules | None = None) -> None:
     Raises:
         VembedError: On every rank, for everything that a user can put right.
     """
+    import numpy as np
+
     from vembed_ds.distributed import comm
     from vembed_ds.mining.contents import read_contents
+    from vembed_ds.mining.opening import open_all
+    from vembed_ds.mining.output import write_mined
     from vembed_ds.mining.run import mine
-    from vembed_ds.mining.summary import summarize
+    from vembed_ds.mining.summary import kept_counts, summarize
 
     rules = rules or _rules(arguments)
-    opened = comm.run_together(lambda: _open(arguments), doing="reading models and data")
+    opened = comm.run_together(lambda: open_all(arguments), doing="reading models and data")
     comm.require_equal(len(opened.dataset), what="number of records in --data")
     contents = read_contents(opened.dataset, opened.corpus)
     _say(_planned(arguments, opened, contents, rules))
@@ -241,140 +227,22 @@ def run(arguments: argparse.Namespace, rules: Rules | None = None) -> None:
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
     )
+    least = rules.num_negatives if arguments.drop_incomplete else 0
+    kept = np.flatnonzero(kept_counts(contents, mined) >= least)
     comm.run_on_main(
-        lambda: _write(arguments, opened, contents, mined, rules),
+        lambda: write_mined(
+            arguments.output,
+            opened.table,
+            kept,
+            contents=contents,
+            negatives=mined.negatives,
+            reader=opened.dataset.reader,
+            corpus=opened.corpus,
+            column_mapping=opened.column_mapping,
+        ),
         doing=f"writing {arguments.output}",
     )
     _say(summarize(contents, mined, rules=rules, dropped_records=arguments.drop_incomplete))
-
-
-def _open(arguments: argparse.Namespace) -> Opened:
-    """Models and data; local, so each rank reads for itself."""
-    from transformers.utils import logging as transformers_logging
-
-    from vembed_ds.encoding.items import load_items
-    from vembed_ds.inference import Encoder
-    from vembed_ds.mining.output import check_output
-
-    transformers_logging.disable_progress_bar()
-    table = load_items(arguments.data, flag="--data")
-    check_output(arguments.output, table, overwrite=arguments.overwrite)
-    encoder = Encoder(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    dataset, mapping = _open_pairs(arguments, table, encoder)
-    corpus = _open_corpus(arguments, dataset) if arguments.corpus else None
-    guide = None
-    if arguments.guide_model is not None:
-        judge = Encoder(arguments.guide_model, trust_remote_code=arguments.trust_remote_code)
-        _check_parts(judge, dataset, name="--guide_model")
-        guide = _model(arguments, judge, name="guide", flag="--guide_")
-    return Opened(
-        table, dataset, corpus, mapping, _model(arguments, encoder, name="model", flag="--"), guide
-    )
-
-
-def _open_pairs(
-    arguments: argparse.Namespace, table: datasets.Dataset, encoder: Encoder
-) -> tuple[PairDataset, dict[str, str]]:
-    from vembed_ds.data.dataset import PairDataset
-    from vembed_ds.data.records import RecordReader
-    from vembed_ds.errors import ConfigError
-
-    stated = {key: _stated(arguments, encoder.settings, key) for key in STORED_KEYS}
-    mapping: dict[str, str] = stated["column_mapping"]
-    columns = table.column_names
-    present = {
-        role: column
-        for role, column in mapping.items()
-        if role not in NEGATIVE_KEYS or column in columns
-    }
-    reader = RecordReader(
-        columns,
-        retrieval_mode=stated["retrieval_mode"],
-        column_mapping=present,
-        image_root=stated["image_root"],
-        origin=", ".join(arguments.data),
-        allow_images_outside_root=arguments.allow_images_outside_root,
-        allow_image_urls=arguments.allow_image_urls,
-    )
-    if reader.has_negatives and not arguments.replace_negatives:
-        named = ", ".join(repr(name) for name in reader.negative_columns.values())
-        raise ConfigError(
-            f"{reader.origin}: has negatives (column {named}); give --replace_negatives to find others in "
-            "their place, or remove the column"
-        )
-    dataset = PairDataset(table, reader=reader, processor=encoder.processor, seed=0)
-    _check_parts(encoder, dataset, name="--model")
-    return dataset, mapping
-
-
-def _stated(arguments: argparse.Namespace, settings: dict[str, Any], key: str) -> Any:
-    """A setting of the command line, else what is stored with the model."""
-    from vembed_ds.errors import ConfigError
-
-    given = getattr(arguments, key)
-    if given is not None:
-        return dict(given) if key == "column_mapping" else given
-    stored = settings.get(key, {"column_mapping": {}, "image_root": ""}.get(key))
-    if stored is None:
-        raise ConfigError(
-            f"--{key}: {arguments.model} does not state one; give it, as training will have it"
-        )
-    return stored
-
-
-def _check_parts(encoder: Encoder, dataset: PairDataset, *, name: str) -> None:
-    from vembed_ds.errors import ConfigError
-
-    for part in sorted(dataset.reader.parts - set(encoder.model.parts)):
-        role, _ = dataset.reader.columns_of(part)[0]
-        raise ConfigError(
-            f"{name}: retrieval_mode={dataset.reader.retrieval_mode}: the {role} is {part}, but the model "
-            f"embeds {' and '.join(encoder.model.parts)}; choose another mode or model"
-        )
-
-
-def _open_corpus(arguments: argparse.Namespace, dataset: PairDataset) -> ItemTable:
-    """Documents that are read as the positives are."""
-    from vembed_ds.encoding.items import ItemColumns, ItemTable, choose_columns, load_items
-    from vembed_ds.errors import ConfigError
-
-    origin = ", ".join(arguments.corpus)
-    table = load_items(arguments.corpus, flag="--corpus")
-    own = dataset.reader.role_columns["positive"]
-    given = dict(arguments.corpus_columns)
-    if not given and set(own.values()) <= set(table.column_names):
-        given = dict(own)
-    found = choose_columns(
-        table.column_names, role="document", given=given, origin=origin, flag="--corpus_columns"
-    )
-    parts = {part: column for part, column in found.parts.items() if part in own}
-    if set(parts) != set(own):
-        raise ConfigError(
-            f"{origin}: the positives are {' and '.join(own)}, and of these --corpus has "
-            f"{' and '.join(parts) or 'none'}; name its columns with --corpus_columns"
-        )
-    return ItemTable(
-        table,
-        columns=ItemColumns(parts, None, "document"),
-        processor=dataset.processor,
-        instruction="",
-        image_root=dataset.reader.image_root,
-        origin=origin,
-        allow_images_outside_root=arguments.allow_images_outside_root,
-        allow_image_urls=arguments.allow_image_urls,
-    )
-
-
-def _model(arguments: argparse.Namespace, encoder: Encoder, *, name: str, flag: str) -> Model:
-    from vembed_ds.encoding.items import ROLES, role_instruction
-    from vembed_ds.mining.vectors import Model
-
-    found = {}
-    for role in ROLES:
-        key = f"{flag}{role}_instruction"
-        given = getattr(arguments, key.removeprefix("--"))
-        found[role] = role_instruction(encoder.settings, role, flag=key) if given is None else given
-    return Model(encoder, found["query"], found["document"], name)
 
 
 def _planned(
@@ -392,44 +260,6 @@ def _planned(
         f"rules: {rules.described()}\n"
         f"output: {arguments.output}: the columns of the data, and {columns}"
     )
-
-
-def _write(
-    arguments: argparse.Namespace, opened: Opened, contents: Contents, mined: Any, rules: Rules
-) -> None:
-    import numpy as np
-
-    from vembed_ds.mining.output import (
-        NegativeCells,
-        negative_columns,
-        score_columns,
-        write_file,
-        written_rows,
-    )
-    from vembed_ds.mining.summary import kept_counts
-
-    reader, table = opened.dataset.reader, opened.table
-    rows = np.arange(len(contents.query_of))
-    if arguments.drop_incomplete:
-        rows = np.flatnonzero(kept_counts(contents, mined) >= rules.num_negatives)
-
-    def places_of(record: int) -> Any:
-        found = mined.negatives[contents.query_of[record]]
-        return contents.documents[found[found >= 0]]
-
-    names = negative_columns(reader, opened.column_mapping)
-    replaced = reader.negative_columns.values()
-    scores = score_columns(table, opened.column_mapping) if replaced else []
-    parts = written_rows(
-        table,
-        rows,
-        places_of,
-        columns={
-            name: NegativeCells(table, reader, opened.corpus, part) for part, name in names.items()
-        },
-        without=[*replaced, *scores],
-    )
-    write_file(arguments.output, parts)
 
 
 def _say(text: str) -> None:

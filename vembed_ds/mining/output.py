@@ -18,7 +18,7 @@ from vembed_ds.data.records import RecordReader
 from vembed_ds.durable import sync_file, sync_folder
 from vembed_ds.encoding.items import ItemTable
 from vembed_ds.errors import ConfigError, DataError
-from vembed_ds.mining.contents import CORPUS, NEGATIVE, IntArray
+from vembed_ds.mining.contents import CORPUS, NEGATIVE, Contents, IntArray
 
 SUFFIXES = (".parquet", ".jsonl")
 _ROWS = 1024  # written at a time
@@ -190,6 +190,52 @@ def write_file(path: Path, parts: Iterator[pa.Table]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_mined(
+    path: Path,
+    table: datasets.Dataset,
+    kept: IntArray,
+    *,
+    contents: Contents,
+    negatives: IntArray,
+    reader: RecordReader,
+    corpus: ItemTable | None,
+    column_mapping: Mapping[str, str],
+) -> None:
+    """Write the data with its negatives. One process.
+
+    Args:
+        path: A ``.parquet`` or ``.jsonl`` file.
+        table: Of the pairs, all columns, undecoded.
+        kept: The records that are written.
+        contents: Of the data.
+        negatives: ``[Q, n]``, documents of every distinct query; -1 where there are fewer.
+        reader: Of the pairs.
+        corpus: Further documents.
+        column_mapping: As training will have it.
+
+    Raises:
+        DataError: A value that the file cannot hold.
+        OSError: It cannot be written.
+    """
+
+    def places_of(record: int) -> IntArray:
+        found = negatives[contents.query_of[record]]
+        places: IntArray = contents.documents[found[found >= 0]]
+        return places
+
+    names = negative_columns(reader, column_mapping)
+    replaced = list(reader.negative_columns.values())
+    scores = score_columns(table, column_mapping) if replaced else []
+    parts = written_rows(
+        table,
+        kept,
+        places_of,
+        columns={name: NegativeCells(table, reader, corpus, part) for part, name in names.items()},
+        without=[*replaced, *scores],
+    )
+    write_file(path, parts)
 
 
 def score_columns(table: datasets.Dataset, column_mapping: Mapping[str, str]) -> list[str]:
