@@ -115,13 +115,6 @@ def translate(key: str, value: Any) -> Legacy | None:
             notice="sdpa is used, as vembed-factory did where the package was missing: it has a "
             "flash kernel of its own on GPUs, and the package's gradient was not compared",
         )
-    if key == "report_to" and value == "swanlab":
-        return Legacy(
-            "report_to",
-            "tensorboard",
-            notice="SwanLab is not offered; metrics go to metrics.jsonl and TensorBoard files, "
-            "which SwanLab can import",
-        )
     return None
 
 

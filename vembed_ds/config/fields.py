@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from vembed_ds.tracker_names import tracker_names
+
 COLUMN_ROLES = (
     "query",
     "query_image",
@@ -37,6 +39,16 @@ def plain_int(value: Any) -> Any:
 def none_word(value: Any) -> Any:
     """``null`` means the word "none": an override ``report_to=none`` is read as null."""
     return "none" if value is None else value
+
+
+def tracker_words(value: Any) -> Any:
+    """Names of trackers, also in a list, with commas between them; ``null`` as in :func:`none_word`."""
+    value = none_word(value)
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        value = ",".join(value) or "none"
+    if isinstance(value, str) and value not in ("none", "all"):
+        return ",".join(tracker_names(value))
+    return value
 
 
 def known_roles(value: dict[str, str]) -> dict[str, str]:

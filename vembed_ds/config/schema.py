@@ -28,8 +28,8 @@ from vembed_ds.config.fields import (
     as_tuple,
     known_mode,
     known_roles,
-    none_word,
     plain_int,
+    tracker_words,
 )
 
 ALIASES = {
@@ -514,9 +514,10 @@ class RunConfig(Section):
     eval_recall_k: Annotated[
         tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(as_tuple)
     ] = Field(default=(1, 5, 10), description="The k of Recall@k.")
-    report_to: Annotated[
-        Literal["none", "tensorboard", "wandb", "all"], BeforeValidator(none_word)
-    ] = Field(default="tensorboard", description="Trackers beside metrics.jsonl.")
+    report_to: Annotated[str, BeforeValidator(tracker_words)] = Field(
+        default="tensorboard",
+        description="Trackers beside metrics.jsonl and metrics.csv, one or several with commas between them: tensorboard, wandb, swanlab, mlflow; all: the first two; none.",
+    )
     run_name: Text | None = Field(default=None, description="Name shown by the trackers.")
     timeout_minutes: PositiveFloat = Field(
         default=30.0, description="Longest wait for another rank before the job fails."

@@ -1,1 +1,1 @@
-"""Where metrics are written: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where metrics are written: files of the run's folder, and trackers."""

@@ -16,7 +16,7 @@ from vembed_ds.engine.schedules import build_schedule
 from vembed_ds.errors import ConfigError
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.rates import set_rates
-from vembed_ds.tracking.trackers import CHOICES
+from vembed_ds.tracker_names import tracker_names
 from vembed_ds.training.config import as_config
 from vembed_ds.training.model_setup import own_rates
 
@@ -88,11 +88,10 @@ def build_scheduler(
 
 
 def resolve_tracker(report_to: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The tracker to open, by name.
+    """The trackers to open, by name.
 
     Args:
-        report_to: ``none``, ``tensorboard``, ``wandb`` or ``all``; ``swanlab`` becomes
-            ``tensorboard``, whose files it can import, and a line says so.
+        report_to: As of :func:`vembed_ds.tracker_names.tracker_names`.
 
     Returns:
         The name, ``None`` for none, and arguments for :func:`build_tracker`, which also takes
@@ -102,9 +101,8 @@ def resolve_tracker(report_to: str | None) -> tuple[str | None, dict[str, Any]]:
         ConfigError: No such tracker.
     """
     name = report_to or "none"
-    if name == "swanlab":
-        logger.warning("report_to=swanlab: not offered; TensorBoard files are written instead")
-        name = "tensorboard"
-    if name not in CHOICES:
-        raise ConfigError(f"report_to={name!r}: expected one of {', '.join(CHOICES)}")
+    try:
+        tracker_names(name)
+    except ValueError as error:
+        raise ConfigError(f"report_to={name!r}: {error}") from error
     return (None if name == "none" else name), {"report_to": name}

@@ -99,7 +99,7 @@ VALUES = {
         *("cosine", "linear", "constant", "constant_with_warmup"),
         *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
     ],
-    "report_to": ["none", "wandb", "tensorboard", "all"],
+    "report_to": ["none", "wandb", "tensorboard", "swanlab", "all"],
 }
 
 NOTICED: dict[str, Any] = {
@@ -312,13 +312,6 @@ def test_colbert_needs_token_embeddings_whatever_the_pooling_says(tmp_path: Path
     (notice,) = notices_of({**values, "pooling_method": "cls"}, tmp_path)
     assert notice.endswith("loss_type='colbert' needs pooling_method='none'")
     assert parse_config({**values, "pooling_method": "cls"})["pooling_method"] == "none"
-
-
-def test_swanlab_becomes_tensorboard_and_says_so(tmp_path: Path) -> None:
-    values = {**BASE, "report_to": "swanlab"}
-    (notice,) = notices_of(values, tmp_path)
-    assert "SwanLab is not offered" in notice
-    assert parse_config(values).run.report_to == "tensorboard"
 
 
 def test_the_flash_package_becomes_sdpa_and_says_so(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     tracker.log({"train/loss": 0.5, "train/lr": 1e-3}, step=10)
     assert lines(tmp_path / "new") == [{"step": 10, "train/loss": 0.5, "train/lr": 1e-3}]
     tracker.close()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"metrics.jsonl", "metrics.csv"}
 
 
 def test_resuming_drops_what_is_made_again(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_what_a_patient_file_loses_is_told(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("vembed_ds.tracking.trackers.MOST_WAITING", 3)
+    monkeypatch.setattr("vembed_ds.tracking.metrics_file.MOST_WAITING", 3)
     tracker = start(tmp_path, patient=True)
     full(0)
     for step in range(1, 6):
@@ -169,8 +169,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_unknown_tracker(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="report_to='swanlab': expected one of none, tensorboard"):
-        start(tmp_path, "swanlab")
+    with pytest.raises(
+        ConfigError, match=r"report_to='swanlb': no tracker 'swanlb' \(did you mean "
+    ):
+        start(tmp_path, "swanlb")
 
 
 def test_tensorboard_holds_scalars_and_settings(tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_a_resumed_run_that_wandb_has_not_seen(tmp_path: Path, wandb: FakeWandb)
 
 def test_all_means_all(tmp_path: Path, wandb: FakeWandb) -> None:
     tracker = start(tmp_path, "all")
-    assert list(tracker.sinks) == ["wandb", "tensorboard"]
+    assert list(tracker.sinks) == ["metrics.csv", "wandb", "tensorboard"]
     tracker.close()
     assert (tmp_path / "tensorboard").is_dir()
     assert wandb.calls[-1] == ("finish", None)

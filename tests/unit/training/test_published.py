@@ -213,9 +213,9 @@ def test_flat_images_go_to_the_item_that_they_belong_to() -> None:
 def test_trackers_have_names() -> None:
     assert published.resolve_tracker(report_to=None) == (None, {"report_to": "none"})
     assert published.resolve_tracker(report_to="wandb") == ("wandb", {"report_to": "wandb"})
-    assert published.resolve_tracker(report_to="swanlab")[0] == "tensorboard"  # defect 46
-    with pytest.raises(ConfigError, match="report_to='mlflow': expected one of"):
-        published.resolve_tracker(report_to="mlflow")
+    assert published.resolve_tracker(report_to="swanlab")[0] == "swanlab"  # defect 46
+    with pytest.raises(ConfigError, match="report_to='comet': no tracker 'comet': expected one or"):
+        published.resolve_tracker(report_to="comet")
 
 
 def test_optimizer_and_schedule_from_a_plain_mapping() -> None:
