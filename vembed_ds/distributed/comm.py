@@ -247,6 +247,17 @@ def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
     return [found.tolist() for found in gathered]
 
 
+def all_gather_floats(values: Sequence[float]) -> list[list[float]]:
+    """Every rank's ``values``, equally many, in rank order, on the host, float64. Collective."""
+    if world_size() == 1 or pretended():
+        return [list(values) for _ in range(world_size())]
+    own = torch.tensor(values, dtype=torch.float64)
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    with phase(Kind.WAITING):
+        dist.all_gather(gathered, own, group=_group())
+    return [found.tolist() for found in gathered]
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Mean of ``value`` over the ranks, any shape, on its device. Collective."""
     if world_size() == 1:

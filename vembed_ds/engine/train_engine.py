@@ -17,6 +17,7 @@ from vembed_ds.engine.loss_scale import LossScaleUpdates
 from vembed_ds.engine.reduced import Piece, norm_of, reduced_pieces
 from vembed_ds.engine.reduction import ReducedOnce, ReducedPerChunk, Reduction
 from vembed_ds.engine.releases import forget_releases_with_the_order
+from vembed_ds.engine.step_traffic import StepTraffic
 from vembed_ds.engine.whole_parameters import WholeParameters
 
 
@@ -50,6 +51,8 @@ class TrainEngine:
         if self.zero_stage == 3:
             forget_releases_with_the_order(engine)
         self._gather = gather if self.zero_stage == 3 else Gather.PER_MODULE
+        self.gather, self.reduce = self._gather, reduce
+        self.traffic = StepTraffic(engine, gather=self._gather, reduce=reduce, idle=idle)
         held = self._gather is not Gather.PER_MODULE
         self._whole = WholeParameters(engine, without=idle) if held else None
         self._replaying = False
@@ -192,6 +195,13 @@ class TrainEngine:
     def learning_rate(self) -> float:
         """Rate of the next update (of the first parameter group)."""
         return float(self.engine.get_lr()[0])
+
+    def learning_rate_of(self, highest: float) -> float:
+        """Rate of the next update of the parameters whose highest rate is the closest to ``highest``."""
+        schedule: Any = self.engine.lr_scheduler
+        now = [float(rate) for rate in self.engine.get_lr()]
+        bases = now if schedule is None else [float(rate) for rate in schedule.base_lrs]
+        return min(zip(bases, now, strict=True), key=lambda pair: abs(pair[0] - highest))[1]
 
     @property
     def loss_scale(self) -> float:

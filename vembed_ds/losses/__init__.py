@@ -18,11 +18,18 @@ from vembed_ds.losses.combination import (
 )
 from vembed_ds.losses.comparison import DIRECTIONS, Selection
 from vembed_ds.losses.infonce import colbert, in_batch_hard, info_nce
-from vembed_ds.losses.inputs import Guide, LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.losses.inputs import (
+    Guide,
+    LossInputs,
+    TeacherScores,
+    TeacherVectors,
+    Watched,
+)
 from vembed_ds.losses.matryoshka import BatchFunction, Prefixes, check_mrl_dims, matryoshka
 from vembed_ds.losses.ranking import cosent, triplet
 from vembed_ds.losses.sigmoid import sigmoid
 from vembed_ds.losses.similarities import tile_size_of
+from vembed_ds.losses.watching import SAMPLE, watch
 from vembed_ds.similarity import Embeddings
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "DISTILLATION_LOSSES",
     "LOSSES",
     "MATRYOSHKA_OPTIONS",
+    "SAMPLE",
     "Distillation",
     "Embeddings",
     "Guide",
@@ -39,6 +47,7 @@ __all__ = [
     "TeacherScores",
     "TeacherVectors",
     "TileSize",
+    "Watched",
     "alpha_schedule",
     "build_loss",
     "check_mrl_dims",
@@ -132,7 +141,7 @@ def build_loss(
         use_mrl: Sum the loss over ``mrl_dims``, and over the layers if there are any.
         mrl_dims: See :func:`vembed_ds.losses.matryoshka.matryoshka`.
         mrl_weights: Likewise.
-        mrl_layers: Only their number matters here.
+        mrl_layers: Their number matters here, and their numbers name parts in the log.
         mrl_layer_weights: Likewise.
         distillation: What the student follows beside its task; ``None``: nothing.
         tile_size: Rows and columns that are compared at a time; ``None``: all, in one piece.
@@ -156,19 +165,29 @@ def build_loss(
         selection["negatives_scope"] = "own"
     selection["label_mode"] = label_mode or spec.label_modes[0]
     options |= _directions(options)
-    task: BatchFunction = partial(spec.function, selection=Selection(**selection), **options)
+    chosen, reduction = Selection(**selection), options.get("reduction", "mean")
+    task: BatchFunction = partial(spec.function, selection=chosen, **options)
     if use_mrl:
         task = matryoshka(
             task,
             mrl_dims=mrl_dims,
             mrl_weights=mrl_weights,
-            num_layers=len(mrl_layers or (0,)),
+            mrl_layers=mrl_layers or (1,),
             mrl_layer_weights=mrl_layer_weights,
         )
+    num_layers = len(mrl_layers or (1,)) if use_mrl else 1
     queries = any(direction.endswith("query") for direction in options.get("directions", ()))
 
     def loss(inputs: LossInputs) -> Tensor:
         batch = gather_batch(inputs, queries=queries, tile_size=_size(inputs, tile_size))
+        if inputs.watched is not None:
+            watch(
+                batch,
+                inputs.watched,
+                selection=chosen,
+                reduction=reduction,
+                num_layers=num_layers,
+            )
         found = task(batch)
         return found if distillation is None else distillation.combine(found, batch, inputs)
 

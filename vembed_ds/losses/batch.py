@@ -52,6 +52,7 @@ class GlobalBatch:
         scores: ``[N * B]`` float64, if there are scores.
         local: The inputs of this rank.
         tile_size: Rows and columns that the losses compare at a time; ``None``: all.
+        part: Stands before the names of what the loss of this batch is the sum of.
     """
 
     query: Embeddings
@@ -65,6 +66,11 @@ class GlobalBatch:
     scores: Tensor | None
     local: LossInputs
     tile_size: int | None = None
+    part: str = ""
+
+    def note(self, name: str, loss: Tensor) -> None:
+        """Keep a part of the loss for the log; scalar."""
+        self.local.parts[self.part + name] = loss.detach().float()
 
     def dims(self, start: int, stop: int) -> Self:
         """The same batch, of every embedding only some neighbouring dimensions."""

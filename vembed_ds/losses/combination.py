@@ -42,6 +42,7 @@ class Distillation:
         weights: Of the teachers; only their proportions matter.
         alpha: Share of the task.
         temperature: Of ``kl``.
+        names: Of the teachers, for the log; none: their numbers, from 1.
         teacher_temperatures: Of ``kl``, every teacher's own; none: ``temperature``.
         scale: Of ``rank``.
         reduction: MaxSim's.
@@ -55,6 +56,7 @@ class Distillation:
     weights: Sequence[float]
     alpha: Alpha
     temperature: float = 1.0
+    names: Sequence[str] = ()
     teacher_temperatures: Sequence[float | None] = ()
     scale: float = 20.0
     reduction: str = "mean"
@@ -83,6 +85,10 @@ class Distillation:
         ]
         alpha, followed = self.alpha(inputs.step), weighted(terms, self.weights)
         inputs.parts.update(task=task.detach(), distillation=followed.detach())
+        if len(terms) > 1:
+            names = self.names or [str(number) for number in range(1, len(terms) + 1)]
+            own = {f"teacher_{name}": t.detach() for name, t in zip(names, terms, strict=True)}
+            inputs.parts.update(own)
         return alpha * task + (1 - alpha) * followed
 
     def _of_teacher(

@@ -50,19 +50,20 @@ def info_nce(
     # One process has all pairs as rows: what it searches with documents is in the first matrix.
     mirrored = {"doc_to_query"} if batch.num_pairs == len(batch.query) else set()
     numbered = dict(enumerate(found))
-    loss: TileLoss = (
-        _CrossEntropy(numbered)
-        if partition == "joint"
-        else _Mean([_CrossEntropy({number: own}) for number, own in numbered.items()])
-    )
-    return tiled(
+    mean = _Mean([_CrossEntropy({number: own}) for number, own in numbered.items()])
+    loss: TileLoss = _CrossEntropy(numbered) if partition == "joint" else mean
+    terms = tiled(
         loss,
         [
             None if direction in mirrored else comparison.similarities
             for direction, comparison in zip(directions, found, strict=True)
         ],
         scale=batch.scale(temperature),
-    ).mean()
+    )
+    if len(directions) > 1:
+        for direction, own_loss in zip(directions, mean.losses, strict=False):
+            batch.note(direction, own_loss)
+    return terms.mean()
 
 
 def colbert(batch: GlobalBatch, **options: object) -> Tensor:
@@ -120,6 +121,8 @@ class _Mean:
 
     def __init__(self, losses: Sequence[_CrossEntropy]) -> None:
         self._losses = losses
+        self.losses: list[Tensor] = []
+        """Each by itself, once the terms are known."""
 
     def add(self, tile: Tile) -> None:
         """See :class:`TileLoss`."""
@@ -127,7 +130,9 @@ class _Mean:
 
     def terms(self) -> Tensor:
         """See :class:`TileLoss`."""
-        return torch.stack([loss.terms() for loss in self._losses]).mean(dim=0)
+        terms = torch.stack([loss.terms() for loss in self._losses])
+        self.losses = list(terms.mean(dim=1))
+        return terms.mean(dim=0)
 
     def gradient(self, tile: Tile, outer: Tensor) -> Tensor:
         """See :class:`TileLoss`."""

@@ -53,6 +53,20 @@ class TeacherScores:
     negative: Tensor | None = None
 
 
+@dataclass
+class Watched:
+    """What a loss tells of a step that is logged, beside what it is the sum of.
+
+    Attributes:
+        accuracy: Of :func:`vembed_ds.losses.watching.in_batch_accuracy`, scalar; ``None``: it has no
+            meaning.
+        gathered_values: Numbers of the embeddings of all ranks that are columns.
+    """
+
+    accuracy: Tensor | None = None
+    gathered_values: int = 0
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """Everything a loss may look at, of this rank: B pairs (equal on all ranks), M negatives.
@@ -76,6 +90,7 @@ class LossInputs:
         step: Optimizer steps already done, for schedules.
         projections: ``[G, D]`` learned, by the teacher's number, where its width is another.
         parts: Filled by the loss: what it is the sum of, by name, scalars, detached, for logs.
+        watched: Filled by the loss; ``None``: the step is not logged.
         logit_scale: ``[1]`` float32, the log of the inverse temperature, when it is learned.
         logit_bias: ``[1]`` float32, added to scaled similarities by the sigmoid loss.
     """
@@ -94,6 +109,7 @@ class LossInputs:
     step: int = 0
     projections: Mapping[int, Tensor] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=dict)
+    watched: Watched | None = None
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def matryoshka(
     *,
     mrl_dims: Sequence[int],
     mrl_weights: Sequence[float] | None = None,
-    num_layers: int = 1,
+    mrl_layers: Sequence[int] = (1,),
     mrl_layer_weights: Sequence[float] | None = None,
 ) -> BatchFunction:
     """The weighted sum of ``loss`` over layers and prefixes.
@@ -92,7 +92,8 @@ def matryoshka(
         loss: Of a gathered batch.
         mrl_dims: d, in any order.
         mrl_weights: w, in the order of ``mrl_dims``; ``None``: 1 each.
-        num_layers: K; the embeddings hold K layers of equal width side by side on the last axis.
+        mrl_layers: Numbers of K layers, for the log; the embeddings hold K layers of equal width side
+            by side on the last axis.
         mrl_layer_weights: u, in the order of the layers; ``None``: 1 each.
 
     Returns:
@@ -101,12 +102,19 @@ def matryoshka(
     prefixes = Prefixes(
         mrl_dims,
         weights=mrl_weights or [1.0] * len(mrl_dims),
-        layer_weights=mrl_layer_weights or [1.0] * num_layers,
+        layer_weights=mrl_layer_weights or [1.0] * len(mrl_layers),
     )
 
     def over_prefixes(batch: GlobalBatch) -> Tensor:
-        return sum_over(
-            prefixes, batch.query.width, lambda start, stop: loss(batch.dims(start, stop))
-        )
+        own = batch.query.width // len(mrl_layers)
+
+        def of(start: int, stop: int) -> Tensor:
+            layer = f"layer_{mrl_layers[start // own]}_" if len(mrl_layers) > 1 else ""
+            name = f"{layer}dim_{stop - start}"
+            found = loss(replace(batch.dims(start, stop), part=f"{name}_"))
+            batch.note(name, found)
+            return found
+
+        return sum_over(prefixes, batch.query.width, of)
 
     return over_prefixes

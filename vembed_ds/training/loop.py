@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,18 +25,21 @@ from vembed_ds.distributed.seeding import capture_rng, restore_rng
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.errors import SaveError, StoppedError, VembedError
-from vembed_ds.losses import LossFunction
+from vembed_ds.losses import LossFunction, Watched
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.similarity import Embeddings
 from vembed_ds.steps.gradient_cache import BatchLoss, StepResult, compute_gradient, embed_plan
 from vembed_ds.steps.kept_graphs import KeptGraphs
 from vembed_ds.steps.shortage import MemoryShortage, emptied
 from vembed_ds.tracking.trackers import Tracker
+from vembed_ds.training.embedding_figures import EmbeddingSample
+from vembed_ds.training.log_line import SeenStep, log_line, peak_device_bytes
 from vembed_ds.training.log_window import LogWindow
 from vembed_ds.training.loss_inputs import loss_inputs
 from vembed_ds.training.nonfinite import StepGuard
 from vembed_ds.training.saves import Saves
 from vembed_ds.training.step_memory import StepMemory
+from vembed_ds.training.step_work import work_of
 from vembed_ds.training.stopping import StopRequested, StopSignals, raise_agreed
 from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
@@ -98,6 +98,8 @@ class TrainingLoop:
         teachers: Whom the student follows.
         memory: What becomes smaller when a step has none; ``None``: the last chunk alone keeps its
             graph.
+        data_names: Of the data sets, where every batch comes from one, for the log.
+        rates: Highest learning rates of parts that have their own, by name, for the log.
     """
 
     how_to_go_on = "start again with --resume auto"
@@ -129,6 +131,8 @@ class TrainingLoop:
         attach: Callable[[Batch], Batch] = lambda batch: batch,
         teachers: Teachers = NO_TEACHERS,
         memory: StepMemory | None = None,
+        data_names: Sequence[str] = (),
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.engine, self.model, self.processor = engine, model, processor
         self.loader, self.budget = loader, budget
@@ -152,6 +156,9 @@ class TrainingLoop:
         self._filler = functools.cache(processor.filler)
         self.merged: frozenset[str] = frozenset()  # streams whose equal items are one row
         self._parts: dict[str, Tensor] = {}  # of the last loss
+        self._seen: SeenStep | None = None  # of a step that is logged
+        self._data_names, self._rates = list(data_names), dict(rates or {})
+        self._num_chunks = self._peak_device_bytes = 0
         self.window = window or LogWindow()
         self._progress: tqdm[Any] | None = None
         self._error: VembedError | None = None  # of this rank, until all hear of it
@@ -206,13 +213,14 @@ class TrainingLoop:
         )
         self._progress = progress
         for batch in self.batches():
-            result, rate = self.compute_gradient(batch), self.engine.learning_rate()
+            result, rates = self.compute_gradient(batch), self._learning_rates()
+            rate = rates["train/lr"]
             sound = self.guard.accept(result, batch, step=self.step + 1, learning_rate=rate)
             norm = self.engine.step() if sound else None
             self.step += 1
             self.teachers.after_step(self.step, updated=norm is not None)
             self.replicas.after_step(self.step)
-            self.log(result, norm, rate, num_pairs=len(batch.indices), sound=sound)
+            self.log(result, norm, rates, num_pairs=len(batch.indices), sound=sound)
             is_best = False
             if self.intervals.due(self.intervals.eval_steps, self.step):
                 metrics = self.evaluate()
@@ -261,7 +269,7 @@ class TrainingLoop:
         while True:
             self.memory.begin(plan, self.budget)
             try:
-                return compute_gradient(
+                result = compute_gradient(
                     self.engine,
                     plan,
                     loss_function=self.batch_loss(batch, said),
@@ -272,11 +280,19 @@ class TrainingLoop:
                 )
             except MemoryShortage as error:
                 shortage = emptied(error)
+            else:
+                self._count(plan)
+                return result
             # Outside of the handler, which would hold the tensors of the attempt.
             self.engine.discard_gradients()
             self.budget = self.memory.make_room(shortage)
             restore_rng(start, self.engine.device)
             plan = self.plan(batch)
+
+    def _count(self, plan: StepPlan) -> None:
+        kept, self._num_chunks = self.memory.graphs.number, len(plan.chunks)
+        work = work_of(plan, kept=kept, trainable=self.model.trainable)
+        self.window.work = self.window.work.plus(work)
 
     def plan(self, batch: Batch) -> StepPlan:
         """The chunks of a batch. Collective.
@@ -321,11 +337,24 @@ class TrainingLoop:
 
         def loss(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
             self.guard.watch(rows)
-            inputs = loss_inputs(batch, rows, learned, teachers=said, step=self.step)
+            self._seen = self._see(rows)
+            watched = None if self._seen is None else self._seen.watched
+            inputs = loss_inputs(
+                batch, rows, learned, teachers=said, step=self.step, watched=watched
+            )
+            found = self.loss_functions[batch.member](inputs)
             self._parts = inputs.parts
-            return self.loss_functions[batch.member](inputs)
+            if self._data_names:
+                self._parts[f"data_{self._data_names[batch.member]}"] = found.detach()
+            return found
 
         return loss
+
+    def _see(self, rows: Mapping[str, Embeddings]) -> SeenStep | None:
+        """What is kept of the embeddings of a step that is logged."""
+        if not self._line_is_due(self.step + 1):
+            return None
+        return SeenStep(EmbeddingSample(rows, num_layers=self.model.num_layers), Watched())
 
     def pad(self, stream: str, items: Sequence[EncodedItem]) -> dict[str, Tensor]:
         """Items of a chunk to one batch on the host."""
@@ -346,7 +375,7 @@ class TrainingLoop:
             self.evaluation_left = False
             return {}
         self.evaluation_left = True
-        with self._clock_stopped(), phase(Kind.EVALUATION):
+        with self.window.paused("evaluation"), phase(Kind.EVALUATION):
             self.model.eval()
             metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
             self.model.train()
@@ -356,61 +385,76 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
-        with self._clock_stopped(), phase(Kind.SAVING, f"saving checkpoint-step-{self.step}"):
+        saving = phase(Kind.SAVING, f"saving checkpoint-step-{self.step}")
+        with self.window.paused("checkpoint"), saving:
             self.replicas.require_equal(self.step)
             self.teachers.before_save()
             self._saves.write(self.step)
         self._save_is_late = False
 
-    @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        """Time inside counts neither as training nor as waiting for data."""
-        started = time.perf_counter()
-        yield
-        self.window.started += time.perf_counter() - started
-
     def log(
         self,
         result: StepResult,
         norm: Tensor | None,
-        learning_rate: float,
+        rates: Mapping[str, float],
         *,
         num_pairs: int,
         sound: bool,
     ) -> None:
-        """Add a step to the window; write the window when it is due (first and last step too)."""
-        window = self.window
+        """Add a step to the window; write the window when it is due. Collective then.
+
+        Args:
+            result: Of the step.
+            norm: Of its gradient; ``None``: there was no update.
+            rates: Learning rates of the update, by name.
+            num_pairs: Of this rank.
+            sound: Whether loss and gradient were finite.
+        """
+        window, seen, self._seen = self.window, self._seen, None
         if sound:
             window.add(result.loss, self._parts)
         window.timed += 1
+        window.pairs += num_pairs
         window.skipped += norm is None
         if self._progress is not None:
             self._progress.update()
-        due = self.step == 1 or self.intervals.due(self.intervals.logging_steps, self.step)
-        if not due:
+        if not self._line_is_due(self.step):
             return
-        seconds = time.perf_counter() - window.started
-        pairs = num_pairs * comm.world_size() * window.timed
-        loss = comm.mean_over_ranks(torch.as_tensor(window.loss) / (window.summed or math.nan))
-        metrics = {
-            "train/loss": float(loss),
-            "train/lr": learning_rate,
-            "train/grad_norm": float("nan") if norm is None else float(norm),
-            "train/samples_per_second": pairs / seconds,
-            "train/data_wait_seconds": window.waited / window.timed,
-            "train/skipped_steps": float(window.skipped),
-        }
-        for name, part in window.parts.items():
-            mean = torch.as_tensor(part) / window.summed
-            metrics[f"train/loss_{name}"] = float(comm.mean_over_ranks(mean))
+        self._peak_device_bytes = max(self._peak_device_bytes, peak_device_bytes())
+        metrics = log_line(
+            window,
+            result=result,
+            norm=norm,
+            rates=rates,
+            seen=seen if sound else None,
+            sent_bytes=self._sent_bytes(seen),
+            peak_device_bytes=self._peak_device_bytes,
+        )
         if self.intervals.steps_per_epoch:
             metrics["train/epoch"] = self.step / self.intervals.steps_per_epoch
-        if "logit_scale" in result.learned:
-            metrics["train/temperature"] = float(1 / result.learned["logit_scale"].exp())
-        if "logit_bias" in result.learned:
-            metrics["train/logit_bias"] = float(result.learned["logit_bias"])
         self.window = LogWindow()
         self._report(metrics)
+
+    def _line_is_due(self, step: int) -> bool:
+        """Whether a log line follows ``step``: by interval, and behind the first and the last one."""
+        return step == 1 or self.intervals.due(self.intervals.logging_steps, step)
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of the next update: the model's, and in a step that is logged those of parts with their own."""
+        found = {"train/lr": self.engine.learning_rate()}
+        if self._line_is_due(self.step + 1):
+            for part, highest in self._rates.items():
+                found[f"train/lr_{part}"] = self.engine.learning_rate_of(highest)
+        return found
+
+    def _sent_bytes(self, seen: SeenStep | None) -> float:
+        if not self._num_chunks:  # a step of a subclass's own
+            return 0.0
+        return self.engine.traffic.predict(
+            num_chunks=self._num_chunks,
+            kept_chunks=self.memory.graphs.number,
+            gathered_values=0 if seen is None else seen.watched.gathered_values,
+        )
 
     def _report(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is None:
@@ -422,5 +466,6 @@ class TrainingLoop:
         if self._progress is not None and "train/loss" in metrics:
             shown = ("loss", "lr", "grad_norm", "samples_per_second")
             self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})
-        line = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
+        told = {n: v for n, v in metrics.items() if n.startswith(("train/", "eval/"))}
+        line = " ".join(f"{name}={value:.6g}" for name, value in told.items())
         logger.info("step %d: %s", self.step, line)

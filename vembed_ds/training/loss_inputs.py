@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vembed_ds.data.collators import Batch
-from vembed_ds.losses import Guide, LossInputs, TeacherScores, TeacherVectors
+from vembed_ds.losses import Guide, LossInputs, TeacherScores, TeacherVectors, Watched
 from vembed_ds.similarity import Embeddings
 from vembed_ds.streams import projection_name
 
@@ -22,6 +22,7 @@ def loss_inputs(
     *,
     teachers: Sequence[TeacherVectors | TeacherScores] = (),
     step: int = 0,
+    watched: Watched | None = None,
 ) -> LossInputs:
     """This rank's share of the global batch.
 
@@ -31,6 +32,7 @@ def loss_inputs(
         learned: What the loss learns, by name.
         teachers: What every teacher says of the batch.
         step: Optimizer steps already done.
+        watched: Where the loss says what is logged of the step; ``None``: it is not logged.
     """
     device = rows["query"].values.device
 
@@ -54,6 +56,7 @@ def loss_inputs(
         guide=_guide(batch, device),
         teachers=tuple(teachers),
         step=step,
+        watched=watched,
         projections={
             number: learned[projection_name(number)]
             for number in range(len(teachers))

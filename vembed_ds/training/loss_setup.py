@@ -92,6 +92,7 @@ def build_distillation(
             num_steps=num_steps,
         ),
         temperature=config.distillation_temperature,
+        names=[entry.name or str(number) for number, entry in enumerate(entries, start=1)],
         teacher_temperatures=[entry.temperature for entry in entries],
         scale=config.distillation_scale,
         reduction=loss.maxsim_reduction,

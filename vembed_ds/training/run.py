@@ -41,6 +41,7 @@ from vembed_ds.training.memory_setup import (
     saved_budget,
     step_memory,
 )
+from vembed_ds.training.model_setup import own_rates
 from vembed_ds.training.nonfinite import step_guard
 from vembed_ds.training.output import warn_of_little_space
 from vembed_ds.training.plan import RunPlan, plan_run
@@ -301,8 +302,16 @@ def build_loop(
         attach=attach,
         teachers=teachers,
         memory=step_memory(config, engine),
+        data_names=_data_names(config),
+        rates=own_rates(config.optimizer),
     )
     return loop
+
+
+def _data_names(config: Config) -> list[str]:
+    """Of the data sets, where a step has records of one only."""
+    entries = dataset_entries(config.data)
+    return list(entries) if len(entries) > 1 and config.data.batching == "homogeneous" else []
 
 
 def _evaluate(config: Config, data: RunData, loop: TrainingLoop) -> dict[str, float]:
