@@ -56,7 +56,10 @@ class StepTraffic:
             kept_chunks: Those of them that keep their graph.
             gathered_values: Numbers of the embeddings of all ranks that are columns of the loss.
         """
-        shared: dict[str, Any] = {"world_size": self._world_size, "scatter_units": self._scatter_units}
+        shared: dict[str, Any] = {
+            "world_size": self._world_size,
+            "scatter_units": self._scatter_units,
+        }
         step = predict_step_bytes(
             num_chunks=num_chunks, kept_chunks=kept_chunks, **shared, **self._model
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import nn
 from vembed_ds.engine.param_groups import build_param_groups
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.models.encoder import TwoTowerEncoder
+from vembed_ds.models.quantized import whole_shape
 from vembed_ds.models.reach import is_idle
 
 # NF4 with double quantisation: 4 bits a value, 8 bits for 64 values, 32 bits for 256 times as many.
@@ -86,7 +88,7 @@ def size_of(model: EmbeddingModel, *, weight_decay: float, load_in_4bit: bool) -
     Args:
         model: Complete: frozen, with adapters, marked (``models/reach.py``, ``models/rates.py``).
         weight_decay: Of the matrices; decides the groups.
-        load_in_4bit: The weights of adapted layers will be held in 4 bit; here they are not yet.
+        load_in_4bit: The weights of adapted layers will be held in 4 bit, or are already.
     """
     groups = build_param_groups(model, weight_decay=weight_decay)
     packed = set(_base_weights(model)) if load_in_4bit else set()
@@ -96,7 +98,7 @@ def size_of(model: EmbeddingModel, *, weight_decay: float, load_in_4bit: bool) -
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
         frozen=tuple(p.numel() for p in frozen),
         idle=tuple(p.numel() for p in frozen if is_idle(p)),
-        quantized=sum(p.numel() for p in packed),
+        quantized=sum(map(_values, packed)),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
     )
 
@@ -117,7 +119,12 @@ def _parts(model: EmbeddingModel) -> Iterator[Part]:
         counted |= found
         if found:
             trained = sum(p.numel() for p in found if p.requires_grad)
-            yield Part(name, trained, sum(p.numel() for p in found) - trained)
+            yield Part(name, trained, sum(map(_values, found)) - trained)
+
+
+def _values(parameter: nn.Parameter) -> int:
+    """Also of a parameter that is held in 4 bit already, two values in a byte."""
+    return math.prod(whole_shape(parameter) or parameter.shape)
 
 
 def _named_parts(model: EmbeddingModel) -> Iterator[tuple[str, list[nn.Module]]]:

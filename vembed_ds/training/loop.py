@@ -41,6 +41,7 @@ from vembed_ds.training.saves import Saves
 from vembed_ds.training.step_memory import StepMemory
 from vembed_ds.training.step_work import work_of
 from vembed_ds.training.stopping import StopRequested, StopSignals, raise_agreed
+from vembed_ds.training.summary import RunRecord
 from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ class TrainingLoop:
         self._seen: SeenStep | None = None  # of a step that is logged
         self._data_names, self._rates = list(data_names), dict(rates or {})
         self._num_chunks = self._peak_device_bytes = 0
+        self.record = RunRecord()
         self.window = window or LogWindow()
         self._progress: tqdm[Any] | None = None
         self._error: VembedError | None = None  # of this rank, until all hear of it
@@ -198,6 +200,7 @@ class TrainingLoop:
 
     def _train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
+        started = time.perf_counter()
         if self.step == 0 and self.intervals.eval_on_start:
             metrics = self.evaluate()
         elif self.evaluation_left:
@@ -230,6 +233,8 @@ class TrainingLoop:
         progress.close()
         self._save_unless_saved()
         self._saves.require(self.step)
+        self._begin_window()  # with what the last checkpoint took
+        self.record.seconds = time.perf_counter() - started
         comm.raise_together(self._error)
         return metrics
 
@@ -380,6 +385,7 @@ class TrainingLoop:
             metrics = {f"eval/{name}": value for name, value in self._evaluate().items()}
             self.model.train()
             self._report(metrics)
+        self.record.note_evaluation(self.step, metrics)
         self.evaluation_left = False
         return metrics
 
@@ -415,6 +421,8 @@ class TrainingLoop:
             window.add(result.loss, self._parts)
         window.timed += 1
         window.pairs += num_pairs
+        self.record.steps += 1
+        self.record.pairs += num_pairs * comm.world_size()
         window.skipped += norm is None
         if self._progress is not None:
             self._progress.update()
@@ -432,8 +440,13 @@ class TrainingLoop:
         )
         if self.intervals.steps_per_epoch:
             metrics["train/epoch"] = self.step / self.intervals.steps_per_epoch
-        self.window = LogWindow()
+        self.record.note_line(metrics)
+        self._begin_window()
         self._report(metrics)
+
+    def _begin_window(self) -> None:
+        self.record.note_times(self.window)
+        self.window = LogWindow()
 
     def _line_is_due(self, step: int) -> bool:
         """Whether a log line follows ``step``: by interval, and behind the first and the last one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.models.embedding_model import EmbeddingModel
+from vembed_ds.planning.parameters import ModelSize, size_of
 from vembed_ds.tracking.trackers import Tracker
+from vembed_ds.training.banner import banner
 from vembed_ds.training.chunk_choice import choose_chunks
 from vembed_ds.training.data_setup import RunData, dataset_entries, loader_timeout
 from vembed_ds.training.engine_setup import (
@@ -57,12 +60,14 @@ from vembed_ds.training.resuming import (
     chosen_checkpoint,
     earlier_parts,
 )
+from vembed_ds.training.run_facts import end_facts, start_facts
 from vembed_ds.training.run_folder import begin_output, claim_output
 from vembed_ds.training.run_lock import frees_output
 from vembed_ds.training.run_saving import build_saver, save_step
 from vembed_ds.training.self_test import examine
 from vembed_ds.training.stopping import StopSignals
 from vembed_ds.training.stream_setup import training_batches
+from vembed_ds.training.summary import summary
 from vembed_ds.training.teacher_sources import Teachers
 from vembed_ds.training.teachers import (
     describe_teachers,
@@ -71,6 +76,8 @@ from vembed_ds.training.teachers import (
     prepare_teachers,
     teachers_identity,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @frees_output
@@ -129,21 +136,25 @@ def train(
             evaluates=bool(plan.data.val),
         ):
             return {}
-        loop, saver = _build(plan, resumption, process_ends=process_ends)
+        loop, saver, model = _build(plan, resumption, process_ends=process_ends)
     try:
         phases.set_place("before the first step")
         if is_to_be_chosen(config.training, resumption):
             choose_chunks(loop, plan)
         examine(loop, plan.data, config.training, precision=config.model.precision)
-        return loop.train()
+        facts = start_facts(plan, model.size, loop, resumption, width=model.width)
+        _say(banner(facts))
+        metrics = loop.train()
+        _say(summary(end_facts(plan, loop, saver)))
+        return metrics
     finally:
         saver.close()
 
 
 def _build(
     plan: RunPlan, resumption: Resumption | None, *, process_ends: bool
-) -> tuple[TrainingLoop, Saver]:
-    """The loop where the checkpoint left it, and who writes the next ones. Collective."""
+) -> tuple[TrainingLoop, Saver, _Model]:
+    """The loop where the checkpoint left it, who writes the next ones, and the model's size. Collective."""
     config, data = plan.config, plan.data
     tracker = begin_output(config, plan.ds_config, data.skipped, resumption=resumption)
     with phase(Kind.OTHER, "building extensions"):
@@ -158,6 +169,11 @@ def _build(
         join_student(judges.teachers, model, config, width=width, mrl_dims=plan.prefixes)
         if comm.is_main():
             warn_of_little_space(plan.folder, model.parameters())
+        size = size_of(  # before ZeRO-3 takes the parameters apart
+            model,
+            weight_decay=config.optimizer.weight_decay,
+            load_in_4bit=config.model.load_in_4bit,
+        )
     with phase(Kind.BUILDING):
         engine = start_engine(config, model, plan.ds_config, plan.intervals)
     if resumption is not None:
@@ -185,7 +201,26 @@ def _build(
         teachers=judges.teachers,
         process_ends=process_ends,
     )
-    return loop, saver
+    return loop, saver, _Model(size, width)
+
+
+def _say(text: str) -> None:
+    """On rank 0, lines that belong together."""
+    if comm.is_main():
+        logger.info("\n%s", text)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is known of the model before it is in its engine.
+
+    Attributes:
+        size: Its parameters.
+        width: Dimensions of an embedding.
+    """
+
+    size: ModelSize
+    width: int
 
 
 @dataclass(frozen=True)
