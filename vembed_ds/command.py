@@ -34,6 +34,7 @@ EXIT_CODES = """exit codes:
   75   stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint: to go on, start again with --resume auto
 """
 SHUTDOWN_SECONDS = 10
+LOG_FORMAT, LOG_TIME = "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"
 JOIN_MINUTES = 1.0  # for the other ranks, when this one already knows that it must end
 
 
@@ -205,10 +206,25 @@ def _missing_device(kind: str, count: int) -> VembedError | None:
 
 
 def _start(timeout_minutes: float) -> VembedError | None:
-    """Pick this rank's device, or its share of the cores, and join the other ranks.
+    from vembed_ds.distributed import comm
+
+    lacking = start_rank(timeout_minutes)
+    level = logging.INFO if comm.is_main() else logging.ERROR
+    logging.getLogger("vembed_ds").setLevel(level)
+    return lacking
+
+
+def start_rank(timeout_minutes: float) -> VembedError | None:
+    """Pick this rank's device, or its share of the cores, and join the other ranks. Collective.
+
+    Args:
+        timeout_minutes: As of :func:`comm.init_distributed`.
 
     Returns:
-        What is wrong with this rank's device.
+        What is wrong with this rank's device; to be raised on all ranks together.
+
+    Raises:
+        DistributedError: The ranks do not meet.
     """
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -225,17 +241,20 @@ def _start(timeout_minutes: float) -> VembedError | None:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // comm.local_world_size()))
     comm.init_distributed(device_type=accelerator.device_name(), timeout_minutes=timeout_minutes)
-    level = logging.INFO if comm.is_main() else logging.ERROR
-    logging.getLogger("vembed_ds").setLevel(level)
     return lacking
 
 
 def _quiet() -> None:
     """Our own log lines, on standard error; other libraries from warnings up."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_TIME)
+    quiet_libraries()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def quiet_libraries() -> None:
+    """Other libraries tell warnings and errors only; before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Stacks of torch's store, when a rank is gone, would stand before the sentence about it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning)

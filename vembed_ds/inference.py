@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils import cached_file
 
@@ -34,10 +35,11 @@ from vembed_ds.models.saved_folder import (
     saved_spec,
 )
 from vembed_ds.references import resolve_model_reference
-from vembed_ds.similarity import Embeddings, concatenate
+from vembed_ds.similarity import Embeddings, concatenate, similarity
 
 Array = np.ndarray[Any, Any]
 Role = Literal["query", "document"]
+Input = str | Path | ImageSource | Item
 
 
 class SavedModel(NamedTuple):
@@ -172,6 +174,105 @@ class Encoder:
             show_progress=show_progress,
         )
 
+    def encode_queries(
+        self,
+        queries: Input | Sequence[Input],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        show_progress: bool = False,
+    ) -> Array | list[Array]:
+        """Embed what is searched with, with the instruction of that side in training.
+
+        Args:
+            queries: N texts, images or items; a single one counts as N = 1. A ``str`` is a text, or a path where
+                the model was trained with images on this side, or embeds images only; a ``Path`` is always an
+                image.
+            batch_size: Items in one forward pass.
+            normalize: Scale every embedding to length 1.
+            show_progress: Show a progress bar.
+
+        Returns:
+            As :meth:`encode_text`.
+
+        Raises:
+            ConfigError: The model embeds no such items, or has no one instruction for this side.
+            DataError: One cannot be encoded; names it.
+        """
+        return self._encode_side("query", queries, batch_size, normalize, show_progress)
+
+    def encode_documents(
+        self,
+        documents: Input | Sequence[Input],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        show_progress: bool = False,
+    ) -> Array | list[Array]:
+        """Embed what is searched; otherwise as :meth:`encode_queries`."""
+        return self._encode_side("document", documents, batch_size, normalize, show_progress)
+
+    def similarity(self, queries: Array | list[Array], documents: Array | list[Array]) -> Array:
+        """How alike every query is to every document, as the model was trained to compare.
+
+        Args:
+            queries: Q embeddings, from :meth:`encode_queries`; normalised or not.
+            documents: N embeddings, from :meth:`encode_documents`.
+
+        Returns:
+            ``[Q, N]`` float32: the cosine; of token embeddings MaxSim.
+
+        Raises:
+            ValueError: They are not of one kind and width.
+        """
+        reduction = self.settings.get("maxsim_reduction") or "mean"
+        found = similarity(_embeddings(queries), _embeddings(documents), reduction=reduction)
+        return found.numpy()
+
+    @property
+    def width(self) -> int:
+        """D, the dimensions of an embedding."""
+        filler = self.processor.filler(self.model.parts[0])
+        return embed_items(self.model, self.processor, [filler]).width
+
+    def _encode_side(
+        self,
+        role: Role,
+        given: Input | Sequence[Input],
+        batch_size: int,
+        normalize: bool,
+        show_progress: bool,
+    ) -> Array | list[Array]:
+        single = isinstance(given, str | bytes | Path | dict | Image.Image | Item)
+        listed: Any = [given] if single else given
+        items: list[Item] = [self._item(one, role) for one in listed]
+        for part in self._kinds(items):
+            self._require(part)
+        return self.encode(
+            items,
+            role=role,
+            batch_size=batch_size,
+            normalize=normalize,
+            show_progress=show_progress,
+        )
+
+    def _item(self, given: Any, role: Role) -> Item:
+        if isinstance(given, Item):
+            return given
+        if isinstance(given, str) and not self._is_image_side(role):
+            return Item(text=given)
+        return Item(image=str(given) if isinstance(given, Path) else given)
+
+    def _is_image_side(self, role: Role) -> bool:
+        """Whether a ``str`` names an image on this side."""
+        query, _, document = self.settings.get("retrieval_mode", "").partition("2")
+        letter = query if role == "query" else document
+        return letter == "i" or tuple(self.model.parts) == ("image",)
+
+    def _kinds(self, items: Sequence[Item]) -> list[str]:
+        found = {"text": [item.text for item in items], "image": [item.image for item in items]}
+        return [part for part, given in found.items() if any(one is not None for one in given)]
+
     def encode(
         self,
         items: Sequence[Item],
@@ -274,6 +375,16 @@ def embed_items(
 
 def _unit(rows: Embeddings) -> Embeddings:
     return Embeddings(functional.normalize(rows.values, dim=-1), rows.mask)
+
+
+def _embeddings(rows: Array | list[Array]) -> Embeddings:
+    """Arrays as :meth:`Encoder.encode` gives them; token embeddings are padded."""
+    if not isinstance(rows, list):
+        return Embeddings(torch.from_numpy(rows))
+    tokens = [torch.from_numpy(array) for array in rows]
+    padded = pad_sequence(tokens, batch_first=True)
+    lengths = torch.tensor([len(array) for array in rows])
+    return Embeddings(padded, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
 
 
 def _arrays(rows: Embeddings) -> Array | list[Array]:

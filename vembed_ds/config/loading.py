@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -24,6 +24,32 @@ from vembed_ds.config.yaml_text import dump_yaml, parse_scalar, parse_yaml, read
 from vembed_ds.errors import ConfigError
 
 OVERRIDE = "--config_override"
+
+
+class Layer(NamedTuple):
+    """Values from one place.
+
+    Attributes:
+        values: Flat keys, sections, or both.
+        origin: The place, for messages.
+    """
+
+    values: Mapping[Any, Any]
+    origin: str
+
+
+class ReadConfig(NamedTuple):
+    """A configuration that was read.
+
+    Attributes:
+        config: Validated.
+        origins: Where each given value came from, as of :func:`setting_origins`.
+        notices: As of :func:`config_notices`.
+    """
+
+    config: Config
+    origins: dict[str, str]
+    notices: list[str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,7 @@ def setting_origins(path: str | Path | None, overrides: Sequence[str] = ()) -> d
         Origin by key; a key that is missing has its default.
     """
     values = {} if path is None else read_yaml_mapping(Path(path))
-    settings = _read(values, origin=str(path), overrides=overrides).settings
+    settings = _read([Layer(values, str(path))], overrides).settings
     return {name: setting.origin for name, setting in settings.items()}
 
 
@@ -87,7 +113,7 @@ def config_notices(path: str | Path | None, overrides: Sequence[str] = ()) -> li
         overrides: As in :func:`load_config`.
     """
     values = {} if path is None else read_yaml_mapping(Path(path))
-    return _read(values, origin=str(path), overrides=overrides).notices
+    return _read([Layer(values, str(path))], overrides).notices
 
 
 def parse_config(
@@ -103,12 +129,42 @@ def parse_config(
     Raises:
         ConfigError: Listing every problem found.
     """
-    reading = _read(values, origin=origin, overrides=overrides)
+    return read_layers([Layer(values, origin)], overrides).config
+
+
+def read_layers(
+    layers: Sequence[Layer], overrides: Sequence[str] = (), *, data_comes_later: bool = False
+) -> ReadConfig:
+    """Validate values from several places; otherwise as :func:`load_config`.
+
+    Args:
+        layers: Later ones win.
+        overrides: As in :func:`load_config`; they win over all layers.
+        data_comes_later: Take it that ``data_path`` and ``val_data_path``, where they are missing, will
+            be given; they are ``None`` in the configuration.
+
+    Raises:
+        ConfigError: Listing every problem found.
+    """
+    reading = _read(layers, overrides)
+    origins = {name: setting.origin for name, setting in reading.settings.items()}
+    awaited = _await_data(reading.settings) if data_comes_later else {}
     config, invalid = _build(reading.settings, reading.problems)
     reading.problems += cross_field_problems(config, skip=invalid)
     if reading.problems:
         raise ConfigError(reading.problems)
-    return config
+    data = config.data.model_copy(update=awaited)
+    return ReadConfig(config.model_copy(update={"data": data}), origins, reading.notices)
+
+
+def _await_data(settings: dict[str, _Setting]) -> dict[str, None]:
+    """Put a stand-in where no data is named, which suits every rule; gives the keys, with null."""
+    if "datasets" in settings:
+        return {}
+    names = ("data_path", "val_data_path")
+    missing = [n for n in names if n not in settings or settings[n].value is None]
+    settings |= {name: _Setting(name, ".", name, "default", None) for name in missing}
+    return dict.fromkeys(missing)
 
 
 def dump_config(config: Config) -> str:
@@ -121,13 +177,14 @@ def dump_config(config: Config) -> str:
     return dump_yaml(values)
 
 
-def _read(values: Mapping[Any, Any], *, origin: str, overrides: Sequence[str]) -> _Reading:
-    """Name every key of the file and of the overrides, which win."""
+def _read(layers: Sequence[Layer], overrides: Sequence[str]) -> _Reading:
+    """Name every key of the layers, of which later ones win, and of the overrides, which win."""
     reading = _Reading()
     problems = reading.problems
-    settings = _collect(_flatten(values, origin, problems), origin, reading)
+    for values, origin in layers:
+        reading.settings |= _collect(_flatten(values, origin, problems), origin, reading)
     given = _flatten_all(_read_overrides(overrides, problems), problems)
-    reading.settings = settings | _collect(given, OVERRIDE, reading)
+    reading.settings |= _collect(given, OVERRIDE, reading)
     given_values = {name: setting.value for name, setting in reading.settings.items()}
     if notice := needless_model_name(given_values):
         dropped = reading.settings.pop("model_name")

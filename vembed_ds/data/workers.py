@@ -174,6 +174,7 @@ class _Worker:
 
     def kill(self) -> None:
         self._process.kill()  # it holds nothing that needs an orderly end
+        self._requests.put(())  # wakes the thread, which finds the connection closed
 
     def join(self) -> None:
         self._process.join(CLOSE_SECONDS)

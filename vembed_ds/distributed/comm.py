@@ -21,6 +21,15 @@ from vembed_ds.errors import DistributedError, PeerError, VembedError, one_line
 
 T = TypeVar("T")
 
+# What a launcher says to a rank, or, without one, what a world of 1 says to itself.
+WORLD_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _this_thread = threading.local()  # .group: where its collectives travel; None: the usual way
 _heartbeat: Heartbeat | None = None  # from start-up to shutdown, where there are several ranks
 _timeout = timedelta(minutes=30)
@@ -60,6 +69,31 @@ def init_distributed(*, device_type: str, timeout_minutes: float) -> None:
         limit = _timeout.total_seconds()
         _heartbeat = Heartbeat(own, rank=rank(), names=names, limit=limit)
         _heartbeat.start()
+
+
+def is_joined() -> bool:
+    """Whether this process is in a process group."""
+    return bool(dist.is_initialized())
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process, and said which rank it is."""
+    return "RANK" in os.environ
+
+
+def require_host_exchange() -> None:
+    """See that a process group which somebody else made carries host tensors.
+
+    Raises:
+        DistributedError: It does not.
+    """
+    backends = str(dist.get_backend_config())
+    if "cpu:" not in backends:
+        raise DistributedError(
+            f"torch.distributed was started before, with the backend {backends!r}, which exchanges nothing "
+            "between hosts; train before it is started, or start it with backend "
+            "'cpu:gloo,cuda:nccl'"
+        )
 
 
 def subgroup(ranks: Sequence[int]) -> dist.ProcessGroup:

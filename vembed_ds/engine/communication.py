@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import deepspeed
+from deepspeed.utils import groups
 
 from vembed_ds.distributed import comm
 
@@ -23,3 +24,11 @@ def join_deepspeed() -> None:
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})[_SHARED_MEMORY] = False
     deepspeed.init_distributed(verbose=False)
     deepspeed.comm.comm.cdb.new_group = comm.subgroup
+
+
+def leave_deepspeed() -> None:
+    """Let DeepSpeed forget the process group, which is gone; another one may be joined later.
+
+    It keeps the groups that it made in globals, and would use them in the next.
+    """
+    groups._release_process_group_references()

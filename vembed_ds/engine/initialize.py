@@ -16,6 +16,7 @@ from vembed_ds.distributed import comm
 from vembed_ds.engine.choices import AUTO, Gather, Reduce, choose_gather, choose_reduce
 from vembed_ds.engine.communication import join_deepspeed
 from vembed_ds.engine.memory import whole_bytes
+from vembed_ds.engine.release import remember_engine
 from vembed_ds.engine.schedules import SchedulerFactory
 from vembed_ds.engine.train_engine import TrainEngine
 
@@ -66,6 +67,7 @@ def initialize_engine(
         config=ds_config,
         lr_scheduler=schedule,
     )
+    remember_engine(engine)
     # The machines of hpZ; left behind, a teacher's engine would take them for its own.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     _undo_warm_up_step(engine.optimizer)

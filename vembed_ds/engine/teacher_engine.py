@@ -12,6 +12,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from vembed_ds.engine.communication import join_deepspeed
+from vembed_ds.engine.release import remember_engine
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +86,7 @@ class TeacherEngine:
         for buffer in model.buffers():  # DeepSpeed leaves those of a partitioned model alone
             buffer.data = buffer.data.to(device)
         self.engine, *_ = deepspeed.initialize(model=model.eval(), config=ds_config)
+        remember_engine(self.engine)
         # Left behind, it would be taken for the student's.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         self.forwards = 0

@@ -44,6 +44,10 @@ class Tracker:
     sinks: Mapping[str, Sink] = field(default_factory=dict)
     _failed: set[str] = field(default_factory=set, init=False)
 
+    def add(self, name: str, sink: Sink) -> None:
+        """Hand metrics to another sink too, from now on."""
+        self.sinks = {**self.sinks, name: sink}
+
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Write the metrics of one step everywhere.
 

@@ -21,6 +21,7 @@ from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.evaluation.retrieval import evaluate_retrieval
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.planning.parameters import ModelSize, size_of
+from vembed_ds.tracking.callback_sink import CallbackSink
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.banner import banner
 from vembed_ds.training.chunk_choice import choose_chunks
@@ -91,6 +92,8 @@ def train(
     origins: Mapping[str, str] | None = None,
     allow_change: Sequence[str] = (),
     process_ends: bool = False,
+    on_log: Callable[[Mapping[str, float], int], object] | None = None,
+    how_to_go_on: str | None = None,
 ) -> dict[str, float]:
     """Train as configured, from the data to the last checkpoint.
 
@@ -106,6 +109,8 @@ def train(
             :func:`setting_origins`.
         allow_change: Settings that may differ from the checkpoint's, by name.
         process_ends: As of :class:`StopSignals`.
+        on_log: Called on rank 0 with what is logged, and the step; its errors end no run.
+        how_to_go_on: What a user types to go on with a run that was stopped; ``None``: the command's option.
 
     Returns:
         The last evaluation's metrics; empty where nothing was left to train.
@@ -137,6 +142,9 @@ def train(
         ):
             return {}
         loop, saver, model = _build(plan, resumption, process_ends=process_ends)
+    if on_log is not None and loop.tracker is not None:
+        loop.tracker.add("on_log", CallbackSink(on_log))
+    loop.how_to_go_on = how_to_go_on or loop.how_to_go_on
     try:
         phases.set_place("before the first step")
         if is_to_be_chosen(config.training, resumption):

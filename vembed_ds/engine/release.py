@@ -1,0 +1,50 @@
+"""Letting go of engines, in a process that goes on without them.
+
+DeepSpeed 0.19.8 keeps an engine, with the model and the optimizer's state, for as long as the process
+lives: its hooks in the graph's leaves are where the garbage collector does not look, and ZeRO-3 puts the
+model into a global list.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
+
+_made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def remember_engine(engine: Any) -> None:
+    """Note an engine that was made, for :func:`engines_released`."""
+    _made.add(engine)
+
+
+@contextmanager
+def engines_released() -> Iterator[None]:
+    """Take apart, at the end, every engine that was made inside. Every rank enters and leaves it.
+
+    The memory is free as soon as nobody holds the model any more, and :func:`free_memory` is called.
+    """
+    before = set(_made)
+    try:
+        yield
+    finally:
+        for engine in set(_made) - before:
+            _release(engine)
+
+
+def free_memory() -> None:
+    """Collect what nobody holds any more, and give the accelerator's memory back."""
+    gc.collect()
+    get_accelerator().empty_cache()
+
+
+def _release(engine: Any) -> None:
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
