@@ -246,8 +246,10 @@ class Encoder:
         single = isinstance(given, str | bytes | Path | dict | Image.Image | Item)
         listed: Any = [given] if single else given
         items: list[Item] = [self._item(one, role) for one in listed]
-        for part in self._kinds(items):
-            self._require(part)
+        if any(item.text is not None for item in items):
+            self._require("text")
+        if any(item.image is not None for item in items):
+            self._require("image")
         return self.encode(
             items,
             role=role,
@@ -268,10 +270,6 @@ class Encoder:
         query, _, document = self.settings.get("retrieval_mode", "").partition("2")
         letter = query if role == "query" else document
         return letter == "i" or tuple(self.model.parts) == ("image",)
-
-    def _kinds(self, items: Sequence[Item]) -> list[str]:
-        found = {"text": [item.text for item in items], "image": [item.image for item in items]}
-        return [part for part, given in found.items() if any(one is not None for one in given)]
 
     def encode(
         self,

@@ -2,7 +2,8 @@
 
 DeepSpeed 0.19.8 keeps an engine, with the model and the optimizer's state, for as long as the process
 lives: its hooks in the graph's leaves are where the garbage collector does not look, and ZeRO-3 puts the
-model into a global list.
+model into a global list and into a cache. ZeRO-3 also replaces ``torch.nn.functional.linear`` by one of its own, in the
+whole process: whatever is trained there afterwards rounds otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch.nn import functional
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -30,12 +33,13 @@ def engines_released() -> Iterator[None]:
 
     The memory is free as soon as nobody holds the model any more, and :func:`free_memory` is called.
     """
-    before = set(_made)
+    before, linear = set(_made), functional.linear
     try:
         yield
     finally:
         for engine in set(_made) - before:
             _release(engine)
+        functional.linear = linear
 
 
 def free_memory() -> None:
@@ -46,5 +50,7 @@ def free_memory() -> None:
 
 def _release(engine: Any) -> None:
     engine.destroy()
+    # Of a method, over all engines' coordinators; it is found again for those that remain.
+    PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release.cache_clear()
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]
