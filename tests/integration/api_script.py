@@ -1,6 +1,6 @@
 """A script as a user writes it, without a guard around its statements, that trains many times.
 
-``python api_script.py CONFIG FOLDER``: prints what it saw as JSON.
+``python api_script.py CONFIG FOLDER``: writes what it saw as JSON.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ import sys
 import threading
 from pathlib import Path
 
-import vembed_ds  # noqa: E402
+import vembed_ds
 
 imported = sorted({"torch", "deepspeed", "transformers"} & sys.modules.keys())
 
-from vembed_ds import TrainConfig, Trainer
-from vembed_ds.errors import VembedError
+from vembed_ds import TrainConfig, Trainer  # noqa: E402 (what the package imports by itself was asked)
+from vembed_ds.errors import VembedError  # noqa: E402
 
 file, folder = Path(sys.argv[1]), Path(sys.argv[2])
 seen = {"imported": imported}
@@ -29,13 +29,13 @@ def config(name, **settings):
 def state():
     """What a training must leave as it was."""
     import torch
-    import torch.distributed as dist
 
+    from vembed_ds.distributed import comm
     from vembed_ds.engine import release
 
     return {
         "variables": sorted(k for k in os.environ if k in ("RANK", "WORLD_SIZE", "MASTER_PORT")),
-        "joined": dist.is_initialized(),
+        "joined": comm.is_joined(),
         "torch threads": torch.get_num_threads(),
         "handlers": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)],
         "threads": sorted(t.name for t in threading.enumerate() if "tqdm" not in t.name),
@@ -43,7 +43,7 @@ def state():
     }
 
 
-import torch
+import torch  # noqa: E402
 
 # A run takes a thread for each core it may use; one, so that every sum has one order.
 del os.environ["OMP_NUM_THREADS"]
@@ -120,4 +120,4 @@ encoder = first.encoder()
 exported = vembed_ds.Encoder(first.export(folder / "model"))
 seen["rows"] = [e.encode_queries(queries).tolist() for e in (encoder, exported)]
 seen["left"] = sorted(path.name for path in (folder / "first").iterdir())
-print(json.dumps(seen))
+sys.stdout.write(json.dumps(seen) + "\n")

@@ -38,7 +38,7 @@ def is_paths(data: TrainData) -> bool:
 def store_records(data: Records, folder: Path, *, name: str) -> str:
     """Write a table into a file whose name tells its content. One rank of a disk.
 
-    Images are written with it: PIL images as PNG, files of an image column with their bytes.
+    PIL images are written with it, as PNG; of an image column, the bytes or the path that it has.
 
     Args:
         data: A ``datasets.Dataset``, or a list of dicts.

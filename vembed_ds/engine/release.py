@@ -9,6 +9,7 @@ whole process: whatever is trained there afterwards rounds otherwise.
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,9 +49,17 @@ def free_memory() -> None:
     get_accelerator().empty_cache()
 
 
+def _caches() -> list[Any]:
+    """The cache of a method of ZeRO-3 over all engines, which is behind another decorator."""
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    method = getattr(PartitionedParameterCoordinator, name, None)
+    inside = {} if method is None else inspect.getclosurevars(method).nonlocals
+    return [found for found in inside.values() if hasattr(found, "cache_clear")]
+
+
 def _release(engine: Any) -> None:
     engine.destroy()
-    # Of a method, over all engines' coordinators; it is found again for those that remain.
-    PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release.cache_clear()
+    for cached in _caches():
+        cached.cache_clear()  # what it held of engines that remain is found again
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]
