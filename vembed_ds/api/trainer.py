@@ -58,8 +58,8 @@ class Trainer:
         use_gpu: Of vembed-factory's call; ``False`` asks for a process that was started with
             ``DS_ACCELERATOR=cpu``.
         train_data: In place of ``data_path``: a path, a list of them, a ``datasets.Dataset`` or a list of
-            dicts, of which rank 0's counts. Tables are written to ``output_dir/data``, with
-            their images.
+            dicts (PIL images among the values), of which rank 0's counts. Tables are written to
+            ``output_dir/data``.
         eval_data: The same in place of ``val_data_path``.
         on_log: Called on rank 0 with the metrics, by name, and the step whenever some are logged. Its errors
             are warned of, and end no run.

@@ -159,7 +159,7 @@ def read_layers(
 
 def _await_data(settings: dict[str, _Setting]) -> dict[str, None]:
     """Put a stand-in where no data is named, which suits every rule; gives the keys, with null."""
-    if "datasets" in settings:
+    if "datasets" in settings and settings["datasets"].value:
         return {}
     names = ("data_path", "val_data_path")
     missing = [n for n in names if n not in settings or settings[n].value is None]

@@ -116,7 +116,9 @@ def test_data_may_come_later() -> None:
 
 
 def test_keys_of_vembed_factory_are_told_of() -> None:
-    config = TrainConfig(model_name="some/model", data_path="a.jsonl", fp16=True, torch_dtype="bfloat16")  # type: ignore[call-arg]
+    config = TrainConfig(
+        model_name="some/model", data_path="a.jsonl", fp16=True, torch_dtype="bfloat16"
+    )  # type: ignore[call-arg]
     assert config["precision"] == "bf16"
     assert len(config.notices) == 1
     assert config.notices[0].startswith("fp16=True (TrainConfig): vembed-factory never read")

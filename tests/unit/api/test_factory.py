@@ -181,7 +181,9 @@ def test_data_is_given_once(tmp_path: Path) -> None:
         ConfigError, match="best_metric='recall@1': there is nothing to evaluate on"
     ):
         Trainer(TrainConfig(model_name="m", best_metric="recall@1"), train_data=rows)
-    Trainer(TrainConfig(model_name="m", best_metric="recall@1"), train_data=rows, eval_data="val.jsonl")
+    Trainer(
+        TrainConfig(model_name="m", best_metric="recall@1"), train_data=rows, eval_data="val.jsonl"
+    )
 
 
 def test_a_yaml_file_is_a_configuration(tmp_path: Path) -> None:
