@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from vembed_ds.distributed import rendezvous
-from vembed_ds.distributed.announced import adopt_environment
+from vembed_ds.distributed.announced import adopt_environment, other_launcher
 from vembed_ds.distributed.heartbeat import Heartbeat, is_exchange_error
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.errors import DistributedError, PeerError, VembedError, one_line
@@ -78,7 +78,7 @@ def is_joined() -> bool:
 
 def is_launched() -> bool:
     """Whether a launcher has started this process, and said which rank it is."""
-    return "RANK" in os.environ
+    return "RANK" in os.environ or other_launcher(os.environ) is not None
 
 
 def require_host_exchange() -> None:
