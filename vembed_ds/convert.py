@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0; 2 after an error, which is one line on stderr; 128 + N after signal N.
     """
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         with _signals_raise():
             return _run(options)
@@ -151,7 +151,8 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vembed_ds.convert",
         description="Write a checkpoint of any ZeRO stage as a plain Hugging Face folder, one "

@@ -25,8 +25,8 @@ PREPARATIONS = {
     "data/emoji_i2i": "examples/emoji/prepare_i2i.py",
 }
 PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
-    "vembed_ds.train": train._parse,
-    "vembed_ds.convert": convert._parser().parse_args,
+    "vembed_ds.train": train.build_parser().parse_args,
+    "vembed_ds.convert": convert.build_parser().parse_args,
     "vembed_ds.evaluate": evaluate.build_parser().parse_args,
     "vembed_ds.precompute_teacher": precompute_teacher.build_parser().parse_args,
     "vembed_ds.validate": validate.build_parser().parse_args,

@@ -393,9 +393,10 @@ def test_changes_are_allowed_only_when_something_is_resumed() -> None:
 
 def test_the_flag_may_be_given_several_times() -> None:
     needed = ["--config", "a.yaml", "--ds_config", "b.json", "--resume", "auto"]
-    arguments = train._parse([*needed, "--allow_change", "lr", "seed", "--allow_change", "epochs"])
+    parse = train.build_parser().parse_args
+    arguments = parse([*needed, "--allow_change", "lr", "seed", "--allow_change", "epochs"])
     assert arguments.allow_change == ["lr", "seed", "epochs"]
-    assert train._parse(needed).allow_change == []
+    assert parse(needed).allow_change == []
 
 
 def test_a_checkpoint_of_an_earlier_version(folder: Path) -> None:
