@@ -17,7 +17,12 @@ from vembed_ds.config.table import config_table
 
 ROOT = Path(__file__).parent.parent
 # Linked from pages, and shown or offered as they are.
-OUTSIDE = ("examples/**/*.md", "examples/**/*.yaml", "examples/**/*.py", "benchmarks/README.md")
+OUTSIDE: tuple[str, ...] = (
+    "examples/**/*.md",
+    "examples/**/*.yaml",
+    "examples/**/*.py",
+    "benchmarks/README.md",
+)
 OUTSIDE += ("ds_configs/*.json", "launch/*.sh")
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?")
