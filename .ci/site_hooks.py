@@ -25,7 +25,7 @@ OUTSIDE: tuple[str, ...] = (
 )
 OUTSIDE += ("ds_configs/*.json", "launch/*.sh")
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
-ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?")
+ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>~?")
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 KEYS = "[All keys, their defaults and meanings](../README.md#configuration)"
 HELP = "<!-- the help of every command -->"
