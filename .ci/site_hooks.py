@@ -23,7 +23,7 @@ OUTSIDE: tuple[str, ...] = (
     "examples/**/*.py",
     "benchmarks/README.md",
 )
-OUTSIDE += ("ds_configs/*.json", "launch/*.sh")
+OUTSIDE += ("ds_configs/*.json", "launch/**/*")
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>~?")
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
@@ -35,7 +35,7 @@ COMMAND_WIDTH = "100"
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files of ``OUTSIDE`` at their places in the repository."""
     for pattern in OUTSIDE:
-        for path in sorted(ROOT.glob(pattern)):
+        for path in filter(Path.is_file, sorted(ROOT.glob(pattern))):
             uri = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
