@@ -120,7 +120,7 @@ class Hosts:
                 [_program("ip"), "netns", "del", space], check=False, capture_output=True
             )
         for link in (*self._links, self._bridge):
-            subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)
+            subprocess.run([_program("ip"), "link", "del", link], check=False, capture_output=True)
 
     def _write_settings(self) -> None:
         for name in ("host_key", "user_key"):

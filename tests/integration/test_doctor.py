@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,10 +70,7 @@ def test_alone_it_starts_two_ranks(tmp_path: Path) -> None:
     running = doctor("--output_dir", str(tmp_path))
     printed, said = running.communicate(timeout=SECONDS)
     assert running.returncode == 0, printed + said
-    lines = [
-        line.split("  ")[1].strip() for line in printed.splitlines() if line[:4] in ("ok  ", "warn")
-    ]
-    names = [line.partition(" (")[0] for line in lines]
+    names = re.findall(r"^(?:ok  |warn)  (.*?) (?: |\()", printed, re.MULTILINE)
     assert names == ["packages", "port", *CHECKS[1:], *TOGETHER], printed
     assert "all-reduce " in printed
 
