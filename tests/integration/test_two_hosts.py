@@ -164,5 +164,5 @@ def test_the_doctor_looks_at_both(machines: Hosts, tmp_path: Path) -> None:
         )
         assert f"packages (host-{number})" in done.stdout
     assert "the same on 2 ranks" in done.stdout
-    assert "a file of rank 0 is seen by all" in done.stdout
+    assert "ok    shared folder " in done.stdout
     assert "2 ranks, gloo: right" in done.stdout
