@@ -23,6 +23,7 @@ def test_a_launcher_that_does_not_say_enough_ends_the_rank(
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr(command, "_quiet", lambda: None)  # it changes the whole process
     assert run_on_ranks(lambda: Prepared(1, lambda: None)) == 2
     said = capsys.readouterr().err
     assert "DistributedError: OMPI_COMM_WORLD_RANK is not set, though mpirun started" in said
