@@ -132,7 +132,8 @@ def _rows(facts: StartFacts) -> Iterator[tuple[str, list[str]]]:
         yield "teachers", [", ".join(facts.teachers)]
     every = facts.batch_size * facts.world_size
     ranks = counted(facts.world_size, "rank")
-    yield "batch", [f"{every:,} pairs a step: {facts.batch_size:,} on each of {ranks}"]
+    each = f": {facts.batch_size:,} on each of {ranks}" if facts.world_size > 1 else ""
+    yield "batch", [f"{every:,} pairs a step{each}"]
     yield "chunks", [facts.chunks]
     yield "steps", [f"{facts.num_steps:,}{_epochs(facts)}", facts.schedule]
     yield "DeepSpeed", _deepspeed(facts)

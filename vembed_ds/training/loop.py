@@ -46,6 +46,9 @@ from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
 logger = logging.getLogger(__name__)
 
+_TOLD = ("train/", "eval/")
+"""What the log shows of the metrics."""
+
 
 @dataclass(frozen=True)
 class Intervals:
@@ -479,6 +482,7 @@ class TrainingLoop:
         if self._progress is not None and "train/loss" in metrics:
             shown = ("loss", "lr", "grad_norm", "samples_per_second")
             self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})
-        told = {n: v for n, v in metrics.items() if n.startswith(("train/", "eval/"))}
+        # Parts of parts, such as train/loss_dim_64_query_to_doc, are in the files.
+        told = {n: v for n, v in metrics.items() if n.startswith(_TOLD) and "_dim_" not in n}
         line = " ".join(f"{name}={value:.6g}" for name, value in told.items())
         logger.info("step %d: %s", self.step, line)

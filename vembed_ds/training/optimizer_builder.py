@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +18,6 @@ from vembed_ds.models.rates import set_rates
 from vembed_ds.tracker_names import tracker_names
 from vembed_ds.training.config import as_config
 from vembed_ds.training.model_setup import own_rates
-
-logger = logging.getLogger(__name__)
 
 
 def build_optimizer(model: EmbeddingModel, config: Config | Mapping[str, Any]) -> torch.optim.AdamW:

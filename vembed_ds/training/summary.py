@@ -136,7 +136,7 @@ def _evaluations(
         return
     steps = [step for step, _ in found]
     last = found[-1][1]
-    names = [name for name in last if not name.removeprefix("eval/").startswith("num_")]
+    names = [name for name in last if not name.rpartition("/")[2].startswith("num_")]
     wide = max(len(name) for name in names[:MOST_METRICS])
     lines = [" " * wide + "".join(f"{f'step {step:,}':>14}" for step in steps)]
     for name in names[:MOST_METRICS]:

@@ -142,7 +142,7 @@ def test_a_resumed_run_of_one_rank_on_a_stream() -> None:
         "              text tower       1,234 trained",
     ]
     assert "validation  none: nothing is evaluated" in lines
-    assert "batch       512 pairs a step: 512 on each of 1 rank" in lines
+    assert "batch       512 pairs a step" in lines
     assert "steps       2,000" in lines
     assert "trackers    metrics.jsonl, metrics.csv" in lines
     assert not any(line.startswith(("teachers", "together")) for line in lines)
@@ -166,10 +166,10 @@ def test_a_short_resumed_run_without_anything() -> None:
 
 
 def test_of_many_metrics_the_first_are_shown() -> None:
-    metrics = {f"eval/m{number}": 0.5 for number in range(9)}
+    metrics = {"eval/a/num_queries": 3.0} | {f"eval/a/m{number}": 0.5 for number in range(9)}
     facts = replace(END, record=replace(END.record, evaluations=[(5, metrics)]))
     lines = summary(facts).splitlines()
-    assert sum("eval/m" in line for line in lines) == 6
+    assert sum("eval/a/m" in line for line in lines) == 6
     assert "            ... and 3 more in metrics.csv" in lines
 
 
