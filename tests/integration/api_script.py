@@ -80,7 +80,8 @@ seen["resumed"] = Trainer(config("stopped")).train(resume="auto")
 seen["complete"] = Trainer(config("stopped")).train(resume="auto")
 
 try:
-    Trainer(config("broken", data_path=folder / "missing.jsonl")).train()
+    (folder / "bad.jsonl").write_text('{"query": "a text without its picture"}')
+    Trainer(config("broken", data_path=folder / "bad.jsonl")).train()
 except VembedError as error:
     seen["broken"] = f"{type(error).__name__}: {error}"
     seen["states"]["broken"] = state()

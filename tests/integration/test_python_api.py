@@ -81,9 +81,8 @@ def test_lines_are_shown_where_nobody_configured_logging(
 
 def test_what_is_wrong_is_one_error(ran: tuple[dict[str, Any], Path, str]) -> None:
     seen, folder, _ = ran
-    assert seen["broken"] == (
-        f"DataError: data_path={folder / 'missing.jsonl'}: file does not exist; correct data_path"
-    )
+    assert seen["broken"].startswith(f"DataError: {folder / 'bad.jsonl'} (retrieval_mode=t2i)")
+    assert not (folder / "broken").exists()
     assert seen["beside"] == (
         "ConfigError: train: another training runs in this process, in another thread; wait for its "
         "end, or start a process for each"

@@ -305,6 +305,76 @@ def test_missing_folder_and_unknown_model(tmp_path: Path) -> None:
         Encoder("no-such/model")
 
 
+def test_sides_have_the_instructions_of_training(text_encoder: Encoder) -> None:
+    text_encoder.settings |= {"query_instruction": "find: ", "document_instruction": ""}
+    queries = text_encoder.encode_queries(cases.TEXTS, batch_size=2)
+    told = text_encoder.encode_text(cases.TEXTS, role="query")
+    np.testing.assert_allclose(queries, told, rtol=0, atol=1e-6)
+    plain = text_encoder.encode_text(cases.TEXTS)
+    assert np.abs(queries - plain).max() > 1e-3
+    documents = text_encoder.encode_documents(cases.TEXTS)
+    np.testing.assert_allclose(documents, plain, rtol=0, atol=1e-6)
+    assert text_encoder.encode_queries("a dog", normalize=False).shape == (1, 18)
+    assert text_encoder.encode_queries([]).shape == (0, 18)
+    assert text_encoder.width == 18
+
+
+def test_a_str_is_an_image_where_the_side_is_one(folders: Path, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (9, 9), (200, 10, 30))
+    picture.save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    encoder = Encoder(folders / "clip", device="cpu")
+    expected = encoder.encode_image(picture)
+    for image in (picture, tmp_path / "a.png", [Path(path)], (tmp_path / "a.png").read_bytes()):
+        np.testing.assert_array_equal(encoder.encode_documents(image), expected)
+    np.testing.assert_array_equal(encoder.encode_documents(path), encoder.encode_text(path))
+    encoder.settings["retrieval_mode"] = "t2i"
+    np.testing.assert_array_equal(encoder.encode_documents(path), expected)
+    np.testing.assert_array_equal(encoder.encode_queries(path), encoder.encode_text(path))
+    images_only = Encoder(folders / "image", device="cpu")
+    assert images_only.encode_queries([path, path]).shape[0] == 2
+
+
+def test_a_side_that_the_model_does_not_embed(
+    text_encoder: Encoder, image_encoder: Encoder
+) -> None:
+    with pytest.raises(ConfigError, match="encode_image: the model has no image tower"):
+        text_encoder.encode_documents(Image.new("RGB", (9, 9)))
+    with pytest.raises(DataError, match="a red car"):
+        image_encoder.encode_queries("a red car")
+
+
+def test_similarity_is_the_cosine_or_maxsim(text_encoder: Encoder) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    found = text_encoder.similarity(rows[:2], rows[2:])
+    np.testing.assert_allclose(found, unit[:2] @ unit[2:].T, rtol=0, atol=1e-6)
+
+    queries, documents = [rows[:2], rows[2:3]], [rows[1:4], rows[4:], rows[:1]]
+    expected = np.array(
+        [
+            [
+                sum(
+                    max(float(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for b in document)
+                    for a in query
+                )
+                for document in documents
+            ]
+            for query in queries
+        ]
+    )
+    text_encoder.settings["maxsim_reduction"] = "sum"
+    np.testing.assert_allclose(
+        text_encoder.similarity(queries, documents), expected, rtol=0, atol=1e-5
+    )
+    text_encoder.settings["maxsim_reduction"] = "mean"
+    np.testing.assert_allclose(
+        text_encoder.similarity(queries, documents), expected / [[2], [1]], rtol=0, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="cannot be compared"):
+        text_encoder.similarity(rows, documents)
+
+
 def test_package_imports_without_torch() -> None:
     code = "import sys, vembed_ds; assert 'torch' not in sys.modules; vembed_ds.__version__"
     subprocess.run([sys.executable, "-c", code], check=True)
