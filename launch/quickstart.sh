@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a search over pictures that training never saw: environment, training with
-# gradient cache under ZeRO-2 (every GPU, or 2 CPU ranks), conversion, evaluation, a picture.
+# gradient cache under ZeRO-2 (every GPU, or 2 CPU ranks), conversion, evaluation, a page of results.
 # Further arguments override the configuration:   bash launch/quickstart.sh max_steps=100
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" quickstart
 
@@ -21,7 +21,7 @@ python -m vembed_ds.convert "$out" "$out/model"
 
 echo "== Searching twemoji, whose pictures were never seen, with the converted model"
 head -n 1 "$out/metrics.jsonl" > "$out/before.json" # the evaluation before the first step
-python -m vembed_ds.evaluate --model "$out/model" --data_path examples/emoji/twemoji.parquet \
+python -m vembed_ds.evaluate --model "$out/model" --data examples/emoji/twemoji.parquet \
   --config_override num_workers=0 --before "$out/before.json" \
-  --output "$out/report.json" --picture "$out/search.png"
-echo "Picture: $out/search.png   Model: $out/model   Curves: tensorboard --logdir $out/tensorboard"
+  --output "$out/report.json" --picture "$out/search.png" --html "$out/report.html"
+echo "Report: $out/report.html   Picture: $out/search.png   Model: $out/model   Curves: tensorboard --logdir $out/tensorboard"

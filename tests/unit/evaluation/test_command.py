@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -342,3 +343,217 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         evaluate.main(["--help"])
     assert stop.value.code == 0
     assert "vembed-ds evaluate --model output/model --data val.jsonl" in capsys.readouterr().out
+
+
+def test_all_reports(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = {flag: folder / "new" / f"report.{flag}" for flag in ("output", "markdown", "html")}
+    code, out, err = command(
+        *(part for flag, file in files.items() for part in (f"--{flag}", str(file)))
+    )
+    assert (code, err) == (0, "")
+    text = files["markdown"].read_text()
+    assert out.strip() in text, "the table"
+    page = files["html"].read_text()
+    assert page.count('class="cell image right"') == 7, "every query finds its color first"
+    assert "Hardest failures" not in page
+    assert json.loads(files["output"].read_text())["settings"]["embedding width"] == 3
+
+
+def test_failures_are_shown(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert command("--html", str(folder / "report.html"), collapsed=True)[0] == 0
+    page = (folder / "report.html").read_text()
+    assert page.count("right answer at rank 7") == 14, "seven examples and seven failures"
+    assert page.count("a right answer<") == 7
+
+
+def test_two_models(
+    command: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has other settings of its own; data are read as for the first."""
+    output = folder / "report.json"
+    (folder / "other").mkdir()
+    made = []
+
+    def both(reference: str, trust_remote_code: bool) -> SimpleNamespace:
+        made.append(reference)
+        own = {"retrieval_mode": "i2i"} if reference.endswith("other") else {
+            "retrieval_mode": "t2i", "column_mapping": {"query": "word"}, "image_root": str(folder)
+        }  # fmt: skip
+        model = ColorModel(collapsed=reference.endswith("other"), streams=("text", "image"))
+        return SimpleNamespace(model=model, processor=ColorProcessor(), settings=own)
+
+    monkeypatch.setattr(evaluate, "Encoder", both)
+    flags = [
+        "--model",
+        str(folder / "model"),
+        "--compare",
+        str(folder / "other"),
+        "--output",
+        str(output),
+    ]
+    data = [
+        "--data",
+        str(folder / "val.jsonl"),
+        "--config_override",
+        "num_workers=0",
+        "eval_recall_k=[1]",
+    ]
+    assert evaluate.main([*flags, *data]) == 0
+    assert made == [str(folder / "model"), str(folder / "other")]
+    content = json.loads(output.read_text())
+    assert content["before_name"] == str(folder / "other")
+    assert (content["before"]["recall@1"], content["metrics"]["recall@1"]) == (0, 1)
+    assert content["intervals"]["recall@1"] == [1, 1], "every query gained"
+
+
+def test_stored_values_of_queries_give_intervals(
+    command: Callable[..., tuple[int, str, str]], folder: Path
+) -> None:
+    before, after = str(folder / "before.json"), str(folder / "after.json")
+    assert command("--output", before, "--per_query", collapsed=True)[0] == 0
+    assert json.loads(Path(before).read_text())["per_query"]["recall@1"] == [0] * 7
+    code, out, _ = command("--before", before, "--output", after)
+    assert code == 0
+    assert re.search(r"\| Recall@3 .*\| \+100\.0 points \[\+100\.0, \+100\.0\] \|", out)
+    assert "where the difference lies with 95 % confidence" in out
+    rows = (folder / "val.jsonl").read_text().splitlines()
+    (folder / "val.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    code, _, err = command("--before", before)
+    assert code == 2
+    assert "before.json: was measured on other queries, documents or judgments than" in err
+
+
+def test_nothing_is_done_in_a_dry_run(
+    command: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ColorModel, "forward", None)
+    output = folder / "new" / "report.json"
+    code, out, err = command("--dry_run", "--output", str(output))
+    assert (code, err) == (0, "")
+    assert "7 queries would search 7 documents" in out
+    assert f"would write {output}" in out
+    assert not output.parent.exists()
+
+
+def test_more_documents(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    Image.new("RGB", (8, 8), (240, 0, 0)).save(folder / "nearly_red.png")
+    Image.new("RGB", (8, 8), (250, 0, 0)).save(folder / "red_again.png")
+    rows = [{"image": f"{name}.png"} for name in ("nearly_red", "red_again", "red")]
+    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = folder / "report.json"
+    assert command("--corpus", str(folder / "more.jsonl"), "--output", str(output))[0] == 0
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics["num_documents"] == 9, "the same path is the same document"
+    assert metrics["mrr"] == pytest.approx((6 + 1 / 3) / 7), "two more are as red"
+
+
+def test_a_folder_of_beir(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    beir, output = folder / "beir", folder / "report.json"
+    (beir / "qrels").mkdir(parents=True)
+    rows = [{"_id": name, "text": name} for name in COLORS]
+    for file in ("corpus", "queries"):
+        (beir / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["query-id\tcorpus-id\tscore", *(f"{name}\t{name}\t1" for name in list(COLORS)[1:])]
+    (beir / "qrels" / "test.tsv").write_text(
+        "\n".join([*lines, "red\tyellow\t1", "red\tpink\t2"]) + "\n"
+    )
+    data = ["--data_path", str(beir)]
+    assert command(*data, "--output", str(output))[0] == 0
+    content = json.loads(output.read_text())
+    assert content["retrieval_mode"] == "t2t"
+    assert content["metrics"]["recall@1"] == 1, "red does not find itself"
+    assert content["metrics"]["recall@1"] > content["metrics"]["ndcg@1"], "of equal ones the less relevant first"
+    assert content["metrics"]["trec_recall@1"] == pytest.approx(6.5 / 7)
+    for flags, message in {
+        (*data, "--by_label"): "--by_label: a folder of BEIR says itself what answers what",
+        ("--data", str(beir), "val.jsonl"): "a folder of BEIR stands alone; give one at a time",
+        (*data, "--config_override", "retrieval_mode=t2i"): "holds t2t; leave retrieval_mode out",
+        (*data, "--split", "dev"): "--split dev: there is no qrels/dev.tsv",
+    }.items():
+        code, _, err = command(*flags)
+        assert code == 2
+        assert message in err
+    code, _, err = command(*data, streams=("image",))
+    assert (
+        "the query is text, but the model embeds image; choose another mode, or other data" in err
+    )
+
+
+def test_classes(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
+    """Images of one class each; nothing else is of the class of grey."""
+    kinds = {"red": "warm", "yellow": "warm", "pink": "warm", "blue": "cold", "cyan": "cold", "green": "cold", "grey": "none"}  # fmt: skip
+    rows = [
+        {"query_image": f"{name}.png", "image": f"{name}.png", "label": kind}
+        for name, kind in kinds.items()
+    ]
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored: dict[str, Any] = {"retrieval_mode": "i2i", "column_mapping": {}}
+    code, _, err = command("--by_label", **stored)
+    assert code == 2
+    assert "1 of 7 queries have no other document of their class" in err
+    output = folder / "report.json"
+    flags = ["--by_label", "--ignore_queries_without_answers", "--output", str(output)]
+    code, out, _ = command(*flags, **stored)
+    assert code == 0
+    assert "note: 1 of 7 queries are left out" in out
+    content = json.loads(output.read_text())
+    assert (content["metrics"]["num_queries"], content["metrics"]["num_documents"]) == (6, 7)
+    assert content["settings"]["relevance"] == "documents of the query's class"
+
+
+def test_without_trec_eval(
+    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytrec_eval", None)
+    code, out, _ = command()
+    assert code == 0
+    assert "nDCG@1" not in out
+    assert "note: nDCG and MAP are missing: pip install 'vembed-ds[evaluate]'" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--split", "test"], r"--split test: .*val.jsonl is no folder of BEIR"),
+        (["--per_query"], r"--per_query: there is no --output to store the values in"),
+        (["--by_label"], r"--by_label: .*val.jsonl has no labels; name their column"),
+        (["--corpus", "missing.jsonl"], r"--corpus=missing.jsonl: file does not exist"),
+        (["--html", "."], r"--html \.: is a folder; give the name of a file"),
+        (
+            ["--output", "/dev/null/report.json"],
+            r"--output /dev/null/report.json: /dev/null is no folder",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit(
+    command: Callable[..., tuple[int, str, str]], flags: list[str], message: str
+) -> None:
+    code, out, err = command(*flags)
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+
+
+def test_embeddings_that_are_not_finite(
+    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ColorModel.forward
+
+    def broken(self: ColorModel, inputs: Any) -> dict[str, Tensor]:
+        return {name: torch.log(rows) for name, rows in forward(self, inputs).items()}
+
+    monkeypatch.setattr(ColorModel, "forward", broken)
+    code, _, err = command()
+    assert code == 2
+    assert re.search(
+        r"error: 6 of 7 query embeddings are NaN or infinite: the model has diverged", err
+    )
+
+
+def test_help_names_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert "usage: vembed-ds evaluate" in text
+    assert "exit codes:" in text
