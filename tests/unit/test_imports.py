@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"distributed", "data", "models"},
     "inference": {"data", "models"},
     "sentence_transformers_module": {"data", "inference"},
+    "mteb_model": {"data", "inference"},
     "command": {"config", "distributed"},
     "cli": {"command", "distributed", "launching", "preflight"},
     "__main__": {"cli"},

@@ -464,7 +464,9 @@ def test_a_folder_of_beir(command: Callable[..., tuple[int, str, str]], folder: 
     content = json.loads(output.read_text())
     assert content["retrieval_mode"] == "t2t"
     assert content["metrics"]["recall@1"] == 1, "red does not find itself"
-    assert content["metrics"]["recall@1"] > content["metrics"]["ndcg@1"], "of equal ones the less relevant first"
+    assert content["metrics"]["recall@1"] > content["metrics"]["ndcg@1"], (
+        "of equal ones the less relevant first"
+    )
     assert content["metrics"]["trec_recall@1"] == pytest.approx(6.5 / 7)
     for flags, message in {
         (*data, "--by_label"): "--by_label: a folder of BEIR says itself what answers what",
