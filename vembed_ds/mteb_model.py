@@ -119,7 +119,8 @@ def _items(batch: Mapping[str, Any], *, task: Any) -> list[Item]:
 
 
 def _unit(rows: Any) -> Tensor:
-    return functional.normalize(torch.atleast_2d(torch.as_tensor(rows).float()), dim=-1)
+    values = torch.as_tensor(rows).float()
+    return functional.normalize(values if values.dim() > 1 else values[None], dim=-1)
 
 
 def _meta(model_name: str, revision: str | None) -> Any:

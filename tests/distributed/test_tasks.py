@@ -18,6 +18,7 @@ from vembed_ds.data.records import Item, RecordReader
 from vembed_ds.errors import VembedError
 from vembed_ds.evaluation.embedding import embed_share, gather_shares
 from vembed_ds.evaluation.items import corpus_columns, open_items
+from vembed_ds.evaluation.measuring import measure, neighbours
 from vembed_ds.evaluation.ranks import relevant_ranks
 from vembed_ds.evaluation.scoring import first_rank_values, means
 from vembed_ds.evaluation.tasks import pairs_task
@@ -75,6 +76,8 @@ def case(
     leave_out: bool = False,
     batch_size: int = 2,
     num_workers: int = 0,
+    ks: Sequence[int] | None = None,
+    dims: Sequence[int] = (),
 ) -> Any:
     """What a rank runs: mean metrics and what else a task says, or the error."""
     data = make_pairs(pairs, mode=mode, labels=labels)
@@ -85,6 +88,8 @@ def case(
         assert 0 < len(items) <= batch_size
         return Embeddings(torch.from_numpy(np.stack([i.inputs["features"] for i in items])))
 
+    if ks is not None:
+        return measured(data, ks=ks, dims=dims, embed=embed)
     try:
         task = pairs_task(data, corpus=more, by_label=by_label, leave_out_unanswered=leave_out)
         options: Any = {"embed": embed, "batch_size": batch_size, "num_workers": num_workers}
@@ -99,6 +104,21 @@ def case(
         "fingerprint": task.fingerprint,
         "notes": task.notes,
         "whole": gather_shares(shard).values,
+    }
+
+
+def measured(data: PairDataset, *, ks: Sequence[int], dims: Sequence[int], embed: Any) -> Any:
+    """All metrics, and the best documents of every query."""
+    task = pairs_task(data)
+    try:
+        found = measure(task, embed=embed, ks=ks, dims=dims, batch_size=2, num_workers=0)
+    except VembedError as error:
+        return f"{type(error).__name__}: {error}"
+    near = neighbours(task, found, number=3)
+    return {
+        "metrics": found.metrics,
+        "rows": near.rows.tolist(),
+        "wrong": near.wrong_scores.tolist(),
     }
 
 
@@ -276,3 +296,43 @@ def test_a_corpus_without_the_column() -> None:
             processor=ContentProcessor(),
             image_root="",
         )
+
+
+def test_measuring_is_the_same_on_two_ranks(world: Callable[[int], World]) -> None:
+    options: Any = {"mode": "t2t", "ks": [1, 2, 4], "dims": [2, 3]}
+    (alone,) = on_ranks(world, 1, **options)
+    for found in on_ranks(world, 2, **options):
+        assert found["metrics"] == alone["metrics"]
+        assert found["rows"] == alone["rows"]
+        assert found["wrong"] == pytest.approx(alone["wrong"], abs=1e-6)
+    expected = brute_force(mode="t2t")
+    assert {key: alone["metrics"][key] for key in expected} == pytest.approx(expected)
+    of_prefixes = [
+        [v for name, v in alone["metrics"].items() if name.endswith(f"_d{dim}")] for dim in (2, 3)
+    ]
+    assert of_prefixes[0] != of_prefixes[1]
+    assert len(of_prefixes[0]) >= len(expected)
+
+
+def test_neighbours_equal_sorting() -> None:
+    found = case(ks=[1])
+    asking, documents = (
+        vectors(values, letter) for values, letter in (("abcde", "t"), ("01234", "i"))
+    )
+    right = {query: {d for first, d in PAIRS if first == query} for query in asking}
+    for number, (query, q) in enumerate(asking.items()):
+        cosine = {
+            d: float(q @ v / np.linalg.norm(q) / np.linalg.norm(v)) for d, v in documents.items()
+        }
+        order = sorted(cosine, key=lambda d: -cosine[d])
+        assert found["rows"][number] == [int(d) for d in order[:3]]
+        wrong = max(cosine[d] for d in order if d not in right[query])
+        assert found["wrong"][number] == pytest.approx(wrong, abs=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_cannot_be_measured(world: Callable[[int], World], world_size: int) -> None:
+    for error in on_ranks(world, world_size, ks=[1, 5]):
+        assert error.startswith("DataError: eval_recall_k=5: val.jsonl has 5 distinct documents")
+    for error in on_ranks(world, world_size, ks=[1], dims=[2, 8]):
+        assert error.startswith("ConfigError: --dims 8: the model's embeddings have 4 dimensions")

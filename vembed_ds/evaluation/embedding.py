@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +16,9 @@ from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.evaluation.items import ItemList
+from vembed_ds.evaluation.progress import progress
 from vembed_ds.evaluation.retrieval import Embed
 from vembed_ds.similarity import Embeddings, concatenate
-
-PATIENCE_SECONDS = 2.0  # shorter work shows no progress bar
-LOG_SECONDS = 30.0  # between two lines of it where nobody watches
 
 
 def embed_share(
@@ -94,20 +90,6 @@ def gather_shares(rows: Embeddings) -> Embeddings:
 
     mask = None if padded.mask is None else gathered(padded.mask.to(torch.uint8)).bool()
     return Embeddings(gathered(padded.values), mask)
-
-
-@contextmanager
-def progress(total: int, *, what: str) -> Iterator[tqdm[Any]]:
-    """A bar of rank 0, of work that takes longer than two seconds."""
-    watched = sys.stderr.isatty()
-    with tqdm(
-        total=total,
-        desc=what,
-        disable=not comm.is_main(),
-        delay=PATIENCE_SECONDS,
-        mininterval=0.5 if watched else LOG_SECONDS,
-    ) as bar:
-        yield bar
 
 
 def _longest_first(items: ItemList, share: range) -> list[int]:

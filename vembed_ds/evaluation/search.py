@@ -16,6 +16,7 @@ from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.errors import ConfigError, DataError, VembedError
 from vembed_ds.evaluation.faiss_index import check_faiss, nearest
 from vembed_ds.evaluation.metrics import check_finite
+from vembed_ds.evaluation.progress import progress
 from vembed_ds.similarity import Embeddings, check_kinds, unit_similarity
 
 BLOCK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
@@ -172,7 +173,8 @@ def similarity_blocks(
 ) -> Iterator[Block]:
     """All similarities of the queries with this rank's documents, a block at a time.
 
-    Every document is normalised once, and blocks come in the order of the rows. Not collective.
+    Every document is normalised once, and blocks come in the order of the rows. Not collective; rank 0
+    shows a progress bar.
 
     Args:
         query_emb: As of :func:`search`; finite.
@@ -183,12 +185,14 @@ def similarity_blocks(
     """
     queries = query_emb.float().normalized()
     width = max(1, BLOCK_ELEMENTS // chunk_size)
-    for left in range(0, len(corpus_emb), width):
-        documents = corpus_emb.rows(slice(left, left + width)).float().normalized()
-        for top in range(0, len(queries), chunk_size):
-            places = slice(top, min(top + chunk_size, len(queries)))
-            scores = unit_similarity(queries.rows(places), documents, reduction=reduction)
-            yield Block(places, start + left, scores)
+    with progress(len(corpus_emb), what="comparing documents") as bar:
+        for left in range(0, len(corpus_emb), width):
+            documents = corpus_emb.rows(slice(left, left + width)).float().normalized()
+            for top in range(0, len(queries), chunk_size):
+                places = slice(top, min(top + chunk_size, len(queries)))
+                scores = unit_similarity(queries.rows(places), documents, reduction=reduction)
+                yield Block(places, start + left, scores)
+            bar.update(len(documents))
 
 
 def _exact(
