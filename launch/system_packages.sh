@@ -4,6 +4,9 @@
 set -euo pipefail
 packages=(
   chromium # screenshots of the HTML report
+  iproute2 # two machines made of network namespaces
+  openssh-server
+  pdsh
 )
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get > /dev/null; then
   echo "not installed (needs root and apt-get): ${packages[*]}"

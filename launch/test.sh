@@ -3,8 +3,8 @@
 #   bash launch/test.sh
 #   bash launch/test.sh tests/parity -k clip
 #   bash launch/test.sh --all     # also what is marked slow
+# launch/system_packages.sh installs Debian packages without which some tests are skipped.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
-bash launch/system_packages.sh || echo "the tests that need Debian packages are skipped"
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # Built once here, before any test world starts: two builds at a time wait for each other.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
