@@ -24,7 +24,9 @@ OUTSIDE: tuple[str, ...] = (
     "benchmarks/README.md",
 )
 OUTSIDE += ("ds_configs/*.json", "launch/**/*")
-LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
+LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]+)?(?=\))")
+# The README is no page: what links to it means one of these.
+README = {"#configuration": "configuration.md", "": "index.md"}
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>~?")
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 KEYS = "[All keys, their defaults and meanings](../README.md#configuration)"
@@ -46,7 +48,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = markdown.replace(KEYS, _keys()) if KEYS in markdown else markdown
     markdown = markdown.replace(HELP, _help()) if HELP in markdown else markdown
     parts = FENCE.split(markdown)
-    parts[::2] = [LINK.sub(lambda found: _link(found[1], page.file), part) for part in parts[::2]]
+    parts[::2] = [
+        LINK.sub(lambda found: _link(found[1], found[2] or "", page.file), part)
+        for part in parts[::2]
+    ]
     return "".join(parts)
 
 
@@ -55,11 +60,13 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return ROLE.sub("<code>", html)
 
 
-def _link(target: str, file: File) -> str:
+def _link(target: str, anchor: str, file: File) -> str:
     """A link of a file in the repository as one of its page in the site."""
     here = Path(str(file.abs_src_path)).parent.relative_to(ROOT).as_posix()
     there = posixpath.normpath(posixpath.join(here, target)).removeprefix("docs/")
-    return posixpath.relpath(there, posixpath.dirname(file.src_uri) or ".")
+    if there == "README.md" and anchor in README:
+        there, anchor = README[anchor], ""
+    return posixpath.relpath(there, posixpath.dirname(file.src_uri) or ".") + anchor
 
 
 def _keys() -> str:
