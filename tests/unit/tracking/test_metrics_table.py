@@ -97,8 +97,9 @@ def test_resuming_removes_later_rows(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.csv").read_text() == "step\n"
 
 
+@pytest.mark.parametrize("by", ["the next line", "the end"])
 def test_a_table_that_cannot_be_written_catches_up(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str
 ) -> None:
     tracker = start(tmp_path)
     tracker.log({"train/loss": 1}, step=1)
@@ -111,7 +112,10 @@ def test_a_table_that_cannot_be_written_catches_up(
     assert len(caplog.records) == 1
     assert "metrics.csv failed; training goes on, metrics.jsonl is complete" in caplog.text
     path.rmdir()
-    tracker.close()
+    if by == "the end":
+        tracker.close()
+    else:
+        tracker.log({"train/loss": 3.5}, step=3)
     check(tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
