@@ -33,7 +33,7 @@ def vembed(job: Job, meter: Meter) -> None:
 
 
 def _train(job: Job, meter: Meter, package: str) -> None:
-    """Options: ``ddp``, ``reduce_last`` (its ``no_sync_except_last``); or ``stage`` of DeepSpeed."""
+    """Options: ``chunk``; ``ddp``, ``reduce_last`` (its ``no_sync_except_last``); or ``stage`` of DeepSpeed."""
     assert job.code is not None
     model: Any = load_encoder(job)
     if job.options.get("ddp"):
@@ -41,8 +41,9 @@ def _train(job: Job, meter: Meter, package: str) -> None:
     if "stage" in job.options:
         model = start(job, model)
     arguments = {"no_sync_except_last": True} if job.options.get("reduce_last") else {}
+    chunk = job.options.get("chunk", job.task.chunk)
     cache = _load(job.code / package).GradCache(
-        models=[model, model], chunk_sizes=job.task.chunk, loss_fn=_loss(job)
+        models=[model, model], chunk_sizes=chunk, loss_fn=_loss(job)
     )
 
     def gradient(batch: Batch) -> Tensor:
