@@ -21,9 +21,11 @@ SECONDS = 240
 pytestmark = pytest.mark.distributed(2)
 
 
+@pytest.mark.slow
 def test_under_a_launcher_it_is_the_commands_run(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:
+    world(2).run("tests.distributed.train_cases:use_torch_linear")
     commands = run(world(2), make_config("command.yaml", output_dir=str(tmp_path / "command")), 2)
     config = make_config()
     torchrun = [str(PROGRAMS / "torchrun"), "--nproc_per_node", "2"]

@@ -35,7 +35,7 @@ def test_the_converted_model_scores_as_the_trained_one(
     command = ["--model", str(out / "model"), "--data_path", str(pairs), "--output", str(report)]
     assert evaluate.main([*command, "--config_override", "num_workers=0"]) == 0
     scores = json.loads(report.read_text())["metrics"]
-    assert {f"eval/{name}": value for name, value in scores.items()} == pytest.approx(trained)
+    assert {name: scores[name.removeprefix("eval/")] for name in trained} == pytest.approx(trained)
 
 
 def test_a_resumed_run_continues_its_losses(
@@ -131,7 +131,7 @@ def test_a_composed_encoder_keeps_its_projections(
     command += ["--output", str(report), "--config_override", "num_workers=0"]
     assert evaluate.main(command) == 0
     scores = json.loads(report.read_text())["metrics"]
-    assert {f"eval/{name}": value for name, value in scores.items()} == pytest.approx(trained)
+    assert {name: scores[name.removeprefix("eval/")] for name in trained} == pytest.approx(trained)
     for tower in ("text", "image"):
         weights = load_file(tmp_path / "model" / f"{tower}_projection.safetensors")
         assert weights["2.weight"].shape[0] == 8

@@ -69,7 +69,7 @@ def test_small_parameters_and_distant_uses(
 def test_what_a_run_embeds_between_steps_changes_nothing(
     world: Callable[[int], World], bert: Path, gather: str, reuse: int, kept: int
 ) -> None:
-    """DeepSpeed decides anew what a module puts away (`engine/releases.py`)."""
+    """DeepSpeed decides anew what a module puts away (`engine/module_order.py`)."""
     zero = {"stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": 0}
     modes, config = {"zero3_gather": gather}, ds_config(3, 2, zero=zero)
     for result in _count(world, bert, config, modes, 2, kept=kept, looked_at=True):

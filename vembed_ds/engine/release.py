@@ -9,7 +9,6 @@ whole process: whatever is trained there afterwards rounds otherwise.
 from __future__ import annotations
 
 import gc
-import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch.nn import functional
+
+from vembed_ds.engine.module_order import forget_releases
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -49,17 +49,9 @@ def free_memory() -> None:
     get_accelerator().empty_cache()
 
 
-def _caches() -> list[Any]:
-    """The cache of a method of ZeRO-3 over all engines, which is behind another decorator."""
-    name = "_PartitionedParameterCoordinator__params_to_release"
-    method = getattr(PartitionedParameterCoordinator, name, None)
-    inside = {} if method is None else inspect.getclosurevars(method).nonlocals
-    return [found for found in inside.values() if hasattr(found, "cache_clear")]
-
-
 def _release(engine: Any) -> None:
     engine.destroy()
-    for cached in _caches():
-        cached.cache_clear()  # what it held of engines that remain is found again
+    if (forget := forget_releases()) is not None:
+        forget()  # what it held of engines that remain is found again
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]

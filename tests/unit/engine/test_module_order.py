@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vembed_ds.engine import releases
+from vembed_ds.engine import module_order
 
 
 class _Coordinator:
@@ -43,22 +43,24 @@ def _engine(coordinator: Any) -> Any:
 def test_a_new_order_is_decided_anew(monkeypatch: pytest.MonkeyPatch, decorate: Any) -> None:
     coordinator = _Coordinator()
     monkeypatch.setattr(
-        releases.PartitionedParameterCoordinator, releases._DECIDES, decorate(_Coordinator.decide)
+        module_order.PartitionedParameterCoordinator,
+        module_order._DECIDES,
+        decorate(_Coordinator.decide),
     )
     assert coordinator.decide("module") == "first"
-    assert releases.forget_releases_with_the_order(_engine(coordinator))
+    assert module_order.forget_releases_with_the_order(_engine(coordinator))
     assert coordinator.decide("module") == "first"
     coordinator.construct_parameter_trace_from_module_trace()
     assert coordinator.decide("module") == "second"
 
 
 def test_the_installed_deepspeed_caches_it() -> None:
-    decides = getattr(releases.PartitionedParameterCoordinator, releases._DECIDES)
-    assert releases._cache_clear(decides) is not None
+    decides = getattr(module_order.PartitionedParameterCoordinator, module_order._DECIDES)
+    assert module_order._cache_clear(decides) is not None
 
 
 def test_one_that_does_not_cache_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator = _Coordinator()
-    monkeypatch.delattr(releases.PartitionedParameterCoordinator, releases._DECIDES)
-    assert not releases.forget_releases_with_the_order(_engine(coordinator))
+    monkeypatch.delattr(module_order.PartitionedParameterCoordinator, module_order._DECIDES)
+    assert not module_order.forget_releases_with_the_order(_engine(coordinator))
     assert "construct_parameter_trace_from_module_trace" not in vars(coordinator)

@@ -28,7 +28,7 @@ def forget_releases_with_the_order(engine: DeepSpeedEngine) -> bool:
         elsewhere, is left as it is.
     """
     coordinator: Any = engine.optimizer.parameter_offload.get_param_coordinator()
-    forget = _cache_clear(getattr(PartitionedParameterCoordinator, _DECIDES, None))
+    forget = forget_releases()
     record = getattr(coordinator, _RECORDS, None)
     if forget is None or record is None:
         return False
@@ -39,6 +39,11 @@ def forget_releases_with_the_order(engine: DeepSpeedEngine) -> bool:
 
     setattr(coordinator, _RECORDS, record_and_forget)
     return True
+
+
+def forget_releases() -> Callable[[], None] | None:
+    """Clears what DeepSpeed cached of all engines' modules; ``None``: this DeepSpeed caches nothing."""
+    return _cache_clear(getattr(PartitionedParameterCoordinator, _DECIDES, None))
 
 
 def _cache_clear(function: Any) -> Callable[[], None] | None:
