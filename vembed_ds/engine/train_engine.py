@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.choices import Gather, Reduce
 from vembed_ds.engine.loss_scale import LossScaleUpdates
+from vembed_ds.engine.module_order import forget_releases_with_the_order
 from vembed_ds.engine.reduced import Piece, norm_of, reduced_pieces
 from vembed_ds.engine.reduction import ReducedOnce, ReducedPerChunk, Reduction
-from vembed_ds.engine.module_order import forget_releases_with_the_order
 from vembed_ds.engine.step_traffic import StepTraffic
 from vembed_ds.engine.whole_parameters import WholeParameters
 
