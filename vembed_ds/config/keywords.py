@@ -207,6 +207,6 @@ class Settings(TypedDict, total=False):
     eval_on_start: bool
     eval_batch_size: int | None
     eval_recall_k: Sequence[int]
-    report_to: Literal["none", "tensorboard", "wandb", "all"]
+    report_to: str
     run_name: str | None
     timeout_minutes: float
