@@ -1,6 +1,6 @@
 """Command: a checkpoint as a plain Hugging Face folder.
 
-``python -m vembed_ds.convert CHECKPOINT OUT``; ``--adapter`` writes peft's files instead.
+``vembed-ds convert CHECKPOINT OUT``; ``--adapter`` writes peft's files instead.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as `precision` has them
 _EXAMPLES = """
 examples:
-  python -m vembed_ds.convert outputs/run models/mine              the run's latest checkpoint
-  python -m vembed_ds.convert outputs/run/checkpoint-step-500 models/mine --dtype bfloat16
-  python -m vembed_ds.convert outputs/run models/mine --dry_run    what would be written
-  python -m vembed_ds.convert outputs/run models/mine --verify     and compare the embeddings
-  python -m vembed_ds.convert outputs/run adapters/mine --adapter  of a run with use_lora
+  vembed-ds convert outputs/run models/mine              the run's latest checkpoint
+  vembed-ds convert outputs/run/checkpoint-step-500 models/mine --dtype bfloat16
+  vembed-ds convert outputs/run models/mine --dry_run    what would be written
+  vembed-ds convert outputs/run models/mine --verify     and compare the embeddings
+  vembed-ds convert outputs/run adapters/mine --adapter  of a run with use_lora
 
 The folder appears whole or not at all, also when the command is stopped or the disk is full. An
 existing one is never written into.
@@ -154,7 +154,7 @@ def _signals_raise() -> Iterator[None]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vembed_ds.convert",
+        prog="vembed-ds convert",
         description="Write a checkpoint of any ZeRO stage as a plain Hugging Face folder, one "
         "tensor at a time.",
         epilog=_EXAMPLES,

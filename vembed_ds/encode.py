@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   vembed-ds encode --model output/model --data corpus.jsonl --output vectors/corpus
   vembed-ds encode --model output/model --data 'shards/a-{000..127}.tar' --columns image=jpg id=__key__ \\
       --role document --output vectors/pictures
-  deepspeed --num_gpus 8 --module vembed_ds.encode --model output/model --data corpus.parquet \\
+  vembed-ds encode --num_gpus 8 --model output/model --data corpus.parquet \\
       --precision bf16 --dims 256 --dtype float16 --output vectors/corpus
 
 writes embeddings.npy (row i is row i of the data; open it with numpy.load(..., mmap_mode="r")), ids.parquet and

@@ -54,7 +54,7 @@ examples:
       --output report.json --picture grid.png --before before.json
   vembed-ds evaluate --model output/model --compare openai/clip-vit-base-patch32 --data val.jsonl
   vembed-ds evaluate --model output/model --data datasets/scifact --split test
-  deepspeed --num_gpus 8 --module vembed_ds.evaluate --model output/model --data datasets/nq
+  vembed-ds evaluate --num_gpus 8 --model output/model --data datasets/nq
 
 exit codes:
   0    done; with --dry_run: it could be done

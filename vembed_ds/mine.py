@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   vembed-ds mine --model output/model --data pairs.jsonl --output mined.jsonl
   vembed-ds mine --model output/model --data pairs.parquet --corpus corpus.jsonl --output mined.parquet \\
       --num_negatives 7 --range_min 10 --range_max 100 --sampling random --seed 1
-  deepspeed --num_gpus 8 --module vembed_ds.mine --model output/model --guide_model models/large \\
+  vembed-ds mine --num_gpus 8 --model output/model --guide_model models/large \\
       --data pairs.jsonl --output mined.jsonl
 
 writes the records with the column of negatives that training reads: train on it as it is, with data_path: mined.jsonl

@@ -13,8 +13,8 @@ from vembed_ds.command import EXIT_ERROR
 
 EXAMPLE = """\
 examples:
-  python -m vembed_ds.plan --config my.yaml --gpus 8 --gpu_memory 80
-  python -m vembed_ds.plan --config my.yaml --ds_config ds_configs/zero2.json --gpus 8 --nodes 4 \\
+  vembed-ds plan --config my.yaml --gpus 8 --gpu_memory 80
+  vembed-ds plan --config my.yaml --ds_config ds_configs/zero2.json --gpus 8 --nodes 4 \\
       --gpu_memory 141 batch_size=1024 precision=bf16
 needs neither weights nor an accelerator; docs/scaling.md says how to read the table
 exit code: 0 something fits (with --ds_config: what is configured), 1 nothing does, 2 something is to be mended

@@ -10,8 +10,8 @@ from vembed_ds.command import Prepared, add_run_arguments, announce_rank, load_r
 
 EXAMPLES = """examples:
   vembed-ds precompute-teacher --config my.yaml
-  deepspeed --num_gpus 8 --module vembed_ds.precompute_teacher --config my.yaml
-  python -m vembed_ds.precompute_teacher --config my.yaml --config_override teacher_cache=vectors
+  vembed-ds precompute-teacher --num_gpus 8 --hostfile hosts --config my.yaml
+  vembed-ds precompute-teacher --config my.yaml --config_override teacher_cache=vectors
 exit code: 0 every item of the training data is in teacher_cache, 2 something must be mended
 """
 

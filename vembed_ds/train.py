@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   vembed-ds train --ds_config ds_configs/zero2.json --config my.yaml
   vembed-ds train --num_gpus 8 --hostfile hosts --ds_config ds_configs/zero2.json --config my.yaml
   deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
-  python -m vembed_ds.train --ds_config ds_configs/zero0.json --config my.yaml \\
+  vembed-ds train --ds_config ds_configs/zero2.json --config my.yaml \\
       --config_override lr=1e-4 batch_size=64
   ... --resume auto      go on from the newest checkpoint of output_dir
   ... --resume auto --allow_change lr     the same, with another learning rate from there on

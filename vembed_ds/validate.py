@@ -43,7 +43,7 @@ from vembed_ds.training.model_setup import model_spec, setup_processor
 
 EXAMPLE = """\
 example:
-  python -m vembed_ds.validate --config my.yaml --thumbnails pairs.png --output report.json
+  vembed-ds validate --config my.yaml --thumbnails pairs.png --output report.json
 exit code: 0 all records can be used, 1 some cannot, 2 the configuration is wrong
 """
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vembed_ds.validate",
+        prog="vembed-ds validate",
         description="Read every training and validation record as training would, without loading "
         "a model's weights, and say which cannot be used; also whether the loss looks at what the data "
         "has, and whether the data fills a global batch.",

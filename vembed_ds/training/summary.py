@@ -161,9 +161,9 @@ def _peaks(peaks: Mapping[str, float]) -> str:
 def _commands(facts: EndFacts) -> Iterator[str]:
     folder = shlex.quote(facts.output_dir)
     model = shlex.quote(f"{facts.output_dir}/model")
-    yield f"python -m vembed_ds.convert {folder} {model}"
+    yield f"vembed-ds convert {folder} {model}"
     if facts.val_data is not None:
-        yield f"python -m vembed_ds.evaluate --model {model} --data_path {shlex.quote(facts.val_data)}"
+        yield f"vembed-ds evaluate --model {model} --data {shlex.quote(facts.val_data)}"
     if "tensorboard" in facts.trackers:
         yield f"tensorboard --logdir {shlex.quote(f'{facts.output_dir}/tensorboard')}"
 

@@ -106,8 +106,8 @@ evaluation                       step 0      step 702
 best        recall@1 0.2800 at step 600, checkpoint-step-600
 memory      at most 12.3 GiB on the device and 477 MiB on the host of a rank
 checkpoint  output/my/checkpoint-step-702
-next        python -m vembed_ds.convert output/my output/my/model
-            python -m vembed_ds.evaluate --model output/my/model --data_path 'my val.jsonl'
+next        vembed-ds convert output/my output/my/model
+            vembed-ds evaluate --model output/my/model --data 'my val.jsonl'
             tensorboard --logdir output/my/tensorboard
 ------------------------------------------------------------------------------"""
 
@@ -161,7 +161,7 @@ def test_a_short_resumed_run_without_anything() -> None:
         "steps       2 of 12, the others before it was resumed: 8 pairs, 2.5 pairs/s",
         "loss        1.5",
         "checkpoint  out/checkpoint-step-12",
-        "next        python -m vembed_ds.convert out out/model",
+        "next        vembed-ds convert out out/model",
     ]
 
 
