@@ -45,6 +45,22 @@ class Prepared(NamedTuple):
     work: Callable[[], object]
 
 
+def positive_number(text: str) -> int:
+    """The type of an argument that is a whole number from 1 on."""
+    return _number_from(1, text)
+
+
+def number_from_0(text: str) -> int:
+    """The type of an argument that is a whole number, or 0."""
+    return _number_from(0, text)
+
+
+def _number_from(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from {least} on")
+    return int(text)
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a run, and the launcher's own."""
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")

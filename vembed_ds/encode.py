@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vembed_ds.command import Prepared, announce_rank, run_on_ranks
+from vembed_ds.command import Prepared, announce_rank, number_from_0, positive_number, run_on_ranks
 
 if TYPE_CHECKING:
     from vembed_ds.encoding.items import ItemTable
@@ -96,17 +96,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--allow_images_outside_root", action="store_true", help="let image paths leave image_root")
     add("--allow_image_urls", action="store_true", help="fetch images that are URLs")
-    add("--batch_size", type=_positive, default=32, metavar="N", help="items of a rank at a time")
+    add(
+        "--batch_size",
+        type=positive_number,
+        default=32,
+        metavar="N",
+        help="items of a rank at a time",
+    )
     add(
         "--num_workers",
-        type=_count,
+        type=number_from_0,
         default=4,
         metavar="N",
         help="loader processes per rank, at most",
     )
     add("--dtype", choices=("float32", "float16"), default="float32", help="of embeddings.npy")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the model's weights")
-    add("--dims", type=_positive, metavar="N", help="keep the first N dimensions (Matryoshka)")
+    add(
+        "--dims", type=positive_number, metavar="N", help="keep the first N dimensions (Matryoshka)"
+    )
     add(
         "--normalize",
         action=argparse.BooleanOptionalAction,
@@ -248,18 +256,6 @@ def _column(text: str) -> tuple[str, str]:
     if not equals or not key or not column:
         raise argparse.ArgumentTypeError(f"{text!r}: write KEY=COLUMN, for example text=caption")
     return key, column
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 on")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from vembed_ds.command import Prepared, announce_rank, run_on_ranks
+from vembed_ds.command import Prepared, announce_rank, positive_number, run_on_ranks
 from vembed_ds.config.loading import parse_config
 from vembed_ds.config.schema import SECTION_OF, Config
 from vembed_ds.data.processors import EncodedItem
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dims",
         nargs="+",
-        type=_positive,
+        type=positive_number,
         metavar="N",
         help="also measure the first N dimensions of the embeddings; default: the mrl_dims that are "
         "stored with the model",
@@ -531,13 +531,6 @@ def _write(
             examples=[gallery.example(query) for query in gallery.spread(ROWS)],
             failures=[gallery.example(query, with_answer=True) for query in gallery.worst(ROWS)],
         )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 if __name__ == "__main__":

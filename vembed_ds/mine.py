@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vembed_ds.command import Prepared, announce_rank, run_on_ranks
+from vembed_ds.command import Prepared, announce_rank, number_from_0, positive_number, run_on_ranks
 
 if TYPE_CHECKING:
     from vembed_ds.mining.contents import Contents
@@ -140,10 +140,16 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         for role in ("query", "document"):
             text = f"what the {name} reads before a {role}; default: as stored with it"
             add(f"--{of}{role}_instruction", metavar="TEXT", help=text)
-    add("--batch_size", type=_positive, default=32, metavar="N", help="items of a rank at a time")
+    add(
+        "--batch_size",
+        type=positive_number,
+        default=32,
+        metavar="N",
+        help="items of a rank at a time",
+    )
     add(
         "--num_workers",
-        type=_count,
+        type=number_from_0,
         default=4,
         metavar="N",
         help="loader processes per rank, at most",
@@ -279,18 +285,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _share(text: str) -> float | None:
     return None if text == "none" else float(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 on")
-    return int(text)
 
 
 if __name__ == "__main__":

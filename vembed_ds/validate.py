@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
+from vembed_ds.command import positive_number
 from vembed_ds.config.loading import load_config
 from vembed_ds.config.schema import Config
 from vembed_ds.data.dataset import PairDataset
@@ -105,18 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", type=Path, required=True, help="YAML file of the run")
     add("--config_override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    add("--limit", type=_positive, metavar="N", help="N records of each table, evenly spread")
+    add("--limit", type=positive_number, metavar="N", help="N records of each table, evenly spread")
     add("--images", choices=["decode", "exists"], default="decode", help="what is done with images")
     add("--thumbnails", metavar="PNG", help="draw some pairs, evenly spread")
     add("--output", metavar="JSON", help="write figures and problems to this file")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def check(config: Config, arguments: argparse.Namespace) -> list[Checked]:

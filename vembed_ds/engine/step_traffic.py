@@ -9,7 +9,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from vembed_ds.engine.choices import Gather, Reduce
-from vembed_ds.engine.traffic_model import predict_embedding_bytes, predict_step_bytes
+from vembed_ds.engine.traffic_model import (
+    predict_embedding_bytes,
+    predict_step_bytes,
+    reused_share,
+)
 
 
 class StepTraffic:
@@ -44,7 +48,7 @@ class StepTraffic:
             "zero3_gather": gather.value,
             "gradient_reduction": reduce.value,
             "persistent": _elements(p for p in parameters if getattr(p, "ds_persist", False)),
-            "reused": float(used <= engine.zero_max_reuse_distance()),
+            "reused": reused_share(used, int(engine.zero_max_reuse_distance())),
             "machine_ranks": max(1, int(engine.zero_hpz_partition_size())),
         }
 

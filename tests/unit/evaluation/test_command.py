@@ -206,7 +206,7 @@ def test_prefixes_wider_than_the_embeddings(
 def test_prefixes_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         evaluate.main(["--model", "m", "--data_path", "d", "--dims", "0"])
-    assert "argument --dims: invalid _positive value: '0'" in capsys.readouterr().err
+    assert "argument --dims: 0: give a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_picture(command: Callable[..., tuple[int, str, str]], folder: Path) -> None:
