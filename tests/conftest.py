@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from tests.faults.matrix import MATRIX
+from tests.thinning import one_in_n
 from tests.worlds import World
 
 torch.set_num_threads(1)
@@ -47,9 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("faults")
     if config.getoption("--all"):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    kept = one_in_n(item for item in items if not item.get_closest_marker("slow"))
+    left_out = set(items).difference(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import product
 from typing import Any
@@ -29,3 +30,19 @@ def one_in(every: int, *axes: Iterable[Any]) -> list[ParameterSet]:
         )
         for cell in cells
     ]
+
+
+def one_in_n(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Of a test marked ``one_in(n)`` its cases 0, n, 2 n, ...; of any other test, all.
+
+    An ``n`` that shares no factor with the number of an axis's values passes through all of them.
+    """
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        marker = item.get_closest_marker("one_in")
+        test = item.nodeid.partition("[")[0]
+        if marker is None or seen[test] % marker.args[0] == 0:
+            kept.append(item)
+        seen[test] += 1
+    return kept

@@ -369,7 +369,7 @@ def test_a_blank_text_in_one_ranks_share(
     ("action", "problem"),
     [
         ("die", "was killed by SIGKILL"),
-        ("stop_while_answering", "gave no answer for 15 s"),
+        pytest.param("stop_while_answering", "gave no answer for 15 s", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_loader_process_ends_every_rank(

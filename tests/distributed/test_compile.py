@@ -94,6 +94,7 @@ def test_the_compiler_itself(
     assert found["inductor"] == pytest.approx(found[None], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_exported_under_the_names_of_the_uncompiled_model(
     world: Worlds, make_config: Make, texts: str, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_cached_teacher_teaches_as_the_live_one_and_is_asked_once(
     assert abs(alone[1] - expected[1]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_its_first_epoch_goes_on_filling(
     world: Worlds, make_config: Make, teacher: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_teacher_is_named_in_checkpoints_and_never_in_them(
         assert 'teacher.own: "' in result["error"]
 
 
+@pytest.mark.slow
 def test_many_things_at_once_live_and_cached(
     world: Worlds, make_config: Make, teacher: Path, clip_folder: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +185,7 @@ def test_many_things_at_once_live_and_cached(
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stored_features_of_a_frozen_tower_are_not_handed_to_a_teacher(
     world: Worlds, make_config: Make, tmp_path: Path
 ) -> None:

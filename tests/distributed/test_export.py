@@ -65,6 +65,7 @@ def train(
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.one_in(3)
 def test_embeddings(train: Callable[..., Any], tmp_path: Path, kind: str, stage: int) -> None:
     trained = train(kind, stage)
     export_model(tmp_path / "run", tmp_path / "out")
@@ -146,6 +147,7 @@ def check_weights(state: dict[str, torch.Tensor], trained: dict[str, Any]) -> No
     ],
 )
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.one_in(3)
 def test_consolidated_weights(
     train: Callable[..., Any], tmp_path: Path, kind: str, precision: str, stage: int
 ) -> None:
@@ -178,6 +180,7 @@ def test_other_layouts_of_the_shards(
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.one_in(3)
 def test_masters_are_exported(
     train: Callable[..., Any], tmp_path: Path, precision: str, stage: int
 ) -> None:

@@ -98,6 +98,7 @@ def check_moved(trained: dict[str, Any]) -> None:
         *[("gpt2", variant, stage) for variant in ("lora", "dora") for stage in (0, 3)],
     ],
 )
+@pytest.mark.one_in(3)
 def test_merged(
     train: Callable[..., Any], tmp_path: Path, kind: str, variant: str, stage: int
 ) -> None:
@@ -113,6 +114,7 @@ def test_merged(
 
 
 @pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.one_in(2)
 def test_4_bit_is_merged_as_it_was_trained(
     train: Callable[..., Any], tmp_path: Path, stage: int
 ) -> None:
@@ -131,6 +133,7 @@ def test_4_bit_is_merged_as_it_was_trained(
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.one_in(2)
 def test_adapter_files(
     train: Callable[..., Any], backbones: Path, tmp_path: Path, variant: str, stage: int
 ) -> None:

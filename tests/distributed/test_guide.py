@@ -106,6 +106,7 @@ def images(encoder: Encoder, root: Path, names: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 2), *((2, stage) for stage in (0, 1, 2, 3))])
+@pytest.mark.one_in(2)
 def test_the_loss_is_that_of_the_formula(
     world: Worlds,
     make_config: Make,

@@ -62,6 +62,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["t2t", "t2i", "i2t", "i2i", "m2i", "m2t", "t2m", "m2m", "x2x"])
+@pytest.mark.one_in(2)
 def test_every_mode_trains_alike_at_every_stage_and_converts(
     world: Callable[[int], World],
     make_config: Callable[..., str],
@@ -180,6 +181,7 @@ def test_a_record_that_lacks_what_the_mode_needs_is_named_on_every_rank(
 
 @pytest.mark.parametrize("batching", ["mixed", "homogeneous"])
 @pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.one_in(3)
 def test_several_data_sets(
     world: Callable[[int], World],
     make_config: Callable[..., str],

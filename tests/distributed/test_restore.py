@@ -135,6 +135,7 @@ def check(saved: dict[str, Any], resumed: dict[str, Any], *, bitwise: bool) -> N
 
 
 @pytest.mark.parametrize(("first", "later"), one_in(2, STAGES, STAGES))
+@pytest.mark.one_in(3)
 def test_stages(runs: Runs, first: int, later: int) -> None:
     """All pairs on two ranks, with dropout: the random states are those that were saved."""
     saved = runs.save(2, config(first, 2), "clip", 0.2)
@@ -157,6 +158,7 @@ WORLDS += [
 
 
 @pytest.mark.parametrize(("ranks", "more", "first", "later"), WORLDS)
+@pytest.mark.one_in(2)
 def test_numbers_of_ranks(runs: Runs, ranks: int, more: int, first: int, later: int) -> None:
     saved = runs.save(ranks, config(first, ranks), "clip")
     results = runs.resume(more, config(later, more), "clip", saved["place"])
@@ -176,6 +178,7 @@ def test_numbers_of_ranks(runs: Runs, ranks: int, more: int, first: int, later: 
 @pytest.mark.parametrize(
     ("ranks", "more", "first", "later"), [(2, 2, 0, 3), (2, 1, 3, 2), (2, 2, 2, 2)]
 )
+@pytest.mark.one_in(2)
 def test_kinds_of_models(
     runs: Runs, kind: str, ranks: int, more: int, first: int, later: int
 ) -> None:
@@ -195,6 +198,7 @@ def test_kinds_of_models(
         (3, 3, "clip"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_bf16(runs: Runs, first: int, later: int, kind: str) -> None:
     """The float32 masters are kept, and frozen weights as they were before they were cast."""
     saved = runs.save(2, config(first, 2, "bf16"), kind)
@@ -262,6 +266,7 @@ def test_the_loss_scale_goes_on(runs: Runs, first: int, later: int) -> None:
     ],
     ids=["off the host", "to the host", "all on the host", "groups", "momentum", "momentum, back"],
 )
+@pytest.mark.one_in(2)
 def test_optimizers(runs: Runs, first: dict[str, Any], later: dict[str, Any]) -> None:
     """Offloaded and not, of torch and of DeepSpeed: the state is the same."""
     saved = runs.save(2, first, "clip")

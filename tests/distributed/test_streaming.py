@@ -69,6 +69,7 @@ def written(pairs: Path, folder: Path, kind: str) -> Path:
     ("kind", "taught"),
     [("jsonl.gz", False), ("csv", False), ("parquet", False), ("tar", False), ("tar", True)],
 )
+@pytest.mark.one_in(2)
 def test_a_stream_trains_as_the_data_read_whole(
     world: Callable[[int], World],
     make_config: MakeConfig,
@@ -101,6 +102,7 @@ def test_a_stream_trains_as_the_data_read_whole(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.one_in(3)
 def test_a_stream_does_not_depend_on_the_ranks(
     world: Callable[[int], World],
     make_config: MakeConfig,

@@ -72,6 +72,7 @@ PLAIN = {"use_gradient_cache": False, "gradient_cache_chunk_size": None}
     ("stage", "changes"),
     [(0, TOKENS), (1, TAUGHT), (2, INFONCE), (3, {}), (3, TOKENS | PLAIN)],
 )
+@pytest.mark.one_in(2)
 def test_what_waits_between_log_lines(
     world: Callable[[int], World],
     make_config: Callable[..., str],

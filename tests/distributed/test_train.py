@@ -66,6 +66,7 @@ def stage_0(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, "2_offload", "3_offload"])
+@pytest.mark.one_in(2)
 def test_every_shipped_ds_config_follows_the_same_losses(
     world: Callable[[int], World],
     make_config: Callable[..., str],
@@ -124,6 +125,7 @@ def test_a_second_run_moves_the_first_aside(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.one_in(3)
 def test_a_resumed_run_continues_its_losses(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
 ) -> None:
@@ -225,6 +227,7 @@ COMPOSED = {
         pytest.param(3, "image", {}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.one_in(3)
 def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
     world: Callable[[int], World],
     make_config: Callable[..., str],
@@ -257,6 +260,7 @@ def test_stored_features_of_a_frozen_tower_train_as_the_tower_itself(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.one_in(2)
 def test_a_frozen_tower_of_a_16_bit_run_is_exported_as_it_was(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
 ) -> None:
@@ -282,6 +286,7 @@ def test_a_frozen_tower_of_a_16_bit_run_is_exported_as_it_was(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.one_in(3)
 def test_the_converted_model_scores_as_the_trained_one(
     world: Callable[[int], World],
     make_config: Callable[..., str],

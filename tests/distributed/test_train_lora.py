@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.distributed(2)]
 
 @pytest.mark.parametrize("flags", [[], ["--adapter"]])
 @pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.one_in(3)
 def test_the_converted_model_scores_as_the_trained_one(
     world: Callable[[int], World],
     make_config: Callable[..., str],

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.distributed(2)]
         ("colqwen2", "t2i", "colbert"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_run_trains_alike_at_every_stage_and_converts(
     world: Callable[[int], World],
     make_config: Callable[..., str],

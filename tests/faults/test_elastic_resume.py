@@ -66,6 +66,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("first", "second", "third", "changes"), WAYS)
+@pytest.mark.one_in(3)
 def test_a_run_goes_on_anywhere(
     world: Worlds,
     make_config: Make,

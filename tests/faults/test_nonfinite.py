@@ -99,6 +99,7 @@ def check_skipped(results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("stage", "setting", "fault", "chunk_size"), QUICK)
+@pytest.mark.one_in(2)
 def test_a_skipped_step_leaves_no_trace(
     run: Callable[..., Any], stage: int, setting: str, fault: str, chunk_size: int | None
 ) -> None:

@@ -61,6 +61,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     [(point, False) for point in KILL_POINTS]
     + [("shard of rank 1", True), ("before rename", True)],
 )
+@pytest.mark.one_in(2)
 def test_f3_killed_while_saving(
     doomed_ranks: Callable[..., list[int | None]],
     tmp_path: Path,

@@ -42,6 +42,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed(2)]
         ("wait", 1, 1, ["SIGTERM"], 1, 1),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_stopped_run_goes_on_bitwise(
     world: Callable[[int], World],
     make_config: Callable[..., str],

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed(2)
 
 SECONDS = 200  # a launch takes 12 on quiet cores; a hang ends here
 LIMIT_SECONDS = 18.0  # timeout_minutes of the run that is cut off
-STEPS = 60
+STEPS = 24
 SHORT = {"max_steps": 3, "val_data_path": None, "eval_steps": 0, "gradient_self_test": False}
 
 
@@ -85,7 +85,7 @@ def test_two_machines_train_as_one(
 def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(
     machines: Hosts, world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    long = {**SHORT, "max_steps": STEPS, "save_steps": 5, "save_total_limit": 2}
+    long = {**SHORT, "max_steps": STEPS, "save_steps": 4, "save_total_limit": 2}
     run(world(2), make_config(**long, output_dir=str(tmp_path / "whole")), 3)
 
     out = tmp_path / "cut"

@@ -107,6 +107,7 @@ def expect_fp32(adamw_reference: Reference, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", ["clip", "skip"])
+@pytest.mark.one_in(3)
 def test_fp32(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -147,6 +148,7 @@ RATES = {
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", RATES)
+@pytest.mark.one_in(3)
 def test_every_part_at_its_own_rate(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -185,6 +187,7 @@ def test_deepspeeds_adam_on_the_host(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.one_in(3)
 def test_bf16(
     world: Callable[[int], World],
     folders: dict[float, Path],

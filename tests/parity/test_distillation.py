@@ -109,6 +109,7 @@ EVERY_STAGE = (
         for stage in ((0, 1, 2, 3) if name in EVERY_STAGE else (2, 3))
     ],
 )
+@pytest.mark.one_in(3)
 def test_following_teachers(
     world: Callable[[int], World],
     prepared: Callable[[str], dict[str, Any]],

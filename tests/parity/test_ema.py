@@ -68,6 +68,7 @@ CELLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.one_in(2)
 def test_the_teacher_is_the_average(
     world: Callable[[int], World], folders: dict[float, Path], name: str
 ) -> None:

@@ -172,6 +172,7 @@ def plain(prepared: Callable[[str], dict[str, Any]]) -> Callable[..., dict[str, 
         ),
     ],
 )
+@pytest.mark.one_in(2)
 def test_family(
     world: Callable[[int], World],
     prepared: Callable[[str], dict[str, Any]],

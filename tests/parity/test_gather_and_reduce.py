@@ -65,6 +65,7 @@ def run(world: Callable[[int], World], folders: dict[float, Path]) -> Run:
     ("kind", "mode", "chunk", "world_size"),
     one_in(12, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], MODES, CHUNKS, [1, 2]),
 )
+@pytest.mark.one_in(2)
 def test_plain(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, chunk: str, world_size: int
 ) -> None:
@@ -88,6 +89,7 @@ def test_several_kept_graphs(
         if cell.values[1] not in PER_CHUNK or cell.values[2] != "deepspeed"
     ],
 )
+@pytest.mark.one_in(2)
 def test_dropout_clipping_and_recomputation(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, mechanism: str | None
 ) -> None:
@@ -99,6 +101,7 @@ def test_dropout_clipping_and_recomputation(
 @pytest.mark.parametrize(
     ("kind", "mode", "precision"), one_in(4, ["shared", "clip", "skip"], MODES, PRECISIONS)
 )
+@pytest.mark.one_in(2)
 def test_16_bit(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, precision: str
 ) -> None:
@@ -119,6 +122,7 @@ def test_16_bit(
         *one_in(4, ["skip", "mixed"], list(MODES)[1:], ["optimizer", "both"]),
     ],
 )
+@pytest.mark.one_in(2)
 def test_on_the_host(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, offloaded: str
 ) -> None:
@@ -142,6 +146,7 @@ def test_16_bit_on_the_host(run: Run, reference: Callable[..., Any], mode: str) 
 
 
 @pytest.mark.parametrize(("variant", "mode"), one_in(2, ["lora", "dora"], MODES))
+@pytest.mark.one_in(2)
 def test_adapters(
     world: Callable[[int], World], folders: dict[float, Path], variant: str, mode: str
 ) -> None:
@@ -171,6 +176,7 @@ def test_adapters(
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.one_in(2)
 def test_the_self_test_leaves_no_trace(
     world: Callable[[int], World],
     folders: dict[float, Path],

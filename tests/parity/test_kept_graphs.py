@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.parity]
 @pytest.mark.parametrize(
     ("kind", "stage", "setting"), one_in(4, ["clip", "skip"], [0, 1, 2, 3], SETTINGS)
 )
+@pytest.mark.one_in(3)
 def test_the_update_is_the_same_bit_for_bit(
     world: Callable[[int], World], folders: dict[float, Path], kind: str, stage: int, setting: str
 ) -> None:

@@ -65,6 +65,7 @@ def plain(folders: dict[float, Path]) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("cell", "stage"), one_in(2, CELLS, [0, 1, 2, 3]))
+@pytest.mark.one_in(3)
 def test_adapters(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -182,6 +183,7 @@ def _same(result: dict[str, Any], name: str) -> bool:
     ("kind_and_variant", "stage", "checkpointing"),
     one_in(2, [("shared", "lora"), ("clip", "dora")], [0, 2, 3], [False, True]),
 )
+@pytest.mark.one_in(2)
 def test_dropout_of_adapters_and_backbone(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -208,6 +210,7 @@ def test_dropout_of_adapters_and_backbone(
     ("precision", "stage"), [("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 2), ("fp16", 3)]
 )
 @pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.one_in(3)
 def test_16_bit(
     world: Callable[[int], World],
     folders: dict[float, Path],

@@ -43,6 +43,7 @@ def expected(folders: dict[float, Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.one_in(2)
 def test_an_overflow_is_skipped_and_halves_the_scale(
     world: Callable[[int], World], folders: dict[float, Path], expected: dict[str, Any], stage: int
 ) -> None:

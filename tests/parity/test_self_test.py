@@ -27,6 +27,7 @@ CASE = "tests.parity.cases:self_test"
         (3, {"offload_optimizer": {"device": "cpu"}}),
     ],
 )
+@pytest.mark.one_in(2)
 def test_it_passes_and_leaves_no_trace(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -72,6 +73,7 @@ def test_a_model_that_looks_at_its_padding_stops_the_run(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.one_in(2)
 def test_a_first_loss_scale_that_overflows_is_no_wrong_gradient(
     world: Callable[[int], World], folders: dict[float, Path], stage: int
 ) -> None:

@@ -63,6 +63,7 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
     ("kind", "stage", "world_size", "chunk"),
     one_in(4, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], STAGES, [1, 2], CHUNKS),
 )
+@pytest.mark.one_in(3)
 def test_plain(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -86,6 +87,7 @@ def test_plain(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.one_in(3)
 def test_chunks_are_reduced_once(
     world: Callable[[int], World], folders: dict[float, Path], stage: int
 ) -> None:
@@ -106,6 +108,7 @@ def test_chunks_are_reduced_once(
 @pytest.mark.parametrize(
     ("kind", "stage", "world_size", "chunk"), one_in(4, KINDS, STAGES, [1, 2], ["one", "uneven"])
 )
+@pytest.mark.one_in(3)
 def test_dropout_and_clipping(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -133,6 +136,7 @@ def test_dropout_and_clipping(
     ("kind", "stage", "mechanism", "chunk"),
     one_in(4, KINDS, STAGES, ["huggingface", "deepspeed"], ["one", "uneven"]),
 )
+@pytest.mark.one_in(3)
 def test_activation_checkpointing(
     world: Callable[[int], World],
     folders: dict[float, Path],
@@ -171,6 +175,7 @@ PRECISIONS = {"bf16": (torch.bfloat16, 0.03, 0.1), "fp16": (torch.float16, 0.005
     [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1), ("fp16", 2), ("fp16", 3)],
 )
 @pytest.mark.parametrize("kind", ["shared", "clip", "skip"])
+@pytest.mark.one_in(5)
 def test_16_bit(
     world: Callable[[int], World],
     folders: dict[float, Path],

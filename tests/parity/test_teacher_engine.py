@@ -116,6 +116,7 @@ def check(name: str, found: dict[str, Any], *, limit: float = 1e-6, ranks: int =
         *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in OFTEN),
     ],
 )
+@pytest.mark.one_in(2)
 def test_sharded_embeddings_are_the_whole_models(
     world: Callable[[int], World], saved: Callable[[str], Path], name: str
 ) -> None:

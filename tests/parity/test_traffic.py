@@ -34,6 +34,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.one_in(3)
 def test_bytes_are_the_predicted_ones(
     world: Callable[[int], World], bert: Path, way: str, chunk_size: int | None
 ) -> None:
@@ -47,6 +48,7 @@ def test_bytes_are_the_predicted_ones(
     ("gather", "threshold", "reuse"),
     one_in(2, ["once", "cache_pass", "per_module"], [0, 5000], [0, 10**9]),
 )
+@pytest.mark.one_in(2)
 def test_small_parameters_and_distant_uses(
     world: Callable[[int], World], bert: Path, gather: str, threshold: int, reuse: int
 ) -> None:
@@ -66,6 +68,7 @@ def test_small_parameters_and_distant_uses(
     ("gather", "reuse", "kept"),
     one_in(3, ["cache_pass", "per_module"], [0, 10**9], [0, 1, 2, 4, 5]),
 )
+@pytest.mark.one_in(2)
 def test_what_a_run_embeds_between_steps_changes_nothing(
     world: Callable[[int], World], bert: Path, gather: str, reuse: int, kept: int
 ) -> None:
@@ -183,6 +186,7 @@ def test_reducing_per_chunk_keeps_no_whole_gradient(
 
 @pytest.mark.parametrize("threshold", [0, 300])
 @pytest.mark.parametrize("gather", ["once", "cache_pass", "per_module"])
+@pytest.mark.one_in(5)
 def test_parameters_are_held_for_a_step_only(
     world: Callable[[int], World],
     folders: dict[float, Path],

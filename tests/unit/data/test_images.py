@@ -261,6 +261,7 @@ except DataError as error:
 
 
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.one_in(2)
 def test_bombs_are_refused_in_bounded_memory(tmp_path: Path, name: str) -> None:
     """The pixels of the PNG alone would be 2.5 GB."""
     make, message = BOMBS[name]
@@ -289,6 +290,7 @@ LARGEST = (9400, 9400)  # Pillow's limit is 89 million pixels
     ],
     ids=["transparent", "CMYK", "16 bit", "animated"],
 )
+@pytest.mark.one_in(3)
 def test_the_largest_image_takes_bounded_memory(
     tmp_path: Path, make: Callable[[], bytes], limit: int
 ) -> None:

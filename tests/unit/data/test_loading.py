@@ -166,6 +166,7 @@ def test_resumed_loader_continues(dataset: PairDataset) -> None:
 
 @pytest.mark.parametrize("part_size", [1, 3, 4])
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.one_in(5)
 def test_parts_make_whole_batches(
     dataset: PairDataset, monkeypatch: pytest.MonkeyPatch, part_size: int, num_workers: int
 ) -> None:

@@ -278,6 +278,7 @@ def loaded(pairs: PairStream, rows: RowStream, *, num_workers: int = 0, **more: 
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.one_in(2)
 def test_results_do_not_depend_on_the_workers(
     folder: Path, minilm: str, image_settings: dict[str, Any], num_workers: int
 ) -> None:
@@ -340,6 +341,7 @@ def test_samples_are_those_of_the_table(
         ({"image": "none.png"}, "record 7, positive: image .*none.png"),
     ],
 )
+@pytest.mark.one_in(3)
 def test_a_bad_record_is_named_by_file_and_number(
     folder: Path,
     minilm: str,

@@ -137,6 +137,7 @@ def test_a_stuck_worker_is_given_up_and_ended(action: str) -> None:
     assert gone(int(error(batch).partition("pid ")[2].partition(")")[0]))
 
 
+@pytest.mark.slow
 def test_only_the_stuck_workers_parts_are_lost() -> None:
     batches = batches_of("sleep", at=2, rows=range(6), workers=2, seconds=10)
     assert [batch.indices for batch in batches] == [[0], [1], [], [3], [], [5]]

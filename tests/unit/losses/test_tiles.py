@@ -312,6 +312,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("case", [*CASES, *FOLLOWED], ids=name)
+@pytest.mark.one_in(5)
 def test_no_tensor_grows_with_the_square_of_the_batch(case: Case) -> None:
     def largest(num_pairs: int, tile_size: int | None) -> int:
         given, loss = given_to(case, num_pairs), loss_of(case, tile_size)
