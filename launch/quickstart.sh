@@ -17,11 +17,11 @@ deepspeed --num_gpus "$ranks" --module vembed_ds.train \
   --config_override output_dir="$out" batch_size="$batch" "$@"
 echo "== Trained in $((SECONDS - started)) s. Converting to a plain Hugging Face model"
 rm -rf "$out/model"
-python -m vembed_ds.convert "$out" "$out/model"
+vembed-ds convert "$out" "$out/model"
 
 echo "== Searching twemoji, whose pictures were never seen, with the converted model"
 head -n 1 "$out/metrics.jsonl" > "$out/before.json" # the evaluation before the first step
-python -m vembed_ds.evaluate --model "$out/model" --data examples/emoji/twemoji.parquet \
+vembed-ds evaluate --model "$out/model" --data examples/emoji/twemoji.parquet \
   --config_override num_workers=0 --before "$out/before.json" \
   --output "$out/report.json" --picture "$out/search.png" --html "$out/report.html"
 echo "Report: $out/report.html   Picture: $out/search.png   Model: $out/model   Curves: tensorboard --logdir $out/tensorboard"

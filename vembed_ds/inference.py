@@ -411,7 +411,7 @@ def _locate(reference: str) -> str:
         if any((Path(source) / name).is_file() for name in ("latest", "trainer_state.json")):
             raise ConfigError(
                 f"{reference}: holds training checkpoints, not a model; "
-                f"first: python -m vembed_ds.convert {reference} models/{Path(source).absolute().name}"
+                f"first: vembed-ds convert {reference} models/{Path(source).absolute().name}"
             )
         return source
     try:

@@ -121,7 +121,7 @@ def test_other_parameters_are_refused_even_if_they_are_named(resume: Resume) -> 
     for answer in resume(freeze_text_encoder=True, lr=1.0, allow=("freeze_text_encoder", "lr")):
         assert "freeze_text_encoder: false -> true (cannot change: " in answer["error"]
         assert "lr: 0.001 -> 1.0 (by --allow_change)" in answer["error"]
-        assert "python -m vembed_ds.convert" in answer["error"]
+        assert "vembed-ds convert" in answer["error"]
         assert not answer["built"]
 
 
@@ -200,7 +200,7 @@ def test_frozen_weights_that_changed_under_their_name(
         )
         assert f"model_name='{base}' has other weights now in 1 of" in answer["error"]
         assert changed.removesuffix(".weight") in answer["error"]
-        assert "python -m vembed_ds.convert" in answer["error"]
+        assert "vembed-ds convert" in answer["error"]
 
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     for answer in run_with(world, pairs, tmp_path, precision=precision, resume="auto", **settings):

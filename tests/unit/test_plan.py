@@ -1,4 +1,4 @@
-"""``python -m vembed_ds.plan``: what it says, and what it needs for that."""
+"""``vembed-ds plan``: what it says, and what it needs for that."""
 
 from __future__ import annotations
 

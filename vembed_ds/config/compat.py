@@ -33,7 +33,7 @@ NOTICES = {
     "debug_gpu_memory": "GPU memory is not limited artificially",
     # Only moved work or wrote reports.
     "enable_image_cache": "images are not kept in memory; the loader's processes read them ahead",
-    "validate_data": "it printed a report and changed nothing; python -m vembed_ds.validate prints one",
+    "validate_data": "it printed a report and changed nothing; vembed-ds validate prints one",
     "skip_invalid_records": "it only changed vembed-factory's report; here a bad record ends the run unless on_bad_record: skip",
     # Documented by vembed-factory without code behind it.
     "project": _IGNORED_TOO + "set the environment variable WANDB_PROJECT",

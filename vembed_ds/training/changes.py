@@ -177,7 +177,7 @@ def check_changes(
     if fixed:
         message.append(
             f"put back {', '.join(c.key for c in fixed)}, or begin a new run: convert the checkpoint "
-            "(python -m vembed_ds.convert) and train from that model, without --resume"
+            "(vembed-ds convert) and train from that model, without --resume"
         )
     if named:
         keys = " ".join(shlex.quote(key) for key in sorted({c.key for c in named} | set(allowed)))

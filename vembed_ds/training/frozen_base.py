@@ -50,7 +50,7 @@ def check_frozen(resumption: Resumption, digests: Mapping[str, str], *, model_na
         raise CheckpointError(
             f"{resumption.folder}: has no checksums of the frozen weights, because an earlier version "
             "wrote it, so that nobody knows whether the base model is the same; begin a new run from "
-            "the converted model: python -m vembed_ds.convert"
+            "the converted model: vembed-ds convert"
         )
     changed = [name for name, digest in digests.items() if saved.get(name, digest) != digest]
     if changed:
@@ -59,7 +59,7 @@ def check_frozen(resumption: Resumption, digests: Mapping[str, str], *, model_na
             f"{resumption.folder}: the base model is not the one that this was trained on: "
             f"model_name={model_name!r} has other weights now in {len(changed)} of {len(digests)} "
             f"frozen parameters ({shown}); give the model as it was (its files, its revision), or "
-            "begin a new run from the converted model: python -m vembed_ds.convert"
+            "begin a new run from the converted model: vembed-ds convert"
         )
 
 

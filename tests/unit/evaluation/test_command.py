@@ -1,4 +1,4 @@
-"""``python -m vembed_ds.evaluate`` with a model that embeds texts and images by rule."""
+"""``vembed-ds evaluate`` with a model that embeds texts and images by rule."""
 
 from __future__ import annotations
 
