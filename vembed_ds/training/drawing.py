@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from vembed_ds.data.processors import EncodedItem
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.phases import Kind, phase
+from vembed_ds.engine.activation import repeat_all_draws
 from vembed_ds.errors import ConfigError
 from vembed_ds.steps.random_draws import Draws, find_draws
 from vembed_ds.training.loop import TrainingLoop
@@ -51,6 +52,8 @@ def examine_draws(loop: TrainingLoop, items: Mapping[str, EncodedItem], *, merge
             "so a chunk cannot be computed twice; set use_gradient_cache=false, or let the model draw from "
             "torch's generator"
         )
+    if Draws.OTHERS in drawn.values():
+        repeat_all_draws(loop.model)
     if merge:
         loop.merged = frozenset(s for s, draws in drawn.items() if draws is Draws.NOTHING)
     for stream in met if merge and comm.is_main() else ():

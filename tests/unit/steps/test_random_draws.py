@@ -70,18 +70,19 @@ def find(model: Model) -> dict[str, Draws]:
 
 
 @pytest.mark.parametrize(
-    "something",
+    ("something", "draws"),
     [
-        nn.Dropout(0.1),
-        lambda values: torch.rand(2) < 0.5,
-        lambda values: random.random(),
-        lambda values: np.random.permutation(3),  # BigBird's random blocks
+        (nn.Dropout(0.1), Draws.TORCH),
+        (lambda values: torch.rand(2) < 0.5, Draws.TORCH),
+        (lambda values: random.random(), Draws.OTHERS),
+        (lambda values: np.random.permutation(3), Draws.OTHERS),  # BigBird's random blocks
+        (lambda values: torch.rand(1) * random.random(), Draws.OTHERS),
     ],
-    ids=["dropout", "torch", "python", "numpy"],
+    ids=["dropout", "torch", "python", "numpy", "both"],
 )
-def test_drawing_is_seen_and_leaves_no_trace(something: Any) -> None:
+def test_drawing_is_seen_and_leaves_no_trace(something: Any, draws: Draws) -> None:
     before = capture_rng(CPU)
-    assert drawing(Model(something)) == {"text"}
+    assert find(Model(something)) == {"text": draws, "image": Draws.NOTHING}
     assert before.equals(capture_rng(CPU))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vembed_ds.data.chunking import ChunkBudget
 from vembed_ds.data.dataset import Sample
 from vembed_ds.data.processors import EncodedItem
+from vembed_ds.engine.activation import _Recomputation
 from vembed_ds.errors import ConfigError
 from vembed_ds.training.drawing import examine_draws
 from vembed_ds.training.self_test import _largest
@@ -98,6 +100,19 @@ def test_chunks_of_a_model_with_hidden_random_numbers_are_refused(merge: bool) -
     run.budget = ChunkBudget(None)  # nothing is computed twice
     examine_draws(run, items, merge=merge)
     assert run.merged == frozenset()
+
+
+@pytest.mark.parametrize(("draw", "repeats"), [(torch.rand, False), (np.random.rand, True)])
+def test_layers_repeat_the_draws_of_all_generators_where_there_are_any(
+    draw: Callable[[int], Any], repeats: bool
+) -> None:
+    run = loop()
+    layer = GradientCheckpointingLayer()
+    layer._gradient_checkpointing_func = recomputation = _Recomputation(lambda run, *_: run())
+    run.model.layer = layer
+    run.model.dropout.forward = lambda values: draw(1)
+    examine_draws(run, {"text": item("text", 3)}, merge=True)
+    assert recomputation.repeats_all_draws == repeats
 
 
 def test_the_largest_item_of_every_stream_is_tried() -> None:
