@@ -45,13 +45,9 @@ def examine_draws(loop: TrainingLoop, items: Mapping[str, EncodedItem], *, merge
             pad=loop.pad,
         )
     hidden = [stream for stream, draws in drawn.items() if draws is Draws.HIDDEN]
-    if hidden and loop.budget.items is not None:
-        raise ConfigError(
-            f"use_gradient_cache=true: the model embeds one {hidden[0]} item in two ways from the same "
-            "random states of torch, Python and NumPy (it has a generator of its own, or counts its calls), "
-            "so a chunk cannot be computed twice; set use_gradient_cache=false, or let the model draw from "
-            "torch's generator"
-        )
+    if hidden:
+        _refuse_to_compute_twice(loop, hidden[0])
+        loop.memory.may_cut = False
     if Draws.OTHERS in drawn.values():
         repeat_all_draws(loop.model)
     if merge:
@@ -60,3 +56,18 @@ def examine_draws(loop: TrainingLoop, items: Mapping[str, EncodedItem], *, merge
         drawing = "each, since the model draws random numbers for it"
         words = "once" if stream in loop.merged else drawing
         logger.info("equal %s items of a batch are encoded %s", stream, words)
+
+
+def _refuse_to_compute_twice(loop: TrainingLoop, stream: str) -> None:
+    recomputes = any(getattr(m, "gradient_checkpointing", False) for m in loop.model.modules())
+    for key, part, wanted in (
+        ("use_gradient_cache", "a chunk", loop.budget.items is not None),
+        ("gradient_checkpointing", "a layer", recomputes),
+    ):
+        if wanted:
+            raise ConfigError(
+                f"{key}=true: the model embeds one {stream} item in two ways from the same random states "
+                "of torch, Python and NumPy (it has a generator of its own, or counts its calls), so "
+                f"{part} cannot be computed twice; set {key}=false, or let the model draw from torch's "
+                "generator"
+            )

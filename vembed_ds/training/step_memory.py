@@ -38,12 +38,16 @@ class StepMemory:
         graphs: How many chunks keep their graph.
         can_agree: Whether they need no other rank.
         explain: Makes the error that ends the run.
+
+    Attributes:
+        may_cut: Whether the model computes the same in smaller chunks; chunks are computed twice.
     """
 
     def __init__(
         self, graphs: KeptGraphs, *, can_agree: bool, explain: Explain = unexplained
     ) -> None:
         self.graphs = graphs
+        self.may_cut = True
         self._can_agree, self._explain = can_agree, explain
         self._budget, self._largest = ChunkBudget(items=None), 1
 
@@ -81,10 +85,12 @@ class StepMemory:
             shortage: From :meth:`agree`.
 
         Raises:
-            VembedError: On every rank: chunks cannot be smaller, and one graph is kept.
+            VembedError: On every rank: chunks cannot be smaller, or must not, and one graph is kept.
         """
         budget = self._budget
-        smaller = budget if shortage.kept else halved(budget, largest=shortage.largest)
+        smaller: ChunkBudget | None = budget
+        if not shortage.kept:
+            smaller = halved(budget, largest=shortage.largest) if self.may_cut else None
         error = None
         if smaller is None and shortage.cause is not None:
             error = self._explain(shortage.cause, replace(budget, items=1), 1)

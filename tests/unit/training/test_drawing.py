@@ -57,6 +57,7 @@ def loop() -> Any:
         },
         budget=ChunkBudget(2),
         merged=frozenset(),
+        memory=SimpleNamespace(may_cut=True),
     )
 
 
@@ -100,6 +101,18 @@ def test_chunks_of_a_model_with_hidden_random_numbers_are_refused(merge: bool) -
     run.budget = ChunkBudget(None)  # nothing is computed twice
     examine_draws(run, items, merge=merge)
     assert run.merged == frozenset()
+    assert not run.memory.may_cut, "nor is it when memory runs out"
+
+
+def test_layers_of_a_model_with_hidden_random_numbers_are_not_computed_again() -> None:
+    run = loop()
+    run.model.hidden = itertools.count(1.0)
+    run.budget = ChunkBudget(None)
+    run.model.dropout.gradient_checkpointing = True
+    with pytest.raises(
+        ConfigError, match=r"gradient_checkpointing=true: the model embeds .* so a layer cannot be"
+    ):
+        examine_draws(run, {"image": item("image", 3)}, merge=True)
 
 
 @pytest.mark.parametrize(("draw", "repeats"), [(torch.rand, False), (np.random.rand, True)])
@@ -113,6 +126,7 @@ def test_layers_repeat_the_draws_of_all_generators_where_there_are_any(
     run.model.dropout.forward = lambda values: draw(1)
     examine_draws(run, {"text": item("text", 3)}, merge=True)
     assert recomputation.repeats_all_draws == repeats
+    assert run.memory.may_cut
 
 
 def test_the_largest_item_of_every_stream_is_tried() -> None:

@@ -130,6 +130,15 @@ def test_one_item_is_the_least() -> None:
         step(Short(most_items=0), chunk_size=4)
 
 
+def test_what_computes_otherwise_the_second_time_is_not_cut() -> None:
+    memory = StepMemory(KeptGraphs(2), can_agree=True)
+    memory.may_cut = False
+    loop = Loop(Short(most_items=5), budget=ChunkBudget(None), memory=memory)
+    with pytest.raises(OutOfMemoryError, match=r"^start: embedding chunk 1 of 1: no memory: CUDA"):
+        loop.compute_gradient(BATCH)
+    assert loop.budget.items is None
+
+
 def test_at_zero_3_nobody_is_asked() -> None:
     said: list[tuple[ChunkBudget, int]] = []
 
