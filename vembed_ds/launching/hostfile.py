@@ -32,14 +32,15 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Ranks of every host, in the order of the file.
 
     Raises:
-        ConfigError: A line is none, a host comes twice, or there is none.
+        ConfigError: It cannot be read, a line is none, a host comes twice, or there is none.
     """
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        found = re.match(r"(\S+)\s+slots=(\d+)", text)
+        # A name with a dash before it would be an option of ssh; some editors put U+FEFF there.
+        found = re.match(r"([^\s\ufeff-]\S*)\s+slots=(\d+)(?=\s|#|$)", text)
         if found is None or int(found[2]) < 1:
             raise ConfigError(
                 f"{path}, line {number}: {text!r}: must be `HOST slots=RANKS`, such as `node1 slots=8`"
@@ -50,6 +51,20 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise ConfigError(f"{path}: names no host; give a line `HOST slots=RANKS` per machine")
     return hosts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8; save it as plain text with a line `HOST "
+            "slots=RANKS` per machine"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}); correct its rights, or --hostfile"
+        ) from error
 
 
 def used_hosts(hosts: Mapping[str, int], flags: Mapping[str, Any]) -> dict[str, int]:

@@ -33,12 +33,24 @@ def test_lines_comments_and_blanks(tmp_path: Path) -> None:
         ("a slots=1\nb slots=0\n", "line 2: 'b slots=0': must be `HOST slots=RANKS`"),
         ("a slots=1\na slots=2\n", "line 2: a comes twice; give it one line"),
         ("# nothing\n", "names no host; give a line `HOST slots=RANKS` per machine"),
+        ("a slots=8x\n", "line 1: 'a slots=8x': must be `HOST slots=RANKS`"),
+        ("a slots=8,4\n", "line 1: 'a slots=8,4': must be `HOST slots=RANKS`"),
+        ("-oProxyCommand=x slots=8\n", "line 1: '-oProxyCommand=x slots=8': must be"),
+        ("\ufeffa slots=8\n", "line 1: '\\ufeffa slots=8': must be"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         read_hostfile(write(tmp_path, text))
     assert sentence in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"a slots=1\n\xff slots=1\n")
+    with pytest.raises(ConfigError, match=r"hosts: byte 10 is not UTF-8; save it as plain text"):
+        read_hostfile(tmp_path / "hosts")
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); correct its rights"):
+        read_hostfile(tmp_path)
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
