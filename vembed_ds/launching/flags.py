@@ -39,9 +39,7 @@ FLAGS = (
         ("--no_ssh",), None, "start this machine's ranks only; the same command runs on all others"
     ),
     Flag(("--node_rank",), int, "with --no_ssh: the number of this machine, from 0"),
-    Flag(
-        ("--launcher",), str, "how other machines are reached: pdsh (default), openmpi, mpich, impi"
-    ),
+    Flag(("--launcher",), str, "how other machines are reached: pdsh (default), openmpi, impi"),
     Flag(("--launcher_args",), str, "flags of pdsh or mpirun, as one word"),
     Flag(("--ssh_port",), int, "port of the machines' sshd"),
     Flag(("--no_ssh_check",), None, "do not let DeepSpeed try ssh first"),
@@ -57,7 +55,13 @@ FLAGS = (
     Flag(("--no_preflight",), None, "do not look at the machines before starting (ours)"),
 )
 OUR_OWN = ("no_preflight",)
-LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi")
+LAUNCHERS = ("pdsh", "openmpi", "impi")
+_HIGHEST_PORT = 65535
+# What DeepSpeed's own start by another program makes of `--module`, which all commands here need.
+_WITHOUT_MODULE = {
+    "slurm": "leaves --module out: write `srun vembed-ds ...` yourself (launch/slurm.sbatch)",
+    "mpich": "runs its helper by --module, which fails: write `mpiexec ... vembed-ds ...` yourself",
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +115,12 @@ def require_consistent(flags: Mapping[str, Any]) -> None:
         for key in (*filtered[1:], "num_gpus", "num_nodes")
         if filtered and key in flags
     ]
-    if flags.get("launcher", "pdsh").lower() not in LAUNCHERS:
-        problems.append(_unknown_launcher(flags["launcher"]))
+    problems += [
+        f"--{key}={flags[key]}: must be at most {_HIGHEST_PORT}"
+        for key in ("master_port", "ssh_port")
+        if flags.get(key, 0) > _HIGHEST_PORT
+    ]
+    problems += _of_launcher(flags.get("launcher", "pdsh"), flags)
     problems += _by_hand(flags)
     if problems:
         raise ConfigError(problems)
@@ -129,14 +137,20 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _unknown_launcher(name: str) -> str:
-    problem = f"--launcher={name}: must be one of {', '.join(LAUNCHERS)}"
-    if name.lower() == "slurm":
-        return (
-            f"{problem}; DeepSpeed's own start by srun leaves --module out: write `srun vembed-ds "
-            "...` yourself (launch/slurm.sbatch)"
-        )
-    return problem
+def _of_launcher(name: str, flags: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a launcher, or with flags that it does not take."""
+    if name.lower() not in LAUNCHERS:
+        problem = f"--launcher={name}: must be one of {', '.join(LAUNCHERS)}"
+        reason = _WITHOUT_MODULE.get(name.lower())
+        return [f"{problem}; DeepSpeed's own start by it {reason}" if reason else problem]
+    if name.lower() == "pdsh":
+        return []
+    return [
+        f"--{key}={flags[key]}: not with --launcher={name}, which starts a rank on every slot of the "
+        "host file; write it so"
+        for key in ("include", "exclude", "num_gpus", "num_nodes")
+        if key in flags
+    ]
 
 
 def _by_hand(flags: Mapping[str, Any]) -> list[str]:

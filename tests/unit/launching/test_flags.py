@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 from deepspeed.launcher import runner
+from deepspeed.launcher.multinode_runner import MPICHRunner
 
 from vembed_ds.cli import COMMANDS
 from vembed_ds.errors import ConfigError
@@ -70,8 +71,15 @@ def test_no_command_on_ranks_has_a_flag_of_the_launcher() -> None:
         ({"num_gpus": 0}, "--num_gpus=0: must be at least 1"),
         ({"include": "a", "exclude": "b"}, "--exclude and --include: give one of the two"),
         ({"include": "a", "num_gpus": 2}, "--num_gpus and --include: give one of the two"),
-        ({"launcher": "slrm"}, "--launcher=slrm: must be one of pdsh, openmpi, mpich, impi"),
-        ({"launcher": "SLURM"}, "DeepSpeed's own start by srun leaves --module out: write `srun"),
+        ({"master_port": 65536}, "--master_port=65536: must be at most 65535"),
+        ({"launcher": "slrm"}, "--launcher=slrm: must be one of pdsh, openmpi, impi"),
+        ({"launcher": "SLURM"}, "DeepSpeed's own start by it leaves --module out: write `srun"),
+        (
+            {"launcher": "mpich"},
+            "start by it runs its helper by --module, which fails: write `mpie",
+        ),
+        ({"launcher": "impi", "include": "a"}, "--include=a: not with --launcher=impi, which star"),
+        ({"launcher": "openmpi", "num_gpus": 2}, "--num_gpus=2: not with --launcher=openmpi, whi"),
         ({"node_rank": 1}, "--node_rank=1: only with --no_ssh; else leave it out"),
         ({"no_ssh": True, "hostfile": "h", "node_rank": 0}, "--no_ssh: also give --master_addr, a"),
     ],
@@ -80,6 +88,13 @@ def test_what_does_not_go_together_is_refused(flags: dict[str, Any], sentence: s
     with pytest.raises(ConfigError) as error:
         require_consistent(flags)
     assert sentence in str(error.value)
+
+
+def test_deepspeeds_start_by_mpich_still_runs_a_file_as_a_module() -> None:
+    """Once this fails, mpich may be one of the launchers."""
+    arguments = runner.parse_args(["--launcher", "mpich", "--module", "m"])
+    command = MPICHRunner(arguments, "", {"a": 1, "b": 1}).get_cmd({}, {"a": [0], "b": [0]})
+    assert command[command.index("-m") + 1].endswith("/launcher_helper.py")
 
 
 def test_all_problems_come_together() -> None:
