@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vembed_ds.distributed.announced import DEFAULT_PORT
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, counted
 from vembed_ds.launching.flags import require_consistent
 from vembed_ds.launching.hostfile import hostfile_of, read_hostfile, used_hosts
 
@@ -36,16 +36,20 @@ def target_of(flags: Mapping[str, Any]) -> Target:
     require_consistent(flags)
     hosts = _hosts(flags)
     if "no_ssh" in flags:
+        _require_place(flags["node_rank"], hosts)
         return Target(hosts, dict(flags), by_ssh=False)
     if len(hosts) > 1 or (hosts and "force_multi" in flags):
+        _require_equal(hosts, flags.get("launcher", "pdsh"))
         return Target(hosts, dict(flags), by_ssh=True)
+    local: dict[str, Any] = {**flags, "master_port": free_port(flags.get("master_port"))}
     if hosts:
         logger.warning(
             "one machine is left, %s: its ranks start on this one; --force_multi reaches it by ssh",
             *hosts,
         )
-    port = free_port(flags.get("master_port"))
-    return Target(hosts, {**flags, "master_port": port}, by_ssh=False)
+        # Otherwise the launcher asks it by ssh for its address, and it may have no sshd.
+        local = {"master_addr": "127.0.0.1", "no_ssh_check": True, **local}
+    return Target(hosts, local, by_ssh=False)
 
 
 def local_devices() -> int:
@@ -91,4 +95,38 @@ def _hosts(flags: Mapping[str, Any]) -> dict[str, int]:
         return used_hosts(read_hostfile(path), flags)
     if flags.get("num_nodes", 1) > 1:
         raise ConfigError(f"--num_nodes={flags['num_nodes']}: needs --hostfile, which names them")
+    _require_local(flags)
     return {}
+
+
+def _require_place(node_rank: int, hosts: Mapping[str, int]) -> None:
+    """With --no_ssh this machine must be one of the host file's."""
+    if not 0 <= node_rank < len(hosts):
+        raise ConfigError(
+            f"--node_rank={node_rank}: the host file has {counted(len(hosts), 'machine')}; give the "
+            f"place of this one in it, 0 to {len(hosts) - 1}"
+        )
+
+
+def _require_equal(hosts: Mapping[str, int], launcher: str) -> None:
+    """Intel MPI starts as many ranks on every machine."""
+    if launcher.lower() == "impi" and len(set(hosts.values())) > 1:
+        found = ", ".join(f"{host} slots={slots}" for host, slots in hosts.items())
+        raise ConfigError(
+            f"--launcher=impi: needs the same number of slots on every machine, and the host file has "
+            f"{found}; make them alike, or use pdsh"
+        )
+
+
+def _require_local(flags: Mapping[str, Any]) -> None:
+    """Without a host file the launcher knows this machine only, as `localhost`."""
+    for key in ("include", "exclude"):
+        names = {part.partition(":")[0] for part in flags.get(key, "").split("@")}
+        if key in flags and names != {"localhost"}:
+            raise ConfigError(
+                f"--{key}={flags[key]}: needs --hostfile, which names the machines; devices of this "
+                "one alone are localhost:0,1"
+            )
+        numbers = flags.get(key, "").partition(":")[2]
+        if wrong := [word for word in numbers.split(",") if numbers and not word.isdecimal()]:
+            raise ConfigError(f"--{key}={flags[key]}: {wrong[0]!r} is no number of a device")

@@ -61,9 +61,49 @@ def test_one_machine_is_this_one_unless_forced(
 ) -> None:
     one = {"hostfile": hostfile, "num_nodes": 1}
     with caplog.at_level(logging.WARNING):
-        assert not target_of(one).by_ssh
+        found = target_of(one)
+    assert not found.by_ssh
     assert "one machine is left, a: its ranks start on this one" in caplog.text
+    # Told nothing, the launcher would ask the machine by ssh whether it is there, and where.
+    assert (found.flags["master_addr"], found.flags["no_ssh_check"]) == ("127.0.0.1", True)
+    assert target_of({**one, "master_addr": "a"}).flags["master_addr"] == "a"
     assert target_of({**one, "force_multi": True}).by_ssh
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_by_hand_this_machine_is_one_of_the_files(hostfile: str, number: int) -> None:
+    flags = {"hostfile": hostfile, "no_ssh": True, "node_rank": number, "master_addr": "a"}
+    with pytest.raises(
+        ConfigError, match=f"--node_rank={number}: the host file has 2 machines; give .* 0 to 1"
+    ):
+        target_of(flags)
+
+
+def test_intel_mpi_wants_machines_alike(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=4\n")
+    flags = {"hostfile": str(tmp_path / "hosts"), "launcher": "impi"}
+    with pytest.raises(ConfigError, match=r"--launcher=impi: .* a slots=2, b slots=4; make them"):
+        target_of(flags)
+    assert target_of({**flags, "launcher": "openmpi"}).by_ssh
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"include": "a:0"}, "--include=a:0: needs --hostfile, which names the machines; devices"),
+        ({"exclude": "localhost@b"}, "--exclude=localhost@b: needs --hostfile"),
+        ({"include": ""}, "--include=: needs --hostfile"),
+        ({"include": "localhost:x"}, "--include=localhost:x: 'x' is no number of a device"),
+        ({"include": "localhost:0,"}, "--include=localhost:0,: '' is no number of a device"),
+    ],
+)
+def test_devices_of_this_machine_are_those_of_localhost(
+    flags: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        target_of(flags)
+    assert sentence in str(error.value)
+    assert not target_of({"include": "localhost:0,1"}).by_ssh
 
 
 def test_several_machines_need_a_host_file() -> None:
