@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vembed-ds {vembed_ds.__version__}")
     add_flags(parser)
+    # `deepspeed --module vembed_ds COMMAND` puts it before the command; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("command", metavar="COMMAND", help="see below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
     return parser
@@ -95,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     flags = {
         key: value
         for key, value in vars(arguments).items()
-        if key not in ("command", "rest", "module")
+        if key not in ("command", "rest", "module", "local_rank")
     }
     name = _command_name(arguments.command)
     command, rest = COMMANDS[name], list(arguments.rest)

@@ -143,14 +143,21 @@ def test_one_rank_needs_no_launcher(
     assert bool(error) == bool(said)
 
 
-@pytest.mark.parametrize("environment", [STARTED, SRUN], ids=["torchrun", "srun"])
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [(STARTED, []), (STARTED, ["--local_rank=3"]), (SRUN, [])],
+    ids=["torchrun", "deepspeed", "srun"],
+)
 def test_under_another_launcher_it_is_the_rank(
-    calls: Calls, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+    calls: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    words: list[str],
 ) -> None:
     monkeypatch.setattr(cli, "local_devices", lambda: 4)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(["train", *TRAIN]) == 7
+    assert cli.main([*words, "train", *TRAIN]) == 7
     assert (calls.here, calls.launched) == ([TRAIN], [])
 
 
