@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,8 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from vembed_ds.distributed.announced import DEFAULT_PORT
 from vembed_ds.launching.flags import words
-from vembed_ds.launching.remote import exported, pdsh_word, write_environment
+from vembed_ds.launching.remote import (
+    exported,
+    pdsh_word,
+    require_plain,
+    without_secrets,
+    write_environment,
+)
 
 STATUS_FILE = "VEMBED_STATUS_FILE"  # vembed_ds.distributed.launcher writes it
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -28,6 +36,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SSH_FLAGS = "-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _SSH_FAILED = 255  # pdsh gives the largest code of all machines
 _UNEXPECTED, _TO_MEND = 1, 2
+_PATHS = ("venv_script", "enable_each_rank_log")  # which the launcher hands to shells as they are
 
 
 def launch(module: str, arguments: Sequence[str], *, flags: Mapping[str, Any], by_ssh: bool) -> int:
@@ -41,14 +50,20 @@ def launch(module: str, arguments: Sequence[str], *, flags: Mapping[str, Any], b
 
     Returns:
         The exit code: what the first rank of this machine said; else the launcher's.
+
+    Raises:
+        ConfigError: This folder, or that of Python, cannot be named to other machines.
     """
+    if _by_pdsh(flags, by_ssh=by_ssh):
+        require_plain(folder=Path.cwd(), interpreter=sys.executable)
     with tempfile.TemporaryDirectory(prefix="vembed-launch-") as folder:
-        environment = {**os.environ}
+        environment = without_secrets(os.environ) if by_ssh else {**os.environ}
         environment.setdefault(STATUS_FILE, str(Path(folder) / "status"))
         Path(environment[STATUS_FILE]).touch()
         if by_ssh:
-            variables = exported(os.environ, [Path.home(), Path.cwd()])
-            write_environment(Path(folder) / "environment", variables)
+            by_pdsh = _by_pdsh(flags, by_ssh=by_ssh)
+            variables = exported(os.environ, [Path.home(), Path.cwd()], by_pdsh=by_pdsh)
+            write_environment(Path(folder) / "environment", _meeting_place(flags) | variables)
             environment["DS_ENV_FILE"] = str(Path(folder) / "environment")
             given = environment.get("PDSH_SSH_ARGS_APPEND", "")  # of two values ssh takes the first
             environment["PDSH_SSH_ARGS_APPEND"] = f"{given} {_SSH_FLAGS}".strip()
@@ -60,13 +75,30 @@ def launcher_command(
     module: str, arguments: Sequence[str], *, flags: Mapping[str, Any], by_ssh: bool
 ) -> list[str]:
     """The DeepSpeed launcher's command line."""
-    by_pdsh = by_ssh and flags.get("launcher", "pdsh").lower() == "pdsh"
+    by_pdsh = _by_pdsh(flags, by_ssh=by_ssh)
+    if by_pdsh:
+        flags = {
+            key: shlex.quote(value).replace("%", "%%") if key in _PATHS else value
+            for key, value in flags.items()
+        }
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *words({"log_level": "warning", **flags, "no_local_rank": True}),
         *("--module", module),
         *((pdsh_word(word) for word in arguments) if by_pdsh else arguments),
     ]
+
+
+def _by_pdsh(flags: Mapping[str, Any], *, by_ssh: bool) -> bool:
+    return by_ssh and flags.get("launcher", "pdsh").lower() == "pdsh"
+
+
+def _meeting_place(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Of Open MPI's ranks, to whom DeepSpeed says nothing of it."""
+    if flags.get("launcher", "").lower() != "openmpi":
+        return {}
+    port = flags.get("master_port", DEFAULT_PORT)
+    return {"MASTER_ADDR": flags["master_addr"], "MASTER_PORT": str(port)}
 
 
 class _Child:
@@ -89,6 +121,8 @@ class _Child:
             self._process = subprocess.Popen(
                 self._command, env=self._environment, start_new_session=True
             )
+            if self._signals:  # it came while the process was made
+                self._ask(self._process)
             return self._outcome(self._process.wait())
         finally:
             for number, handler in before.items():
@@ -111,9 +145,9 @@ class _Child:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """The first signal asks the ranks, the second ends the launcher, the third kills it all."""
         process = self._process
+        self._signals += 1
         if process is None or process.poll() is not None:
             return
-        self._signals += 1
         if self._signals == 1:
             self._ask(process)
         else:
@@ -142,5 +176,5 @@ class _Child:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"vembed-ds: {text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a terminal that is gone must not keep the ranks from stopping
+        os.write(2, f"vembed-ds: {text}\n".encode())

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from vembed_ds.errors import ConfigError
 from vembed_ds.launching import start
 
 # Says what a rank says, waits for SIGTERM where it is asked to, and ends with a code or a signal.
@@ -163,6 +164,53 @@ def test_ranks_hear_of_their_machines_environment(
     assert "-o ServerAliveInterval=1 -o BatchMode=yes -o ServerAliveInterval=15" in out.read_text()
 
 
+def test_open_mpis_ranks_hear_where_they_meet(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = f"import os, shutil; shutil.copy(os.environ['DS_ENV_FILE'], {str(out)!r})"
+    command = [sys.executable, "-c", script]
+    flags = {"launcher": "OpenMPI", "master_addr": "a"}
+    with mock.patch.object(start, "launcher_command", return_value=command):
+        assert start.launch("m", [], flags=flags, by_ssh=True) == 0
+        assert {"MASTER_ADDR=a", "MASTER_PORT=29500"} <= set(out.read_text().splitlines())
+        start.launch("m", [], flags={**flags, "master_port": 7}, by_ssh=True)
+        assert "MASTER_PORT=7\n" in out.read_text()
+
+
+def test_a_folder_that_shells_take_apart_is_refused_where_one_is_used(
+    launch: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    with pytest.raises(ConfigError, match=r"folder .*/a b: ' ' does not come through pdsh"):
+        launch("0", "0", by_ssh=True)
+    assert launch("0", "0") == 0
+
+
+def test_a_signal_while_the_launcher_is_made_is_not_lost(
+    launch: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(start.subprocess, "Popen", interrupted)
+    started = time.monotonic()
+    assert launch("0", "0", "wait") in (75, 143)  # it may not listen yet
+    assert time.monotonic() - started < 20
+
+
+def test_a_terminal_that_is_gone_keeps_nobody_from_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*args: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(start.os, "write", gone)
+    start._say("stopping")
+
+
 def test_the_command_that_is_started() -> None:
     command = start.launcher_command(
         "vembed_ds.train", ["a b"], flags={"num_gpus": 2}, by_ssh=False
@@ -173,5 +221,8 @@ def test_the_command_that_is_started() -> None:
     ]
     by_ssh = start.launcher_command("m", ["100%"], flags={}, by_ssh=True)
     assert by_ssh[-1] == "100%%"
+    paths = {"venv_script": "/a b/100%", "enable_each_rank_log": "logs"}
+    by_ssh = start.launcher_command("m", [], flags=paths, by_ssh=True)
+    assert {"--venv_script='/a b/100%%'", "--enable_each_rank_log=logs"} < set(by_ssh)
     by_mpi = start.launcher_command("m", ["100%"], flags={"launcher": "OpenMPI"}, by_ssh=True)
     assert by_mpi[-1] == "100%"
