@@ -15,6 +15,8 @@ from vembed_ds.launching.hostfile import hostfile_of, read_hostfile, used_hosts
 
 logger = logging.getLogger(__name__)
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 class Target(NamedTuple):
     """Ranks of every machine, in order (empty: this machine, without a host file), and flags to reach them.
@@ -39,9 +41,13 @@ def target_of(flags: Mapping[str, Any]) -> Target:
         _require_place(flags["node_rank"], hosts)
         return Target(hosts, dict(flags), by_ssh=False)
     if len(hosts) > 1 or (hosts and "force_multi" in flags):
-        _require_equal(hosts, flags.get("launcher", "pdsh"))
-        return Target(hosts, dict(flags), by_ssh=True)
-    local: dict[str, Any] = {**flags, "master_port": free_port(flags.get("master_port"))}
+        launcher = flags.get("launcher", "pdsh").lower()
+        _require_equal(hosts, launcher)
+        # Open MPI tells ranks where they are, and not where they meet.
+        place = {"master_addr": next(iter(hosts))} if launcher == "openmpi" else {}
+        return Target(hosts, {**place, **flags}, by_ssh=True)
+    port = free_port(flags.get("master_port"))
+    local: dict[str, Any] = {**(flags if hosts else _visible(flags)), "master_port": port}
     if hosts:
         logger.warning(
             "one machine is left, %s: its ranks start on this one; --force_multi reaches it by ssh",
@@ -110,12 +116,43 @@ def _require_place(node_rank: int, hosts: Mapping[str, int]) -> None:
 
 def _require_equal(hosts: Mapping[str, int], launcher: str) -> None:
     """Intel MPI starts as many ranks on every machine."""
-    if launcher.lower() == "impi" and len(set(hosts.values())) > 1:
+    if launcher == "impi" and len(set(hosts.values())) > 1:
         found = ", ".join(f"{host} slots={slots}" for host, slots in hosts.items())
         raise ConfigError(
             f"--launcher=impi: needs the same number of slots on every machine, and the host file has "
             f"{found}; make them alike, or use pdsh"
         )
+
+
+def _visible(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Flags that start on the devices that CUDA_VISIBLE_DEVICES leaves.
+
+    The launcher would ignore it with --num_gpus, and start on the first ones, somebody else's maybe.
+
+    Raises:
+        ConfigError: They are fewer, or have no numbers.
+    """
+    visible = os.environ.get(_VISIBLE, "")
+    if not visible or {"include", "exclude"} & flags.keys() or local_devices() == 0:
+        return flags
+    names = visible.split(",")
+    if wrong := [name for name in names if not name.strip().isdecimal()]:
+        raise ConfigError(
+            f"{_VISIBLE}={visible}: DeepSpeed's launcher takes numbers, not {wrong[0]!r}; write those "
+            "that `nvidia-smi -L` says, or start by torchrun"
+        )
+    number = flags.get("num_gpus", len(names))
+    if number > len(names):
+        raise ConfigError(
+            f"--num_gpus={number}: {_VISIBLE}={visible} leaves {counted(len(names), 'device')}; lower "
+            "one, or give the other more"
+        )
+    if "num_gpus" not in flags:
+        return flags
+    chosen = {"include": f"localhost:{','.join(name.strip() for name in names[:number])}"}
+    return {
+        key: value for key, value in flags.items() if key not in ("num_gpus", "num_nodes")
+    } | chosen
 
 
 def _require_local(flags: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,11 @@ def test_intel_mpi_wants_machines_alike(tmp_path: Path) -> None:
     flags = {"hostfile": str(tmp_path / "hosts"), "launcher": "impi"}
     with pytest.raises(ConfigError, match=r"--launcher=impi: .* a slots=2, b slots=4; make them"):
         target_of(flags)
-    assert target_of({**flags, "launcher": "openmpi"}).by_ssh
+    found = target_of({**flags, "launcher": "OpenMPI"})
+    assert (found.by_ssh, found.flags["master_addr"]) == (True, "a")
+    assert (
+        target_of({**flags, "launcher": "openmpi", "master_addr": "x"}).flags["master_addr"] == "x"
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,39 @@ def test_devices_of_this_machine_are_those_of_localhost(
 def test_several_machines_need_a_host_file() -> None:
     with pytest.raises(ConfigError, match="--num_nodes=2: needs --hostfile, which names them"):
         target_of({"num_nodes": 2})
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags", "found"),
+    [
+        ("2, 5,7", {"num_gpus": 2}, {"include": "localhost:2,5"}),
+        ("2,5", {"num_gpus": 1, "num_nodes": 1}, {"include": "localhost:2"}),
+        ("2,5", {}, {}),  # the launcher itself takes them
+        ("2,5", {"include": "localhost:1"}, {"include": "localhost:1"}),
+        ("", {"num_gpus": 2}, {"num_gpus": 2}),
+    ],
+)
+def test_visible_devices_are_used_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, visible: str, flags: dict[str, Any], found: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(target, "local_devices", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    flags = target_of(flags).flags
+    assert {key: value for key, value in flags.items() if key != "master_port"} == found
+
+
+def test_visible_devices_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "local_devices", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with pytest.raises(
+        ConfigError, match="--num_gpus=3: CUDA_VISIBLE_DEVICES=2,5 leaves 2 devices"
+    ):
+        target_of({"num_gpus": 3})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a")
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=GPU-1a: .* numbers, not 'GPU-1a'"):
+        target_of({})
+    monkeypatch.setattr(target, "local_devices", lambda: 0)
+    assert target_of({"num_gpus": 3}).flags["num_gpus"] == 3, "CPU ranks"
 
 
 def test_accelerators_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
