@@ -1,7 +1,4 @@
-"""F31: the real wandb without a server. Its stand-in is in tests/unit/tracking/test_trackers.py.
-
-wandb is no part of the extra `dev`; ``pip install 'vembed-ds[wandb]'`` for these.
-"""
+"""F31: the real wandb without a server. Its stand-in is in tests/unit/tracking/test_trackers.py."""
 
 from __future__ import annotations
 

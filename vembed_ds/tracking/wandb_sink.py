@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vembed_ds.durable import replace_text
-from vembed_ds.errors import ConfigError
+from vembed_ds.errors import ConfigError, one_line
 
 WANDB_FILE = "wandb_run_id.txt"
 
@@ -53,10 +53,10 @@ class WandbSink:
             self._run: Any = wandb.init(
                 project=project, name=run_name, dir=str(folder), config=dict(config), **earlier
             )
-        except wandb.Error as error:
+        except Exception as error:  # also pydantic's, of a variable with a wrong value
             raise ConfigError(
-                f"report_to={report_to}: wandb cannot start ({' '.join(str(error).split())}); "
-                "run wandb login, set WANDB_MODE=offline, or take wandb out of report_to"
+                f"report_to={report_to}: wandb cannot start ({one_line(error)}); run wandb login, set "
+                "WANDB_MODE=offline, or take wandb out of report_to"
             ) from error
         replace_text(note, f"{self._run.id}\n")
 

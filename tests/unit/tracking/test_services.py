@@ -1,12 +1,14 @@
 """Every tracker: what a failing one does, and the real packages where they are installed.
 
-wandb, swanlab and mlflow are no part of the extra `dev`.
+The extra `dev` has them all.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,6 +124,7 @@ class Module:
     ("name", "words"),
     [
         ("swanlab", "swanlab cannot start (no route); run swanlab login, set SWANLAB_MODE=offline"),
+        ("wandb", "wandb cannot start (no route); run wandb login, set WANDB_MODE=offline, or"),
         (
             "mlflow",
             "mlflow cannot start at localhost:1 (no route); correct MLFLOW_TRACKING_",
@@ -208,3 +211,20 @@ def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     kept = list((tmp_path / "wandb").glob(f"offline-run-*{first}"))
     assert kept
     assert all(any(folder.glob("*.wandb")) for folder in kept)
+
+
+@needs("wandb")
+def test_a_variable_of_wandb_that_it_does_not_know(tmp_path: Path) -> None:
+    """In a process of its own: wandb remembers what it read first."""
+    code = (
+        "import sys; from vembed_ds.tracking.wandb_sink import WandbSink; from pathlib import Path\n"
+        "WandbSink(Path(sys.argv[1]), run_name='r', config={}, report_to='wandb', resuming=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "WANDB_MODE": "ofline"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ConfigError: report_to=wandb: wandb cannot start (1 validation error" in done.stderr
