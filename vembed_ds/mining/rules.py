@@ -5,6 +5,7 @@ Shapes: c queries, k candidates of each, n negatives wanted of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -70,6 +71,12 @@ class Rules:
                 f"{self.range_min}, fewer than --num_negatives {self.num_negatives}; give at least "
                 f"{self.range_min + self.num_negatives}"
             )
+        for name in (*NAMES[:2], "max_score", "min_score", "guide_margin"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(
+                    f"--{name} {value}: is no number that scores can be compared with"
+                )
         if self.relative_margin is not None and not 0 <= self.relative_margin < 1:
             raise ConfigError(
                 f"--relative_margin {self.relative_margin}: is a share of the positive's score; give 0 "

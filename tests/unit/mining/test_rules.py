@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -102,6 +103,8 @@ def test_how_many_candidates_are_looked_at() -> None:
             "give at least 12",
         ),
         ({"relative_margin": 1.5}, "--relative_margin 1.5: is a share of the positive's score"),
+        ({"margin": math.nan}, "--margin nan: is no number that scores can be compared with"),
+        ({"guide_margin": math.inf}, "--guide_margin inf: is no number that scores can be"),
         ({"min_score": 0.5, "max_score": 0.4}, "--min_score 0.5: is above --max_score 0.4"),
     ],
 )
