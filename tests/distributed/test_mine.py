@@ -370,7 +370,11 @@ def test_what_cannot_be_mined_is_said_on_every_rank(
         (arguments(model, tmp_path / "empty.jsonl", out), "empty.jsonl: holds no records"),
         (arguments(model, data, out, corpus=tmp_path / "empty.jsonl"), "--corpus=" + str(tmp_path)),
         (arguments(model, bad, out), "record 20, column 'query': ' ' is a blank text"),
-        (arguments(nan, data, out), "query embeddings are NaN or infinite"),
+        (arguments(nan, data, out), "model's query embeddings are NaN or infinite"),
+        (
+            arguments(model, data, out, guide_model=nan),
+            "20 guide's query embeddings are NaN or infinite" if size == 1 else "guide's query emb",
+        ),
         (arguments(models / "guide", data, out), "--retrieval_mode: " + str(models / "guide")),
         (
             arguments(model, data, out, guide_margin=0.1),

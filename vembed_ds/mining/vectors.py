@@ -15,6 +15,7 @@ from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.encoding.embedding import embed_groups, embedder, groups_of
 from vembed_ds.encoding.items import ItemTable
+from vembed_ds.evaluation.metrics import check_finite
 from vembed_ds.inference import Encoder
 from vembed_ds.mining.contents import Contents, PlacedItems
 from vembed_ds.similarity import Embeddings, concatenate, paired_similarity
@@ -66,7 +67,8 @@ def embed_contents(
     """Embed every distinct query and document once. Collective.
 
     Raises:
-        VembedError: On every rank, when an item cannot be read or encoded.
+        VembedError: On every rank, when an item cannot be read or encoded, or an embedding is not finite:
+            NaN is above no limit, so that a guide would take nothing for an answer.
     """
 
     def embedded(what: str, rows: Sequence[int]) -> Embeddings:
@@ -78,7 +80,7 @@ def embed_contents(
             processor=model.encoder.processor,
             instruction=model.query_instruction if is_query else model.document_instruction,
         )
-        return _embedded(
+        found = _embedded(
             model.encoder,
             items,
             rows,
@@ -86,6 +88,9 @@ def embed_contents(
             num_workers=num_workers,
             name=f"{model.name}: {what}",
         )
+        name = f"{model.name}'s {'query' if is_query else 'document'}"
+        comm.run_together(lambda: check_finite(found, name=name), doing=f"embedding {what}")
+        return found
 
     share = -(-len(contents.documents) // comm.world_size())
     start = min(comm.rank() * share, len(contents.documents))
