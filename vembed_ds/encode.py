@@ -165,8 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _say("nothing was written")
         return
-    if not plan.manifest.complete:
-        encode_table(encoder, items, plan, options=options)
+    encode_table(encoder, items, plan, options=options)
     _say(f"{plan.folder}: complete")
 
 

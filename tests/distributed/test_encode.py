@@ -264,6 +264,40 @@ def test_another_model_data_or_setting_is_refused_by_name(
     assert np.load(out / "embeddings.npy").shape == (NUM_ROWS, 3)
 
 
+@pytest.mark.parametrize("kind", ["vectors", "tokens"])
+def test_a_complete_folder_is_looked_at(
+    world: Worlds, models: Path, corpus: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    argv = arguments(models / kind, corpus, out)
+    encode_files(argv, block_rows=BLOCK_ROWS)
+    if kind == "tokens":  # killed while it deleted the blocks that the files are made of
+        (out / "unfinished-tokens").mkdir()
+    assert encode_files(argv, block_rows=BLOCK_ROWS) == {"written": []}
+    assert not (out / "unfinished-tokens").exists()
+    files = files_of(out)
+    assert len(files) == (2 if kind == "vectors" else 3)
+    for name, content in files.items():
+        for left in (None, b"", content[:-4]):
+            if left is None:
+                (out / name).unlink()
+            elif name == "ids.parquet":
+                continue
+            else:
+                (out / name).write_bytes(left)
+            result = encode_files(argv, block_rows=BLOCK_ROWS)
+            assert result["error"] == (
+                f"DataError: {out / name}: is missing or cut short, though manifest.json says that it "
+                "was written; begin again with --overwrite"
+            )
+        (out / name).write_bytes(content)
+    (out / "embeddings.npy").unlink()
+    for result in run_on(world, 2, argv):
+        assert f"{out / 'embeddings.npy'}: is missing or cut short" in result["error"]
+    assert encode_files([*argv, "--overwrite"], block_rows=BLOCK_ROWS)["written"]
+    assert files_of(out) == files
+
+
 def test_a_folder_of_something_else_is_left_alone(
     models: Path, corpus: Path, tmp_path: Path
 ) -> None:

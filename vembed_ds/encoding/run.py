@@ -25,6 +25,7 @@ from vembed_ds.encoding.store import (
     Manifest,
     TokenFiles,
     VectorFile,
+    check_complete,
     check_folder,
     open_files,
     read_manifest,
@@ -94,6 +95,7 @@ def plan_encoding(
 
     Raises:
         ConfigError: The folder holds something else, or more dimensions are asked for than there are.
+        DataError: A file is missing, or cut short, of a folder that is complete.
         DistributedError: The ranks see different models or data.
     """
     probe = embedder(encoder)([encoder.processor.filler(encoder.model.parts[0])])
@@ -127,14 +129,16 @@ def plan_encoding(
     if found is None:
         return Plan(folder, fresh, found=False)
     require_same(folder, found.identity, identity)
+    if found.complete:
+        comm.run_on_main(lambda: check_complete(folder, identity), doing=f"reading {folder}")
     return Plan(folder, found, found=True)
 
 
 def encode_table(encoder: Encoder, items: ItemTable, plan: Plan, *, options: Options) -> None:
     """Embed the rows that are not done, each rank a share of their blocks, and complete the folder.
 
-    Collective. Which rows are embedded together does not depend on the number of ranks, nor on what
-    an earlier call did, so the files are the same.
+    Collective; a complete folder stays as it is. Which rows are embedded together does not depend on
+    the number of ranks, nor on what an earlier call did, so the files are the same.
 
     Raises:
         VembedError: On every rank: a record cannot be used, an embedding is not finite, or a file
@@ -142,6 +146,9 @@ def encode_table(encoder: Encoder, items: ItemTable, plan: Plan, *, options: Opt
     """
     folder, manifest = plan.folder, plan.manifest
     files = open_files(folder, manifest.identity)
+    if manifest.complete:  # but a run that was killed then may have left what it made it of
+        comm.run_on_main(files.clean, doing=f"writing {folder}")
+        return
     comm.run_on_main(lambda: _begin(plan, files), doing=f"writing {folder}")
     pending, size = manifest.pending(), comm.world_size()
     own = pending[comm.rank() :: size]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -228,11 +227,16 @@ class VectorFile:
                 _write_header(file, self._shape, self._dtype)
                 file.truncate(self.num_bytes)
                 os.fsync(file.fileno())
-        elif not self._path.is_file() or self._path.stat().st_size != self.num_bytes:
-            raise DataError(
-                f"{self._path}: is missing or cut short, though blocks of it are marked as done; "
-                "begin again with --overwrite"
-            )
+        else:
+            self.check()
+
+    def check(self) -> None:
+        """See that the file has its length. One process.
+
+        Raises:
+            DataError: It is missing, or of another length.
+        """
+        _require_length(self._path, self.num_bytes)
 
     def write(self, start: int, rows: Embeddings) -> None:
         """Put rows into their place, and onto the disk.
@@ -275,10 +279,23 @@ class TokenFiles:
             remove_table(self._table)
             ensure_table(self._table, identity=asdict(self._identity))
         elif not self._table.is_dir():
-            raise DataError(
-                f"{self._table}: is missing, though blocks of it are marked as done; begin again with "
-                "--overwrite"
-            )
+            raise _not_whole(self._table)
+
+    def check(self) -> None:
+        """See that both files are whole, once they are made. One process.
+
+        Raises:
+            DataError: One is missing, or of another length.
+        """
+        path, identity = self._folder / OFFSETS_FILE, self._identity
+        try:
+            offsets = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise _not_whole(path) from error
+        if offsets.shape != (identity.count + 1,):
+            raise _not_whole(path)
+        size = int(offsets[-1]) * identity.dims * np.dtype(identity.dtype).itemsize
+        _require_length(self._folder / EMBEDDINGS_FILE, PAGE + size)
 
     def write(self, start: int, rows: Embeddings) -> None:
         """See :meth:`VectorFile.write`."""
@@ -367,12 +384,27 @@ def write_ids(folder: Path, table: datasets.Dataset, column: str | None) -> None
     sync_folder(folder)
 
 
-def free_bytes(folder: Path) -> int:
-    """What the disk has room for, where the folder is or will be."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def check_complete(folder: Path, identity: Identity) -> None:
+    """See that the files are there, of a folder whose manifest says so. One process.
+
+    Raises:
+        DataError: One is missing, or of another length.
+    """
+    open_files(folder, identity).check()
+    if not (folder / IDS_FILE).is_file():
+        raise _not_whole(folder / IDS_FILE)
+
+
+def _require_length(path: Path, num_bytes: int) -> None:
+    if not path.is_file() or path.stat().st_size != num_bytes:
+        raise _not_whole(path)
+
+
+def _not_whole(path: Path) -> DataError:
+    return DataError(
+        f"{path}: is missing or cut short, though {MANIFEST_FILE} says that it was written; begin "
+        "again with --overwrite"
+    )
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
