@@ -141,6 +141,17 @@ def test_equal_scores_come_in_row_order(world: Callable[[int], World], world_siz
         agree(found, expected)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
+def test_equal_scores_of_faiss_come_in_row_order() -> None:
+    documents = torch.eye(3)[[0, 1, 0, 0, 2, 0]]
+    query = Embeddings(torch.tensor([[1.0, 0.0, 0.5]]))
+    for ignored, expected in ((None, [0, 2, 3, 5, 4]), ([[2]], [0, 3, 5, 4, 1])):
+        found = search(
+            query, Embeddings(documents), k=5, chunk_size=1, ignored=ignored, backend="faiss"
+        )
+        assert found.rows.tolist() == [expected]
+
+
 def test_a_rank_without_documents(world: Callable[[int], World]) -> None:
     expected = plain(kind="tokens", k=5, repeat=False, ignored=IGNORED, reduction="mean")
     for shards in ([(0, 0), (0, 23)], [(0, 23), (23, 23)]):

@@ -88,7 +88,7 @@ def search(
     gets the same result. Shards follow each other in rank order, of any lengths, also 0: row 0 of
     a rank is the sum of the lengths before it. Documents of the same score come in the order of
     their rows; scores within rounding (1e-6) of each other may come in either order, as a matrix
-    product of another shape rounds otherwise.
+    product of another shape rounds otherwise. Of those that share the last place faiss gives any.
 
     Args:
         query_emb: Q embeddings, the same on every rank, any floating dtype; compared in float32.
@@ -235,7 +235,8 @@ def _by_faiss(
     if not (wanted := min(k + most, len(corpus_emb))):
         return best
     scores, columns = nearest(query_emb, corpus_emb, k=wanted, index=index)
-    rows = torch.where(columns < 0, NO_ROW, columns + start)
+    columns, order = columns.sort(dim=1)  # equal scores come in row order
+    scores, rows = scores.gather(1, order), torch.where(columns < 0, NO_ROW, columns + start)
     if ignored is not None:
         rows = rows.masked_fill(_among(rows, ignored), NO_ROW)
     found = Found(scores.masked_fill(rows == NO_ROW, -torch.inf).to(device), rows.to(device))
