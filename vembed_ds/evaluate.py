@@ -37,7 +37,7 @@ from vembed_ds.evaluation.report import (
 from vembed_ds.evaluation.retrieval import Embed, check_cutoffs
 from vembed_ds.evaluation.scoring import has_trec_eval
 from vembed_ds.evaluation.tasks import RetrievalTask
-from vembed_ds.inference import Encoder, embed_items
+from vembed_ds.inference import Encoder, embed_items, find_model
 from vembed_ds.similarity import Embeddings
 
 EPILOG = """\
@@ -232,9 +232,9 @@ def run(arguments: argparse.Namespace) -> str:
     check_flags(arguments)
     check_outputs(arguments)
     before = read_before(Path(arguments.before)) if arguments.before else None
-    result = evaluate_model(arguments, arguments.model)
-    if before is not None:
-        check_same_data(before, result.task, path=arguments.before)
+    if arguments.compare:  # what cannot be found is said before the first model's work
+        find_model(arguments.compare, trust_remote_code=arguments.trust_remote_code)
+    result = evaluate_model(arguments, arguments.model, before=before)
     other: Result | None = None
     if arguments.compare:
         data = result.config.data
@@ -268,7 +268,11 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def evaluate_model(
-    arguments: argparse.Namespace, reference: str, *, shared: Mapping[str, Any] | None = None
+    arguments: argparse.Namespace,
+    reference: str,
+    *,
+    shared: Mapping[str, Any] | None = None,
+    before: Before | None = None,
 ) -> Result:
     """Load a model and measure it. Collective.
 
@@ -276,6 +280,7 @@ def evaluate_model(
         arguments: Of the command.
         reference: The model.
         shared: Settings that another model was measured with, and that this one is to share.
+        before: An earlier evaluation, which must be of the same data.
 
     Raises:
         VembedError: For everything that a user can put right.
@@ -286,6 +291,8 @@ def evaluate_model(
     task = open_task(arguments, config=config, encoder=encoder)
     ks = config.run.eval_recall_k
     check_cutoffs(ks, num_documents=len(task.documents), origin=task.origin)
+    if before is not None:
+        check_same_data(before, task, path=arguments.before)
     dims = arguments.dims or encoder.settings.get("mrl_dims") or ()
     if arguments.dry_run:
         return Result(config, task, None, encoder.settings)

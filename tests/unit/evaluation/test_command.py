@@ -385,6 +385,7 @@ def test_two_models(
         return SimpleNamespace(model=model, processor=ColorProcessor(), settings=own)
 
     monkeypatch.setattr(evaluate, "Encoder", both)
+    monkeypatch.setattr(evaluate, "find_model", lambda _, trust_remote_code: None)
     flags = [
         "--model",
         str(folder / "model"),
@@ -408,8 +409,17 @@ def test_two_models(
     assert content["intervals"]["recall@1"] == [1, 1], "every query gained"
 
 
+def test_another_model_that_is_missing_is_said_at_once(
+    command: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ColorModel, "forward", None)
+    code, _, err = command("--compare", str(folder / "none"))
+    assert code == 2
+    assert err.startswith(f"error: {folder / 'none'}: ")
+
+
 def test_stored_values_of_queries_give_intervals(
-    command: Callable[..., tuple[int, str, str]], folder: Path
+    command: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, after = str(folder / "before.json"), str(folder / "after.json")
     assert command("--output", before, "--per_query", collapsed=True)[0] == 0
@@ -420,6 +430,7 @@ def test_stored_values_of_queries_give_intervals(
     assert "where the difference lies with 95 % confidence" in out
     rows = (folder / "val.jsonl").read_text().splitlines()
     (folder / "val.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    monkeypatch.setattr(ColorModel, "forward", None)  # said before anything is embedded
     code, _, err = command("--before", before)
     assert code == 2
     assert "before.json: was measured on other queries, documents or judgments than" in err
