@@ -13,6 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import torch
 
 from vembed_ds.data.columns import IMAGE, TEXT, Part, listed
+from vembed_ds.data.fingerprint import own_fingerprint
 from vembed_ds.data.processors import ItemProcessor
 from vembed_ds.data.readers import load_table
 from vembed_ds.errors import DataError, one_line
@@ -76,7 +77,9 @@ def beir_task(
         ItemList("query", [(asking.dataset, asked.tolist())]),
         ItemList("positive", [(documents.dataset, range(len(documents.ids)))]),
         relevance,
-        fingerprint([*asking.ids[asked], *documents.ids], relevance),
+        fingerprint(
+            [*asking.ids[asked], *documents.ids, asking.contents, documents.contents], relevance
+        ),
         (f"{others.sum()} queries of other splits are left out",) if others.any() else (),
     )
     return answered(task, leave_out=leave_out_unanswered, what="no relevant document")
@@ -117,6 +120,11 @@ class _Side:
             titled=titled and TITLE in names and TEXT in columns,
             **options,
         )
+
+    @property
+    def contents(self) -> str:
+        """A hash of everything that is embedded; of images in files, of their paths."""
+        return own_fingerprint(self.dataset.table)
 
     def text(self, row: int) -> str | None:
         """Without the title."""

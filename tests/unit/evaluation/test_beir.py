@@ -118,6 +118,22 @@ def test_texts_and_judgments(read: Callable[..., RetrievalTask], tmp_path: Path)
     assert task.notes == ("1 queries of other splits are left out",)
 
 
+def test_other_texts_of_the_same_ids_have_another_fingerprint(
+    read: Callable[..., RetrievalTask], tmp_path: Path
+) -> None:
+    before = read().fingerprint
+    for name, column in (("corpus", "text"), ("corpus", "title"), ("queries", "text")):
+        rows = {"corpus": CORPUS, "queries": QUERIES}[name]
+        other = {name: [{**rows[0], column: "changed"}, *rows[1:]]}
+        (folder := tmp_path / f"{name} {column}").mkdir()
+        write_beir(folder, **other)  # type: ignore[arg-type]
+        task = beir_task(folder, split=None, processor=NoProcessor(), image_root="")
+        assert task.fingerprint != before
+    (same := tmp_path / "same").mkdir()
+    write_beir(same, corpus=[{**row, "metadata": {"url": ""}} for row in CORPUS])
+    assert beir_task(same, split=None, processor=NoProcessor(), image_root="").fingerprint == before
+
+
 def test_a_query_does_not_find_itself(read: Callable[..., RetrievalTask]) -> None:
     """The document of the same id and text; not one that only has the same id."""
     ignored = read().relevance.ignored
