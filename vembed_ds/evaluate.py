@@ -23,9 +23,16 @@ from vembed_ds.errors import ConfigError, DataError, VembedError
 from vembed_ds.evaluation.beir import is_beir
 from vembed_ds.evaluation.comparison import Interval, paired_intervals
 from vembed_ds.evaluation.earlier import Before, check_same_data, read_before
+from vembed_ds.evaluation.embedding import Embed
 from vembed_ds.evaluation.gallery import COLUMNS, ROWS, Gallery, draw
 from vembed_ds.evaluation.html_report import check_html, write_html
-from vembed_ds.evaluation.measuring import Measured, Neighbours, measure, neighbours
+from vembed_ds.evaluation.measuring import (
+    Measured,
+    Neighbours,
+    check_cutoffs,
+    measure,
+    neighbours,
+)
 from vembed_ds.evaluation.opening import open_beir, open_pairs
 from vembed_ds.evaluation.plots import check_matplotlib
 from vembed_ds.evaluation.report import (
@@ -34,7 +41,6 @@ from vembed_ds.evaluation.report import (
     write_report,
     write_text,
 )
-from vembed_ds.evaluation.retrieval import Embed, check_cutoffs
 from vembed_ds.evaluation.scoring import has_trec_eval
 from vembed_ds.evaluation.tasks import RetrievalTask
 from vembed_ds.inference import Encoder, embed_items, find_model

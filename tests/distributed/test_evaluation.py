@@ -1,4 +1,4 @@
-"""Evaluation is the same for any number of ranks, batch size and workers."""
+"""Training's evaluation is the same for any number of ranks, batch size and workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.processors import EncodedItem, ItemProcessor, content_key, stream_of
 from vembed_ds.data.records import Item, RecordReader
 from vembed_ds.errors import DataError, VembedError
-from vembed_ds.evaluation.retrieval import evaluate_retrieval, read_judgments
+from vembed_ds.evaluation.measuring import training_metrics
+from vembed_ds.evaluation.tasks import pairs_task
 from vembed_ds.similarity import Embeddings
 
 WIDTH = 4
@@ -73,11 +74,11 @@ def evaluate(
         return Embeddings(rows if poison is None else torch.where(rows == poison, torch.nan, rows))
 
     try:
-        metrics = evaluate_retrieval(
-            make_dataset(pairs, mode=mode),
+        metrics = training_metrics(
+            pairs_task(make_dataset(pairs, mode=mode)),
             embed=embed,
             batch_size=batch_size,
-            recall_k=recall_k,
+            ks=recall_k,
             num_workers=num_workers,
         )
     except VembedError as error:
@@ -198,10 +199,3 @@ def test_recall_that_every_model_reaches_is_refused(
             "always 100 %; choose k below 5 or evaluate on more data"
         )
         assert result["calls"] == []  # before anything is embedded
-
-
-def test_judgments_follow_content() -> None:
-    judgments = read_judgments(make_dataset(PAIRS, mode="t2i"))
-    assert judgments.query_records == [0, 1, 3, 4, 5]
-    assert judgments.document_records == [0, 2, 3, 4, 5]
-    assert judgments.relevant == [[0, 1], [0], [2], [3], [4]]

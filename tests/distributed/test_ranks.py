@@ -13,7 +13,7 @@ from tests.distributed.test_search import SHARDS, make
 from tests.worlds import World
 from vembed_ds.distributed import comm
 from vembed_ds.errors import VembedError
-from vembed_ds.evaluation import metrics, search
+from vembed_ds.evaluation import search
 from vembed_ds.evaluation.ranks import Relevance, relevant_ranks
 from vembed_ds.evaluation.scoring import first_rank_values, means, trec_values
 from vembed_ds.evaluation.search import pairs_of
@@ -125,24 +125,6 @@ def sorted_by_query(ranks: list[int]) -> list[list[tuple[int, int]]]:
     return [sorted((next(rest), grade) for grade in grades.values()) for grades in GRADES]
 
 
-def test_ranks_agree_with_those_of_training() -> None:
-    """Of the best one; training compares with the whole corpus on every rank."""
-    queries, corpus = data("vectors", 3)
-    expected = metrics.first_relevant_rank(
-        queries,
-        corpus,
-        [list(grades) for grades in GRADES],
-        chunk_size=2,
-        ignored=[next(iter(rows), None) for rows in IGNORED],
-    )
-    judged = relevance(GRADES, [rows[:1] for rows in IGNORED])
-    ranks = relevant_ranks(queries, corpus, judged, chunk_size=2).ranks
-    values = first_rank_values(ranks, judged, ks=KS)
-    assert (1 / values["mrr"]).tolist() == pytest.approx(expected.tolist())
-    assert means(values)["recall@3"] == pytest.approx(metrics.recall_at_k(expected, 3))
-    assert means(values)["mrr"] == pytest.approx(metrics.mean_reciprocal_rank(expected))
-
-
 @pytest.mark.parametrize("alike", [1, 3, NUM_DOCUMENTS])
 def test_metrics_equal_those_of_whole_lists(alike: int) -> None:
     """trec_eval is given every document with its place, not only the relevant ones."""
@@ -191,12 +173,32 @@ def test_a_collapsed_model_finds_nothing() -> None:
     judged = relevance([{row: 1} for row in range(9)], [[]] * 9)
     ranks = relevant_ranks(queries, Embeddings(point.repeat(1003, 1)), judged, chunk_size=4)
     assert ranks.ranks.tolist() == [1003] * 9
+    nowhere = Embeddings(torch.zeros(5, 384))
+    judged = relevance([{2: 1}], [[]])
+    assert relevant_ranks(nowhere.rows([0]), nowhere, judged, chunk_size=1).ranks.tolist() == [5]
+
+
+def test_half_precision_is_compared_in_float32() -> None:
+    queries, corpus = (Embeddings(part.values.bfloat16()) for part in data("vectors", 1))
+    judged = relevance(GRADES, IGNORED)
+    half = relevant_ranks(queries, corpus, judged, chunk_size=2)
+    whole = relevant_ranks(queries.float(), corpus.float(), judged, chunk_size=2)
+    assert half.ranks.tolist() == whole.ranks.tolist()
+    assert half.scores.tolist() == whole.scores.tolist()
 
 
 def test_documents_that_are_not_finite_stop_every_rank(world: Callable[[int], World]) -> None:
     other, own = on_ranks(world, 2, kind="vectors", poison=9)
     assert own.startswith("VembedError: 1 of 18 document embeddings are NaN or infinite")
     assert other.startswith("DistributedError: rank 1 failed: 1 of 18 document embeddings")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_queries_that_are_not_finite(value: float) -> None:
+    queries, corpus = data("vectors", 1)
+    queries.values[[1, 4], 2] = value
+    with pytest.raises(VembedError, match=r"2 of 7 query embeddings .* the model has diverged"):
+        relevant_ranks(queries, corpus, relevance(GRADES, IGNORED), chunk_size=2)
 
 
 def test_one_query_with_hundreds_of_answers() -> None:

@@ -21,7 +21,7 @@ PLACES = {
     Kind.REPLAY: "vembed_ds.engine.train_engine.TrainEngine.backward",
     Kind.REDUCTION: "deepspeed.runtime.engine.DeepSpeedEngine._flush_coalesced_reduction_zero12",
     Kind.OPTIMIZER: "deepspeed.runtime.engine.DeepSpeedEngine.step",
-    Kind.EVALUATION: "vembed_ds.evaluation.retrieval.first_relevant_rank",
+    Kind.EVALUATION: "vembed_ds.evaluation.measuring.relevant_ranks",
     Kind.SAVING: "vembed_ds.checkpointing.saving.save_engine",
 }
 

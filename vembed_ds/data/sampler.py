@@ -104,7 +104,8 @@ def own_share(num_records: int, *, rank: int, world_size: int) -> range:
 def shard_indices(num_records: int, *, rank: int, world_size: int) -> list[int]:
     """One rank's contiguous shard for evaluation, equally long on every rank.
 
-    The last shards wrap around to the first records; ``drop_padding`` undoes that.
+    The last shards wrap around to the first records: of all shards, one behind the other, the first
+    ``num_records`` are the records in order.
 
     Args:
         num_records: Number of records, > 0.
@@ -116,16 +117,3 @@ def shard_indices(num_records: int, *, rank: int, world_size: int) -> list[int]:
     """
     share = -(-num_records // world_size)
     return [index % num_records for index in range(rank * share, (rank + 1) * share)]
-
-
-def drop_padding(gathered: Sequence[T], *, num_records: int) -> Sequence[T]:
-    """Removes the wrapped-around duplicates of ``shard_indices``.
-
-    Args:
-        gathered: Values or tensor rows of all ranks, concatenated in rank order.
-        num_records: Number of records.
-
-    Returns:
-        The first ``num_records`` of them: one per record, in record order.
-    """
-    return gathered[:num_records]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from vembed_ds.data.collators import Batch
 from vembed_ds.data.loader import TIMEOUT_SECONDS, BatchLoader, enough_workers
+from vembed_ds.data.processors import EncodedItem
 from vembed_ds.data.sampler import own_share
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.evaluation.items import ItemList
 from vembed_ds.evaluation.progress import progress
-from vembed_ds.evaluation.retrieval import Embed
 from vembed_ds.similarity import Embeddings, concatenate
+
+Embed = Callable[[Sequence[EncodedItem]], Embeddings]
 
 
 def embed_share(
@@ -33,7 +35,7 @@ def embed_share(
 ) -> Embeddings:
     """Embeds a contiguous share of the items on every rank, longest texts first.
 
-    Collective; numbers of ``embed`` calls may differ between ranks.
+    Collective, with equal numbers of ``embed`` calls: a model under ZeRO-3 embeds on all ranks together.
 
     Args:
         items: The same list on every rank, not empty.
@@ -53,22 +55,19 @@ def embed_share(
     """
     share = own_share(len(items), rank=comm.rank(), world_size=comm.world_size())
     order = comm.run_together(lambda: _longest_first(items, share), doing=f"reading {what}")
-    places = order or [0]  # a rank without a share learns how wide embeddings are
-    batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    # As many as on every rank: one has an item less, or none.
+    most = -(-len(items) // comm.world_size())
+    places = [*order, *[0] * (most - len(order))]
+    batches = [places[start : start + batch_size] for start in range(0, most, batch_size)]
     loader = BatchLoader(
         items,
         batches,
-        num_workers=enough_workers(len(places), most=num_workers),
+        num_workers=enough_workers(most, most=num_workers),
         prefetch_factor=prefetch_factor,
         timeout_seconds=timeout_seconds,
     )
-    with torch.no_grad(), progress(len(order), what=f"embedding {what}") as bar:
-        rows = concatenate(
-            [
-                _embedded(batch, items.role, embed=embed, bar=bar)
-                for batch in _as_often(iter(loader), len(batches))
-            ]
-        )
+    with torch.no_grad(), progress(most, what=f"embedding {what}") as bar:
+        rows = concatenate([_embedded(batch, items.role, embed=embed, bar=bar) for batch in loader])
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order, dtype=torch.int64) - share.start] = torch.arange(len(order))
     return rows.rows(back.to(rows.values.device)).float()
@@ -98,17 +97,8 @@ def _longest_first(items: ItemList, share: range) -> list[int]:
     return sorted(share, key=lambda number: -lengths[number])
 
 
-def _as_often(batches: Iterator[Batch], number: int) -> Iterator[Batch]:
-    """This rank's batches; before each of them the ranks agree whether one has failed."""
-    (most,) = comm.all_max([number])
-    for _ in range(most):
-        batch = next(batches, None)
-        comm.raise_together(None if batch is None else batch.error)
-        if batch is not None:
-            yield batch
-
-
 def _embedded(batch: Batch, role: str, *, embed: Embed, bar: tqdm[Any]) -> Embeddings:
+    comm.raise_together(batch.error)
     with phase(Kind.EMBEDDING, f"embedding {len(batch.roles[role])} items ({role})"):
         found = embed(batch.roles[role])
     bar.update(len(batch.roles[role]))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vembed_ds.data.loader import TIMEOUT_SECONDS
-from vembed_ds.errors import ConfigError
-from vembed_ds.evaluation.embedding import embed_share, gather_shares
+from vembed_ds.errors import ConfigError, DataError, counted
+from vembed_ds.evaluation.embedding import Embed, embed_share, gather_shares
 from vembed_ds.evaluation.ranks import Ranked, relevant_ranks
-from vembed_ds.evaluation.retrieval import Embed, check_cutoffs
 from vembed_ds.evaluation.scoring import (
     Values,
     first_rank_values,
@@ -75,6 +75,7 @@ def measure(
     timeout_seconds: float = TIMEOUT_SECONDS,
     dims: Sequence[int] = (),
     device: torch.device | None = None,
+    trec_eval: bool = True,
 ) -> Measured:
     """Embed all queries and documents of a task, and score how the documents are ranked.
 
@@ -91,6 +92,7 @@ def measure(
         timeout_seconds: Longest wait for a loader process.
         dims: Prefixes of the embeddings to measure beside the whole (Matryoshka).
         device: Where embeddings are compared; ``None``: where ``embed`` leaves them.
+        trec_eval: Whether trec_eval computes further metrics, where it is installed.
 
     Raises:
         ConfigError: A prefix is wider than the embeddings.
@@ -116,12 +118,46 @@ def measure(
     check_dims(dims, width=query_emb.width)
     corpus_emb = embedded("documents")
     ranked = _ranked(task, query_emb, corpus_emb)
-    values = _values(task, ranked, ks=ks)
+    values = _values(task, ranked, ks=ks, trec_eval=trec_eval)
     for dim in dims:
         of_prefix = _ranked(task, query_emb.prefix(dim), corpus_emb.prefix(dim))
-        found = _values(task, of_prefix, ks=ks)
+        found = _values(task, of_prefix, ks=ks, trec_eval=trec_eval)
         values |= {f"{name}_d{dim}": value for name, value in found.items()}
     return Measured(values, ranked, query_emb, corpus_emb)
+
+
+def training_metrics(task: RetrievalTask, **options: Any) -> dict[str, float]:
+    """What training tells of its validation data: :func:`measure` without what takes long.
+
+    Collective; arguments and errors as there.
+
+    Returns:
+        ``recall@{k}`` for every k and ``mrr``, both also as ``..._d{dim}``; ``num_queries`` and
+        ``num_documents``.
+    """
+    found = measure(task, **options, trec_eval=False).metrics
+    sizes = {"num_queries": len(task.queries), "num_documents": len(task.documents)}
+    return {k: v for k, v in found.items() if not k.startswith("mrr@")} | sizes
+
+
+def check_cutoffs(ks: Sequence[int], *, num_documents: int, origin: str) -> None:
+    """Refuse a Recall@k that every model would reach.
+
+    Args:
+        ks: Of ``eval_recall_k``.
+        num_documents: Of the task.
+        origin: Its name, for the message.
+
+    Raises:
+        DataError: A k is not below the number of documents.
+    """
+    if too_large := [k for k in ks if k >= num_documents]:
+        choice = f"choose k below {num_documents} or " if num_documents > 1 else ""
+        raise DataError(
+            f"eval_recall_k={too_large[0]}: {origin} has "
+            f"{counted(num_documents, 'distinct document')}, so that Recall@{too_large[0]} is always "
+            f"100 %; {choice}evaluate on more data"
+        )
 
 
 def neighbours(task: RetrievalTask, measured: Measured, *, number: int) -> Neighbours:
@@ -169,8 +205,8 @@ def _ranked(task: RetrievalTask, query_emb: Embeddings, corpus_emb: Embeddings) 
     return relevant_ranks(query_emb, corpus_emb, task.relevance, chunk_size=QUERY_CHUNK)
 
 
-def _values(task: RetrievalTask, ranked: Ranked, *, ks: Sequence[int]) -> Values:
+def _values(task: RetrievalTask, ranked: Ranked, *, ks: Sequence[int], trec_eval: bool) -> Values:
     values = first_rank_values(ranked.ranks, task.relevance, ks=ks)
-    if has_trec_eval():
+    if trec_eval and has_trec_eval():
         values |= trec_values(ranked.ranks, task.relevance, ks=ks)
     return values

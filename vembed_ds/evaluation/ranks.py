@@ -16,9 +16,13 @@ from torch import Tensor
 
 from vembed_ds.distributed import comm
 from vembed_ds.evaluation import search
-from vembed_ds.evaluation.metrics import TIE
 from vembed_ds.evaluation.search import Block, Pairs, check_corpus, similarity_blocks
 from vembed_ds.similarity import Embeddings, paired_similarity
+
+# Two equal documents get cosines that differ by some 1e-7, because a matrix product sums the
+# columns at its edges in another order. Closer than this is a tie, or a collapsed model would
+# score by rounding.
+TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,18 @@ def relevant_ranks(
         DistributedError: When they are not on another rank.
     """
     start = check_corpus(query_emb, corpus_emb)
-    scores = _pair_scores(query_emb, corpus_emb, relevance.pairs, start=start)
+    scores = pair_scores(query_emb, corpus_emb, relevance.pairs, start=start)
     order = _worst_first(relevance, scores)
     counts = relevance.counts
     first = torch.cumsum(counts, dim=0) - counts  # pair of each query
     slots = first + torch.arange(relevance.num_queries)  # a query has one more than pairs
     found = torch.zeros(len(scores) + relevance.num_queries, dtype=torch.int64)
+    limits = scores[order] - TIE
     for block in similarity_blocks(query_emb, corpus_emb, start=start, chunk_size=chunk_size):
         _count(
             block,
             relevance,
-            limits=_limits(scores[order] - TIE, counts, first, block),
+            limits=_limits(limits, counts, first, block),
             slots=slots,
             found=found,
         )
@@ -143,16 +148,26 @@ def _ahead(found: Tensor, *, slots: Tensor, counts: Tensor) -> Tensor:
     return irrelevant + counts[query] - number
 
 
-def _pair_scores(
+def pair_scores(
     query_emb: Embeddings, corpus_emb: Embeddings, pairs: Pairs, *, start: int
 ) -> Tensor:
-    """Similarity of every pair, ``[P]`` float32 on the host; each is computed by one rank."""
+    """Cosine or MaxSim of chosen pairs, each computed by the rank that has the document.
+
+    Collective; arguments as of :func:`relevant_ranks`.
+
+    Args:
+        query_emb: Q embeddings.
+        corpus_emb: This rank's documents.
+        pairs: On the host; rows of the whole corpus, or negative: no document.
+        start: From :func:`vembed_ds.evaluation.search.check_corpus`.
+
+    Returns:
+        ``[P]`` float32 on the host; 0 where there is no document.
+    """
     scores = torch.zeros(len(pairs.rows))
     places = pairs.rows - start
-    own = torch.nonzero((places >= 0) & (places < len(corpus_emb))).flatten()
-    tokens = (query_emb.mask, corpus_emb.mask)
-    size = int(np.prod([mask.shape[1] for mask in tokens if mask is not None]) * query_emb.width)
-    for chosen in torch.split(own, max(1, search.BLOCK_ELEMENTS // size)):
+    own = torch.nonzero((pairs.rows >= 0) & (places >= 0) & (places < len(corpus_emb))).flatten()
+    for chosen in torch.split(own, _pairs_at_a_time(query_emb, corpus_emb)):
         queries, documents = (
             embeddings.rows(index.to(embeddings.values.device)).float()
             for embeddings, index in (
@@ -162,3 +177,10 @@ def _pair_scores(
         )
         scores[chosen] = paired_similarity(queries, documents).cpu()
     return comm.sum_over_ranks(scores)
+
+
+def _pairs_at_a_time(query_emb: Embeddings, corpus_emb: Embeddings) -> int:
+    """Pairs whose vectors, and similarities of tokens, are a block."""
+    tokens = [1 if one.mask is None else one.mask.shape[1] for one in (query_emb, corpus_emb)]
+    each = sum(tokens) * query_emb.width + tokens[0] * tokens[1]
+    return max(1, search.BLOCK_ELEMENTS // each)

@@ -15,7 +15,6 @@ from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.errors import ConfigError, DataError, VembedError
 from vembed_ds.evaluation.faiss_index import check_faiss, nearest
-from vembed_ds.evaluation.metrics import check_finite
 from vembed_ds.evaluation.progress import progress
 from vembed_ds.similarity import Embeddings, check_kinds, unit_similarity
 
@@ -161,6 +160,25 @@ def check_corpus(query_emb: Embeddings, corpus_emb: Embeddings) -> int:
         error = found
     comm.raise_together(error)
     return sum(lengths[: comm.rank()])
+
+
+def check_finite(embeddings: Embeddings, *, name: str) -> None:
+    """Refuse embeddings that hold NaN or infinity.
+
+    Args:
+        embeddings: N of them.
+        name: What they embed, for the message.
+
+    Raises:
+        VembedError: With the number of rows that are not finite.
+    """
+    values = embeddings.values
+    bad = int((~torch.isfinite(values).flatten(1).all(dim=1)).sum())
+    if bad:
+        raise VembedError(
+            f"{bad} of {len(values)} {name} embeddings are NaN or infinite: the model has "
+            "diverged; go back to an earlier checkpoint, or train with a lower lr or in fp32"
+        )
 
 
 def similarity_blocks(

@@ -17,10 +17,12 @@ from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.distributed import comm
 from vembed_ds.encoding.items import ItemTable
-from vembed_ds.evaluation.search import search
+from vembed_ds.evaluation.embedding import gather_shares
+from vembed_ds.evaluation.ranks import pair_scores
+from vembed_ds.evaluation.search import Pairs, search
 from vembed_ds.mining.contents import Contents, IntArray
 from vembed_ds.mining.rules import NAMES, Rules, Scored, choose
-from vembed_ds.mining.vectors import Model, Vectors, embed_contents, gather_chunk, pair_scores
+from vembed_ds.mining.vectors import Model, Vectors, embed_contents
 from vembed_ds.similarity import Embeddings
 
 QUERIES = 8192  # of all ranks, that are searched together
@@ -105,7 +107,7 @@ def _mine_chunk(
     rules: Rules,
 ) -> None:
     """Write the rows of some queries; those that fill up the last shard are written twice, alike."""
-    query_emb = gather_chunk(vectors.queries.rows(part))
+    query_emb = gather_shares(vectors.queries.rows(part))
     found = search(
         query_emb,
         vectors.documents,
@@ -117,7 +119,9 @@ def _mine_chunk(
     positive, each = _positive_scores(query_emb, queries, contents, vectors)
     guided = None
     if guiding is not None:
-        guided = _guided(gather_chunk(guiding.queries.rows(part)), queries, rows, contents, guiding)
+        guided = _guided(
+            gather_shares(guiding.queries.rows(part)), queries, rows, contents, guiding
+        )
     chosen = choose(Scored(scores, positive), rules=rules, queries=queries, guide=guided)
     taken = chosen.places.clamp(min=0)
     none = chosen.places < 0
@@ -136,9 +140,8 @@ def _positive_scores(
     counts = torch.from_numpy(np.diff(contents.starts)[queries])
     documents = [contents.positives[contents.starts[q] : contents.starts[q + 1]] for q in queries]
     lines = torch.arange(len(queries)).repeat_interleave(counts)
-    scores = pair_scores(
-        query_emb, vectors, queries=lines, documents=torch.from_numpy(np.concatenate(documents))
-    )
+    pairs = Pairs(lines, torch.from_numpy(np.concatenate(documents)))
+    scores = pair_scores(query_emb, vectors.documents, pairs, start=vectors.start)
     least = torch.full((len(queries),), torch.inf).scatter_reduce(0, lines, scores, "amin")
     return least, list(torch.split(scores, counts.tolist()))
 
@@ -148,7 +151,8 @@ def _guided(
 ) -> Scored:
     """What the guide says of the candidates ``rows`` ``[c, k]`` that the model found."""
     lines = torch.arange(len(queries)).repeat_interleave(rows.shape[1])
-    scores = pair_scores(query_emb, guiding, queries=lines, documents=rows.flatten())
+    pairs = Pairs(lines, rows.flatten())
+    scores = pair_scores(query_emb, guiding.documents, pairs, start=guiding.start)
     positive, _ = _positive_scores(query_emb, queries, contents, guiding)
     return Scored(scores.reshape(rows.shape), positive)
 

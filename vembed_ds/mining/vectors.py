@@ -1,26 +1,20 @@
-"""Embedded queries and documents, each rank a part, and the scores of chosen pairs of them."""
+"""Embedded queries and documents, each rank a part."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from vembed_ds.data.dataset import PairDataset
 from vembed_ds.data.sampler import shard_indices
 from vembed_ds.data.workers import Samples
 from vembed_ds.distributed import comm
-from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.encoding.embedding import embed_groups, embedder, groups_of
 from vembed_ds.encoding.items import ItemTable
-from vembed_ds.evaluation.metrics import check_finite
+from vembed_ds.evaluation.search import check_finite
 from vembed_ds.inference import Encoder
 from vembed_ds.mining.contents import Contents, PlacedItems
-from vembed_ds.similarity import Embeddings, concatenate, paired_similarity
-
-PAIR_ELEMENTS = 2**22  # of vectors that are multiplied pair by pair at a time
+from vembed_ds.similarity import Embeddings, concatenate
 
 
 @dataclass(frozen=True)
@@ -123,49 +117,3 @@ def _embedded(
     if not found:  # fewer documents than ranks
         found = [embed([encoder.processor.filler(encoder.model.parts[0])]).rows(slice(0, 0))]
     return concatenate(found).to(encoder.device)
-
-
-def gather_chunk(rows: Embeddings) -> Embeddings:
-    """The rows of all ranks, equally many of each, in rank order. Collective."""
-    if rows.mask is None:
-        return Embeddings(gather_rows(rows.values))
-    (length,) = comm.all_max([rows.mask.shape[1]])
-    rows = rows.padded(tokens=length)
-    assert rows.mask is not None
-    mask = gather_rows(rows.mask.to(torch.uint8)).bool()
-    return Embeddings(gather_rows(rows.values), mask)
-
-
-def pair_scores(
-    query_emb: Embeddings, vectors: Vectors, *, queries: Tensor, documents: Tensor
-) -> Tensor:
-    """Cosine or MaxSim of chosen pairs.
-
-    Collective, with the same arguments but for ``vectors`` on every rank.
-
-    Args:
-        query_emb: c queries.
-        vectors: This rank's documents.
-        queries: ``[P]`` rows of ``query_emb``, on the host.
-        documents: ``[P]`` rows of all documents, on the host; negative: none.
-
-    Returns:
-        ``[P]`` float32 on the host; minus infinity where there is no document.
-    """
-    end = vectors.start + len(vectors.documents)
-    own = torch.nonzero((documents >= vectors.start) & (documents < end)).flatten()
-    device = query_emb.values.device
-    scores = torch.full((len(queries),), -torch.inf, device=device)
-    for part in torch.split(own, _pairs_at_a_time(query_emb, vectors.documents)):
-        rows = query_emb.rows(queries[part].to(device)).float()
-        columns = vectors.documents.rows((documents[part] - vectors.start).to(device)).float()
-        scores[part.to(device)] = paired_similarity(rows, columns)
-    if comm.world_size() > 1:
-        scores = gather_rows(scores).reshape(comm.world_size(), -1).amax(dim=0)
-    return scores.cpu()
-
-
-def _pairs_at_a_time(query_emb: Embeddings, document_emb: Embeddings) -> int:
-    tokens = [1 if one.mask is None else one.mask.shape[1] for one in (query_emb, document_emb)]
-    each = sum(tokens) * query_emb.width + tokens[0] * tokens[1]
-    return max(1, PAIR_ELEMENTS // each)

@@ -21,7 +21,8 @@ from vembed_ds.data.records import RecordReader
 from vembed_ds.data.skipping import check_number, find_bad_records
 from vembed_ds.data.streaming import PairStream, RowStream
 from vembed_ds.distributed import comm
-from vembed_ds.evaluation.retrieval import Judgments, check_recall_k, read_judgments
+from vembed_ds.evaluation.measuring import check_cutoffs
+from vembed_ds.evaluation.tasks import RetrievalTask, pairs_task
 from vembed_ds.models.builder import ModelSpec
 from vembed_ds.training.model_setup import setup_processor
 
@@ -43,7 +44,7 @@ class Validation:
     """Validation pairs, and which documents answer which queries."""
 
     dataset: PairDataset
-    judgments: Judgments
+    task: RetrievalTask
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def validation_entries(config: DataConfig) -> dict[str, DatasetEntry]:
 
 
 def setup_validation(source: Source, *, processor: ItemProcessor, config: Config) -> Validation:
-    """Validation data with its judgments, checked. Collective.
+    """Validation data, and what is to be found in them, checked. Collective.
 
     Raises:
         VembedError: On every rank.
@@ -261,9 +262,9 @@ def setup_validation(source: Source, *, processor: ItemProcessor, config: Config
     dataset = build_dataset(source, processor=processor, config=config)
     check_records(dataset)
     comm.require_equal(len(dataset), what=f"number of records in {source.reader.origin}")
-    judgments = read_judgments(dataset)
-    check_recall_k(config.run.eval_recall_k, judgments=judgments, origin=source.reader.origin)
-    return Validation(dataset, judgments)
+    task = pairs_task(dataset)
+    check_cutoffs(config.run.eval_recall_k, num_documents=len(task.documents), origin=task.origin)
+    return Validation(dataset, task)
 
 
 def _key(name: str, key: str) -> str:

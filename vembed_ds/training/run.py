@@ -18,7 +18,7 @@ from vembed_ds.distributed.phases import Kind, phase
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.engine.replicas import ReplicaCheck
 from vembed_ds.engine.train_engine import TrainEngine
-from vembed_ds.evaluation.retrieval import evaluate_retrieval
+from vembed_ds.evaluation.measuring import training_metrics
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.planning.parameters import ModelSize, size_of
 from vembed_ds.tracking.callback_sink import CallbackSink
@@ -360,16 +360,15 @@ def _data_names(config: Config) -> list[str]:
 def _evaluate(config: Config, data: RunData, loop: TrainingLoop) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, found in data.val.items():
-        measured = evaluate_retrieval(
-            found.dataset,
+        measured = training_metrics(
+            found.task,
             embed=loop.embed,
             batch_size=inference_batch_size(config),
-            recall_k=config.run.eval_recall_k,
+            ks=config.run.eval_recall_k,
             num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor,
             timeout_seconds=loader_timeout(config),
             dims=evaluated_dims(config.loss),
-            judgments=found.judgments,
         )
         prefix = f"{name}/" if name else ""
         metrics |= {prefix + metric: value for metric, value in measured.items()}
