@@ -5,13 +5,13 @@ Shapes: R records, Q distinct queries, C distinct documents, P distinct pairs of
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import Dataset
 
 from vembed_ds.data.dataset import PairDataset, Sample
@@ -21,10 +21,55 @@ from vembed_ds.data.sampler import SampleKey, own_share
 from vembed_ds.distributed import comm
 from vembed_ds.encoding.items import ITEMS, ItemTable
 from vembed_ds.errors import VembedError
+from vembed_ds.evaluation.search import Pairs
 
 IntArray = npt.NDArray[np.int64]
 
 QUERY, POSITIVE, NEGATIVE, CORPUS = range(4)  # kinds of places
+
+
+class Lists(NamedTuple):
+    """Numbers in lists, one list behind the other.
+
+    Attributes:
+        starts: ``[n + 1]``: list i is ``values[starts[i]:starts[i + 1]]``.
+        values: All numbers.
+    """
+
+    starts: IntArray
+    values: IntArray
+
+    def of(self, wanted: IntArray) -> tuple[IntArray, IntArray]:
+        """The numbers of some lists, and of each the place in ``wanted`` of its list."""
+        first = self.starts[wanted]
+        counts = self.starts[wanted + 1] - first
+        lines = np.repeat(np.arange(len(wanted)), counts)
+        places = np.arange(len(lines)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return lines, self.values[places + np.repeat(first, counts)]
+
+
+def lists_of(numbers: IntArray, values: IntArray, *, length: int) -> Lists:
+    """The distinct pairs of a list's number and a value, as ``length`` lists."""
+    pairs = np.unique(np.stack([numbers, values], axis=1), axis=0)
+    return Lists(np.searchsorted(pairs[:, 0], np.arange(length + 1)), pairs[:, 1])
+
+
+class Excluded(NamedTuple):
+    """What must not be a negative; a class of documents stands once, however many queries it has.
+
+    Attributes:
+        groups: For every query its own group, and those of its labels.
+        documents: For every group its documents.
+    """
+
+    groups: Lists
+    documents: Lists
+
+    def pairs(self, queries: Sequence[int]) -> Pairs:
+        """Of some queries, numbered through, with their documents; a pair may stand there twice."""
+        lines, groups = self.groups.of(np.array(queries, dtype=np.int64))
+        places, rows = self.documents.of(groups)
+        return Pairs(torch.from_numpy(lines[places]), torch.from_numpy(rows))
 
 
 @dataclass(frozen=True)
@@ -46,7 +91,7 @@ class Contents:
     query_of: IntArray
     starts: IntArray
     positives: IntArray
-    excluded: list[list[int]]
+    excluded: Excluded
 
 
 def read_contents(dataset: PairDataset, corpus: ItemTable | None) -> Contents:
@@ -75,17 +120,15 @@ def read_contents(dataset: PairDataset, corpus: ItemTable | None) -> Contents:
         ]
     )
     documents, document_of = _distinct(keys)
-    pairs = np.unique(np.stack([query_of, document_of[: len(query_of)]], axis=1), axis=0)
-    starts = np.searchsorted(pairs[:, 0], np.arange(len(queries) + 1))
-    excluded = _excluded(pairs, query_of, document_of, read.labels, num_queries=len(queries))
-    _exclude_same(excluded, read.queries[queries], keys[documents])
+    positives = lists_of(query_of, document_of[: len(query_of)], length=len(queries))
+    same = _same(read.queries[queries], keys[documents])
     return Contents(
         queries=_places(QUERY, len(read.queries))[queries],
         documents=places[documents],
         query_of=query_of,
-        starts=starts,
-        positives=pairs[:, 1],
-        excluded=[sorted(rows) for rows in excluded],
+        starts=positives.starts,
+        positives=positives.values,
+        excluded=_excluded(positives, same, query_of, document_of, read.labels),
     )
 
 
@@ -150,34 +193,33 @@ def _distinct(keys: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def _excluded(
-    pairs: IntArray,
-    query_of: IntArray,
-    document_of: IntArray,
-    labels: IntArray,
-    *,
-    num_queries: int,
-) -> list[set[int]]:
-    """The positives of every query, also those that only a label makes positives."""
-    found: list[set[int]] = [set() for _ in range(num_queries)]
-    for query, document in pairs.tolist():
-        found[query].add(document)
-    of_label: dict[int, set[int]] = defaultdict(set)
+    positives: Lists, same: IntArray, query_of: IntArray, document_of: IntArray, labels: IntArray
+) -> Excluded:
+    """Every query's own positives and what holds the same, and what its labels make positives."""
+    num_queries = len(same)
+    own = np.arange(num_queries)
+    asking, answers = positives.of(own)
+    there = np.flatnonzero(same >= 0)
     # Where there are labels every record has one; the first documents are the records' positives.
-    for label, document in zip(labels.tolist(), document_of.tolist(), strict=False):
-        of_label[label].add(document)
-    for query, label in set(zip(query_of.tolist(), labels.tolist(), strict=False)):
-        found[query] |= of_label[label]
-    return found
+    names, label_of = np.unique(labels, return_inverse=True)
+    label_of = label_of + num_queries
+    documents = lists_of(
+        np.concatenate([asking, there, label_of]),
+        np.concatenate([answers, same[there], document_of[: len(labels)]]),
+        length=num_queries + len(names),
+    )
+    groups = lists_of(
+        np.concatenate([own, query_of[: len(labels)]]),
+        np.concatenate([own, label_of]),
+        length=num_queries,
+    )
+    return Excluded(groups, documents)
 
 
-def _exclude_same(
-    excluded: Sequence[set[int]], query_keys: IntArray, document_keys: IntArray
-) -> None:
-    """A query is no negative of itself, where queries and documents are of one kind."""
+def _same(query_keys: IntArray, document_keys: IntArray) -> IntArray:
+    """The document that holds the same as each query, -1 where there is none."""
     row_of = {key: row for row, key in enumerate(document_keys.tolist())}
-    for query, key in enumerate(query_keys.tolist()):
-        if key in row_of:
-            excluded[query].add(row_of[key])
+    return np.array([row_of.get(key, -1) for key in query_keys.tolist()], dtype=np.int64)
 
 
 class PlacedItems(Dataset[Sample | VembedError]):

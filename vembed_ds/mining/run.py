@@ -113,7 +113,7 @@ def _mine_chunk(
         vectors.documents,
         k=min(rules.num_candidates, len(contents.documents)),
         chunk_size=COMPARED,
-        ignored=[contents.excluded[query] for query in queries],
+        ignored=contents.excluded.pairs(queries),
     )
     rows, scores = found.rows.cpu(), found.scores.cpu()
     positive, each = _positive_scores(query_emb, queries, contents, vectors)
