@@ -92,7 +92,9 @@ def gather_shares(rows: Embeddings) -> Embeddings:
 
 
 def _longest_first(items: ItemList, share: range) -> list[int]:
-    """So that a batch has little padding; images, which all have one size, stay in order."""
+    """So that a batch has little padding; images, which all have one size, stay in order, unread."""
+    if not items.has_texts:
+        return list(share)
     lengths = {number: len(items.item(number).text or "") for number in share}
     return sorted(share, key=lambda number: -lengths[number])
 

@@ -56,6 +56,11 @@ class ItemList(Dataset[Sample | VembedError]):
         """Whether any item may hold a text, an image, or both."""
         return {part for dataset, _ in self._sources for part in dataset.reader.parts}
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether any item may have a text."""
+        return any(TEXT in dataset.reader.role_columns[self.role] for dataset, _ in self._sources)
+
     def place(self, number: int) -> str:
         """Its record, for messages."""
         dataset, record = self._find(number)
