@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from vembed_ds.evaluation.plots import check_matplotlib
 from vembed_ds.evaluation.report import (
     INTERVAL_NOTE,
     Evaluation,
+    check_writable,
     write_report,
     write_text,
 )
@@ -432,17 +432,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         check_matplotlib(f"--picture {arguments.picture}")
     for flag in ("output", "markdown", "html", "picture"):
         if path := getattr(arguments, flag):
-            _check_writable(Path(path), flag=flag)
-
-
-def _check_writable(path: Path, *, flag: str) -> None:
-    if path.is_dir():
-        raise ConfigError(f"--{flag} {path}: is a folder; give the name of a file")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(
-            f"--{flag} {path}: {parent} is no folder to write to; choose another path"
-        )
+            check_writable(path, flag=f"--{flag}")
 
 
 def summary(

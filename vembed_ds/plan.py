@@ -91,7 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", type=_count, help="of every text; no data is read then")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="what is planned for")
     add("--json", action="store_true", help="print plain values, sizes in bytes")
-    add("--config_override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add(
+        "--config_override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that win over the YAML file",
+    )
     add("overrides", nargs="*", metavar="KEY=VALUE", help="values that win over the YAML file")
     return parser
 

@@ -12,7 +12,11 @@ EXAMPLES = """examples:
   vembed-ds precompute-teacher --config my.yaml
   vembed-ds precompute-teacher --num_gpus 8 --hostfile hosts --config my.yaml
   vembed-ds precompute-teacher --config my.yaml --config_override teacher_cache=vectors
-exit code: 0 every item of the training data is in teacher_cache, 2 something must be mended
+  vembed-ds precompute-teacher --config my.yaml --dry_run
+exit codes:
+  0    every item of the training data is in teacher_cache; with --dry_run: it could be
+  1    unexpected, or a rank or loader process died, or a disk gave an error: start again, it goes on
+  2    something is to be mended first; the message says what
 """
 
 
@@ -34,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="read settings and data, say which tables would be filled, and stop before a teacher is loaded",
+    )
     return parser
 
 
@@ -43,7 +52,7 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
     def work() -> None:
         from vembed_ds.training.precompute_run import precompute_teachers
 
-        precompute_teachers(config)
+        precompute_teachers(config, dry_run=arguments.dry_run)
 
     return Prepared(config.run.timeout_minutes, work)
 

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 8 --module vembed_ds.train --ds_config ds_configs/zero2.json --config my.yaml
   vembed-ds train --ds_config ds_configs/zero2.json --config my.yaml \\
       --config_override lr=1e-4 batch_size=64
+  ... --dry_run          say what would be trained, and leave nothing behind
   ... --resume auto      go on from the newest checkpoint of output_dir
   ... --resume auto --allow_change lr     the same, with another learning rate from there on
 """
@@ -53,6 +54,7 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
             origins=origins,
             allow_change=arguments.allow_change,
             process_ends=True,
+            dry_run=arguments.dry_run,
         )
 
     return Prepared(config.run.timeout_minutes, work)
@@ -78,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY",
         help="settings that may differ from those of the checkpoint that --resume goes on from",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="look at settings, folder, checkpoint and data, say what would be trained, and stop before "
+        "a model is loaded or anything is written",
     )
     return parser
 

@@ -30,7 +30,14 @@ from vembed_ds.data.order import Order
 from vembed_ds.data.readers import files_of
 from vembed_ds.data.records import Item
 from vembed_ds.errors import DataError, VembedError
-from vembed_ds.evaluation.report import GridRow, Picture, retrieval_grid, write_report
+from vembed_ds.evaluation.plots import check_matplotlib
+from vembed_ds.evaluation.report import (
+    GridRow,
+    Picture,
+    check_writable,
+    retrieval_grid,
+    write_report,
+)
 from vembed_ds.training.data_setup import (
     Source,
     build_dataset,
@@ -43,9 +50,10 @@ from vembed_ds.training.loss_setup import check_data, loss_configs
 from vembed_ds.training.model_setup import model_spec, setup_processor
 
 EXAMPLE = """\
-example:
+examples:
+  vembed-ds validate --config my.yaml
   vembed-ds validate --config my.yaml --thumbnails pairs.png --output report.json
-exit code: 0 all records can be used, 1 some cannot, 2 the configuration is wrong
+exit code: 0 all records can be used (--dry_run: read), 1 some cannot, 2 the configuration is wrong
 """
 
 EXIT_PROBLEMS, EXIT_CONFIG = 1, 2
@@ -79,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     try:
         config = load_config(arguments.config, arguments.config_override)
+        check_outputs(arguments)
+        if arguments.dry_run:
+            sys.stdout.write("\n".join(_planned(config, arguments)) + "\n")
+            return 0
         checked = check(config, arguments)
         notes = list(_notes(config, checked))
         if arguments.output:
@@ -105,12 +117,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, help="YAML file of the run")
-    add("--config_override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add(
+        "--config_override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that win over the YAML file",
+    )
     add("--limit", type=positive_number, metavar="N", help="N records of each table, evenly spread")
     add("--images", choices=["decode", "exists"], default="decode", help="what is done with images")
     add("--thumbnails", metavar="PNG", help="draw some pairs, evenly spread")
     add("--output", metavar="JSON", help="write figures and problems to this file")
+    add("--dry_run", action="store_true", help="say what would be read and written, and do neither")
     return parser
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it.
+
+    Raises:
+        ConfigError: matplotlib is missing, or a path cannot be written.
+    """
+    if arguments.thumbnails:
+        check_matplotlib(f"--thumbnails {arguments.thumbnails}")
+    for flag in ("output", "thumbnails"):
+        if path := getattr(arguments, flag):
+            check_writable(path, flag=f"--{flag}")
 
 
 def check(config: Config, arguments: argparse.Namespace) -> list[Checked]:
@@ -189,15 +222,35 @@ def _tables(config: Config) -> Iterator[tuple[str, Any]]:
         yield f"datasets[{name}].val_data_path" if name else "val_data_path", entry
 
 
+def _planned(config: Config, arguments: argparse.Namespace) -> Iterator[str]:
+    """What a dry run says.
+
+    Raises:
+        DataError: Data cannot be opened.
+    """
+    for key, entry in _tables(config):
+        source = open_source(entry, key=key, teacher_scores=_has_scores(config, key))
+        number = len(source.table)
+        read = min(number, arguments.limit or number)
+        yield f"{key}={source.reader.origin}: {read:,} of {number:,} records would be read"
+    for path in (arguments.output, arguments.thumbnails):
+        if path:
+            yield f"would write {path}"
+
+
 def _opened(key: str, entry: Any, config: Config) -> Checked:
     found = Findings()
     source = None
-    scores = follows_scores(config) and not _is_validation(key)
     try:
-        source = open_source(entry, key=key, teacher_scores=scores)
+        source = open_source(entry, key=key, teacher_scores=_has_scores(config, key))
     except DataError as error:
         found.report(as_problem(error))
     return Checked(key, source, found, {}, Lines([], num_records=0))
+
+
+def _has_scores(config: Config, key: str) -> bool:
+    """Whether a table holds a teacher's scores."""
+    return follows_scores(config) and not _is_validation(key)
 
 
 def _count_leaks(checked: Sequence[Checked]) -> None:

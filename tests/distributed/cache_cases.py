@@ -71,9 +71,9 @@ def _add(epoch: FirstEpoch, step: int, gives_tokens: bool) -> None:
     epoch.add(keys_of(texts), items)
 
 
-def precompute(*, config: str) -> dict[str, Any]:
+def precompute(*, config: str, dry_run: bool = False) -> dict[str, Any]:
     """How many items each teacher of a configuration has embedded, or what this rank would print."""
     try:
-        return dict(precompute_teachers(load_config(Path(config), [])))
+        return dict(precompute_teachers(load_config(Path(config), []), dry_run=dry_run))
     except VembedError as error:
         return {"error": str(error)}

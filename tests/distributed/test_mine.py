@@ -368,7 +368,10 @@ def test_what_cannot_be_mined_is_said_on_every_rank(
             "suffix '.csv' is not one of .parquet, .jsonl",
         ),
         (arguments(model, tmp_path / "empty.jsonl", out), "empty.jsonl: holds no records"),
-        (arguments(model, data, out, corpus=tmp_path / "empty.jsonl"), "--corpus=" + str(tmp_path)),
+        (
+            arguments(model, data, out, corpus=tmp_path / "empty.jsonl"),
+            f"--corpus={tmp_path / 'empty.jsonl'}: holds no records",
+        ),
         (arguments(model, bad, out), "record 20, column 'query': ' ' is a blank text"),
         (arguments(nan, data, out), "model's query embeddings are NaN or infinite"),
         (

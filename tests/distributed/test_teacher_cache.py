@@ -106,6 +106,9 @@ def test_a_run_finds_what_the_command_has_embedded(
         assert (
             "teacher_mode: no teacher of this run is cached, so there is nothing" in result["error"]
         )
+    assert world(2).run(CASES + "precompute", config=config, dry_run=True) == [{}, {}]
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "out").exists()
     (first, _) = world(2).run(CASES + "precompute", config=config)
     assert first == {clip_folder.name: 2 * NUM_PAIRS}
     table = VectorTable(tmp_path / "cache" / clip_folder.name)

@@ -21,6 +21,7 @@ from vembed_ds.references import resolve_model_reference
 
 COUNTED = "tests.distributed.train_cases:run_counted"
 RUN = "tests.distributed.train_cases:run_train"
+DRY = "tests.distributed.train_cases:run_dry"
 TINY_VIT = {
     "config": {
         "model_type": "vit",
@@ -63,6 +64,45 @@ def stage_0(
 ) -> dict[int, float]:
     run(world(2), make_config("reference.yaml", output_dir=str(tmp_path / "reference")), 0)
     return losses_of(tmp_path / "reference")
+
+
+def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(output_dir=str(tmp_path / "new" / "out"))
+    first, second = world(2).run(DRY, config=config, ds_config=ds_file(3))
+    assert first["metrics"] == second["metrics"] == {}
+    assert not (tmp_path / "new").exists()
+    assert second["said"] == ""
+    lines = first["said"].splitlines()
+    assert lines[1].startswith("---- vembed_ds ")
+    assert ", a dry run: nothing was trained or written ----" in lines[1]
+    assert f"run         {tmp_path / 'new' / 'out'}" in lines
+    assert "batch       8 pairs a step: 4 on each of 2 ranks" in lines
+    assert "steps       4, 1.33 epochs of 3" in lines
+    assert "DeepSpeed   ZeRO stage 3, fp32" in lines
+    auto = ["gradient_cache_chunk_size=auto"]
+    first, _ = world(2).run(DRY, config=config, ds_config=ds_file(3), overrides=auto)
+    assert "chunks      as large as fit, which is tried before the first step" in first["said"]
+
+
+def test_a_dry_run_reads_checkpoint_and_data_and_changes_neither(
+    world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = make_config(eval_on_start=False)
+    run(world(2), config, 1, overrides=["max_steps=2"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    longer = ["max_steps=3"]
+    options = {"config": config, "ds_config": ds_file(1), "overrides": longer, "resume": "auto"}
+    for refused in world(2).run(DRY, **options):
+        assert "num_steps" in refused["error"]
+    told, _ = world(2).run(DRY, **options, allow_change=["num_steps"])
+    assert f"resumed     {tmp_path}/out/checkpoint-step-2, step 2 of 3" in told["said"].splitlines()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    for refused in world(2).run(
+        DRY, config=config, ds_config=ds_file(1), overrides=["column_mapping.query=nowhere"]
+    ):
+        assert "names a missing column" in refused["error"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, "2_offload", "3_offload"])

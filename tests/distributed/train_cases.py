@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +38,7 @@ def run_train(
     resume: str | None = None,
     fp16_supported: bool | None = None,
     allow_change: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """As the command does: the last metrics, or the error that this rank would print.
 
@@ -58,11 +61,25 @@ def run_train(
             resume=resume,
             origins=origins,
             allow_change=allow_change,
+            dry_run=dry_run,
         )
     except VembedError as error:
         seconds = time.monotonic() - started
         return {"error": f"{type(error).__name__}: {error}", "seconds": seconds}
     return {"metrics": metrics}
+
+
+def run_dry(**options: Any) -> dict[str, Any]:
+    """:func:`run_train` as a dry run, with what was said."""
+    said = io.StringIO()
+    logger, handler = logging.getLogger("vembed_ds.training.run"), logging.StreamHandler(said)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return {**run_train(**options, dry_run=True), "said": said.getvalue()}
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def run_counted(*, part: str, **options: Any) -> dict[str, Any]:

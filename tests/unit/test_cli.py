@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ import vembed_ds
 from vembed_ds import cli
 from vembed_ds.launching import start
 
+READ_ONLY = ["plan", "doctor"]  # the others can say what they would write
 RANKS = ["train", "evaluate", "encode", "mine", "precompute-teacher"]
 STARTED = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
@@ -80,6 +82,17 @@ def test_every_command_module_is_in_the_table() -> None:
     folder = Path(vembed_ds.__file__).parent
     mains = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text()}
     assert mains - {"cli"} <= {name.replace("-", "_") for name in cli.COMMANDS}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
+    parser = cli._module(name).build_parser()
+    said = parser.format_help()
+    assert said.startswith(f"usage: vembed-ds {name} ")
+    assert re.search(rf"^examples:\n  vembed-ds {name}\b", said, re.MULTILINE)
+    assert re.search(r"^exit codes?:\s+0\s+\w", said, re.MULTILINE)
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert ("--dry_run" in parser._option_string_actions) == (name not in READ_ONLY)
 
 
 def test_a_module_that_is_missing_is_named(

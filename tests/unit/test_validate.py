@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from tests.tiny import caption, save_picture
+from vembed_ds import validate as validate_command
 from vembed_ds.data import inspection
 from vembed_ds.data.inspection import Findings, Lines, Problem
 from vembed_ds.validate import main
@@ -185,6 +186,42 @@ def test_several_data_sets_are_named(
     assert "300 of 300 records read, all can be used" in text
     assert "b.csv: 2 of 2 records read, PROBLEMS (1 image)\n" in text
     assert f"{tmp_path}/b.csv:3 " in text
+
+
+def test_a_dry_run_says_what_would_be_read_and_written(
+    validate: Callable[..., tuple[int, str]], rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    report, picture = tmp_path / "new" / "report.json", tmp_path / "pairs.png"
+    flags = ["--dry_run", "--limit", "7", "--output", str(report), "--thumbnails", str(picture)]
+    rows[3]["positive"] = "gone.png"
+    code, text = validate(rows, *flags)
+    assert code == 0
+    assert text == (
+        f"data_path={tmp_path}/train.jsonl: 7 of 300 records would be read\n"
+        f"would write {report}\nwould write {picture}\n"
+    )
+    assert not report.parent.exists()
+    assert not picture.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_opens_the_data(validate: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, text = validate([{"question": "a", "positive": "0.png"}], "--dry_run")
+    assert code == 2
+    assert "no column holds the text of the query" in text
+
+
+@pytest.mark.parametrize("flag", ["--output", "--thumbnails"])
+def test_files_that_cannot_be_written_are_named_before_anything_is_read(
+    validate: Callable[..., tuple[int, str]],
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+) -> None:
+    monkeypatch.setattr(validate_command, "check", None)
+    code, text = validate(rows, flag, "/dev/null/file")
+    assert code == 2
+    assert f"error: {flag} /dev/null/file: /dev/null is no folder to write to" in text
 
 
 def test_wrong_configuration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vembed_ds.errors import DataError
+from vembed_ds.errors import ConfigError, DataError
 from vembed_ds.evaluation.comparison import Interval
 from vembed_ds.evaluation.plots import check_matplotlib
 from vembed_ds.evaluation.scoring import Values
@@ -167,6 +168,24 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
             *((metric_title(name), shown_value(name, value)) for name, value in metrics.items()),
         ]
     )
+
+
+def check_writable(path: str | Path, *, flag: str) -> None:
+    """Refuse before the work what could not be written after it.
+
+    Args:
+        path: Of the file.
+        flag: That names it, for the message.
+
+    Raises:
+        ConfigError: It is a folder, or nothing can be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder; give the name of a file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: {parent} is no folder to write to; choose another path")
 
 
 def write_report(path: str | Path, payload: Mapping[str, Any]) -> None:

@@ -21,7 +21,9 @@ class PartFacts:
 
 @dataclass(frozen=True)
 class StartFacts:
-    """A run that begins.
+    """A run that begins, or would.
+
+    What is only known with the model and its engine has a default: "not known", which is not shown.
 
     Attributes:
         version: Of this package.
@@ -32,13 +34,8 @@ class StartFacts:
         num_steps: Of the whole run.
         steps_per_epoch: ``None``: a stream.
         models: What the weights start from.
-        parts: Of the model.
-        width: Dimensions of an embedding.
         precision: Number format.
         zero_stage: DeepSpeed's.
-        gather: When ZeRO-3 gathers parameters, in words; empty below.
-        reduction: When gradients are reduced, in words.
-        offload: What lies on the host, in words; empty: nothing.
         world_size: Ranks.
         machines: That they are on.
         device: Kind, or name, of a rank's device.
@@ -52,6 +49,11 @@ class StartFacts:
         saving: When checkpoints are written, in words.
         evaluating: When it is evaluated, in words.
         trackers: Names.
+        parts: Of the model.
+        width: Dimensions of an embedding.
+        gather: When ZeRO-3 gathers parameters, in words; empty below it, too.
+        reduction: When gradients are reduced, in words.
+        offload: What lies on the host, in words; empty: nothing.
         state_bytes: Of a rank's model, gradients and optimizer, as planned.
     """
 
@@ -63,13 +65,8 @@ class StartFacts:
     num_steps: int
     steps_per_epoch: int | None
     models: str
-    parts: Sequence[PartFacts]
-    width: int
     precision: str
     zero_stage: int
-    gather: str
-    reduction: str
-    offload: str
     world_size: int
     machines: int
     device: str
@@ -83,12 +80,22 @@ class StartFacts:
     saving: str
     evaluating: str
     trackers: Sequence[str]
-    state_bytes: int
+    parts: Sequence[PartFacts] = ()
+    width: int | None = None
+    gather: str = ""
+    reduction: str = ""
+    offload: str = ""
+    state_bytes: int | None = None
 
 
-def banner(facts: StartFacts) -> str:
-    """At most 25 lines, unless there are many data sets."""
-    rows = [headline(f"vembed_ds {facts.version}")]
+def banner(facts: StartFacts, *, note: str = "") -> str:
+    """At most 25 lines, unless there are many data sets.
+
+    Args:
+        facts: Of the run.
+        note: Beside the headline.
+    """
+    rows = [headline(f"vembed_ds {facts.version}{note}")]
     rows += [row for label, lines in _rows(facts) for row in labelled(label, lines)]
     return "\n".join([*rows, "-" * WIDTH])
 
@@ -124,7 +131,8 @@ def _rows(facts: StartFacts) -> Iterator[tuple[str, list[str]]]:
     yield "run", [f"{name}{facts.output_dir}"]
     if facts.resumed is not None:
         yield "resumed", [f"{facts.resumed}, step {facts.step:,} of {facts.num_steps:,}"]
-    yield "model", [f"{facts.models}, embeddings of {facts.width}", *_parts(facts.parts)]
+    width = "" if facts.width is None else f", embeddings of {facts.width}"
+    yield "model", [f"{facts.models}{width}", *_parts(facts.parts)]
     yield "data", [_sized(*one) for one in facts.data]
     yield "validation", [_sized(*one) for one in facts.validation] or ["none: nothing is evaluated"]
     yield "loss", [facts.loss]
@@ -138,12 +146,9 @@ def _rows(facts: StartFacts) -> Iterator[tuple[str, list[str]]]:
     yield "steps", [f"{facts.num_steps:,}{_epochs(facts)}", facts.schedule]
     yield "DeepSpeed", _deepspeed(facts)
     yield "devices", [f"{ranks} on {counted(facts.machines, 'machine')}, {facts.device}"]
-    yield (
-        "memory",
-        [
-            f"{of_memory(facts.state_bytes)} a rank for model, gradients and optimizer, without chunks"
-        ],
-    )
+    if facts.state_bytes is not None:
+        memory = of_memory(facts.state_bytes)
+        yield "memory", [f"{memory} a rank for model, gradients and optimizer, without chunks"]
     yield "evaluation", [facts.evaluating]
     yield "checkpoints", [facts.saving]
     yield "trackers", [", ".join(("metrics.jsonl", "metrics.csv", *facts.trackers))]
@@ -178,11 +183,10 @@ def _epochs(facts: StartFacts) -> str:
 
 
 def _deepspeed(facts: StartFacts) -> list[str]:
-    first = [f"ZeRO stage {facts.zero_stage}", facts.precision]
-    second = [f"gradients reduced {facts.reduction}"]
-    if facts.gather:
-        second.append(f"parameters gathered {facts.gather}")
-    return [
-        ", ".join([*first, *([facts.offload] if facts.offload else [])]),
-        ", ".join(second),
+    first = [f"ZeRO stage {facts.zero_stage}", facts.precision, facts.offload]
+    second = [
+        f"gradients reduced {facts.reduction}" if facts.reduction else "",
+        f"parameters gathered {facts.gather}" if facts.gather else "",
     ]
+    lines = [", ".join(filter(None, line)) for line in (first, second)]
+    return [line for line in lines if line]

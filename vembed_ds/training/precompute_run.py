@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from vembed_ds.config.distillation import TeacherEntry, teacher_entries
 from vembed_ds.config.schema import Config
+from vembed_ds.data.vector_table import IDENTITY_FILE, VectorTable
 from vembed_ds.distributed import comm
 from vembed_ds.engine.extensions import prepare_extensions
 from vembed_ds.errors import ConfigError
-from vembed_ds.training.data_setup import dataset_entries, setup_data
+from vembed_ds.training.data_setup import RunData, dataset_entries, setup_data
 from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.teacher_loading import load_teacher_of
@@ -18,13 +20,14 @@ from vembed_ds.training.teachers import cache_folder, precompute_teacher
 logger = logging.getLogger(__name__)
 
 
-def precompute_teachers(config: Config) -> dict[str, int]:
+def precompute_teachers(config: Config, *, dry_run: bool = False) -> dict[str, int]:
     """Embed all items of the training data with every cached teacher, one in memory at a time.
 
     Collective, after ``comm.init_distributed``. Records that training would leave out are left out.
 
     Args:
         config: The configuration of a run.
+        dry_run: Say what would be done, before a teacher is loaded, and write nothing.
 
     Returns:
         How many items were embedded, by the names of the teachers.
@@ -35,6 +38,9 @@ def precompute_teachers(config: Config) -> dict[str, int]:
     entries = _cached(config)
     losses = loss_configs(config.loss, dataset_entries(config.data))
     data = setup_data(config, model_spec(config.model, layers=losses[0].mrl_layers or ()))
+    if dry_run:
+        comm.run_on_main(lambda: _say_plan(config, data, entries), doing="reading teacher_cache")
+        return {}
     prepare_extensions({})  # for engines without optimizer
     embedded: dict[str, int] = {}
     for entry in entries:
@@ -50,6 +56,22 @@ def precompute_teachers(config: Config) -> dict[str, int]:
                 len(table),
             )
     return embedded
+
+
+def _say_plan(config: Config, data: RunData, entries: Sequence[TeacherEntry]) -> None:
+    """Which tables would be filled, and what is in them."""
+    for entry in entries:
+        folder = cache_folder(config, entry)
+        there = len(VectorTable(folder)) if (folder / IDENTITY_FILE).exists() else 0
+        logger.info(
+            "teacher %s (%s): would embed what %s, with %d items, lacks of %d records",
+            entry.name,
+            entry.model_name,
+            folder,
+            there,
+            sum(len(member) for member in data.tables),
+        )
+    logger.info("a dry run: nothing was embedded or written")
 
 
 def _cached(config: Config) -> list[TeacherEntry]:

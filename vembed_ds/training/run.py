@@ -61,7 +61,7 @@ from vembed_ds.training.resuming import (
     chosen_checkpoint,
     earlier_parts,
 )
-from vembed_ds.training.run_facts import end_facts, start_facts
+from vembed_ds.training.run_facts import end_facts, planned_facts, start_facts
 from vembed_ds.training.run_folder import begin_output, claim_output
 from vembed_ds.training.run_lock import frees_output
 from vembed_ds.training.run_saving import build_saver, save_step
@@ -80,6 +80,8 @@ from vembed_ds.training.teachers import (
 
 logger = logging.getLogger(__name__)
 
+DRY_RUN = ", a dry run: nothing was trained or written"
+
 
 @frees_output
 @reports_memory
@@ -94,6 +96,7 @@ def train(
     process_ends: bool = False,
     on_log: Callable[[Mapping[str, float], int], object] | None = None,
     how_to_go_on: str | None = None,
+    dry_run: bool = False,
 ) -> dict[str, float]:
     """Train as configured, from the data to the last checkpoint.
 
@@ -111,9 +114,10 @@ def train(
         process_ends: As of :class:`StopSignals`.
         on_log: Called on rank 0 with what is logged, and the step; its errors end no run.
         how_to_go_on: What a user types to go on with a run that was stopped; ``None``: the command's option.
+        dry_run: Say what would be trained, before any model is loaded, and leave nothing behind.
 
     Returns:
-        The last evaluation's metrics; empty where nothing was left to train.
+        The last evaluation's metrics; empty where nothing was left to train, or was to be.
 
     Raises:
         VembedError: On every rank.
@@ -140,6 +144,9 @@ def train(
             num_steps=plan.intervals.num_steps,
             evaluates=bool(plan.data.val),
         ):
+            return {}
+        if dry_run:
+            _say(banner(planned_facts(plan, resumption), note=DRY_RUN))
             return {}
         loop, saver, model = _build(plan, resumption, process_ends=process_ends)
     if on_log is not None and loop.tracker is not None:

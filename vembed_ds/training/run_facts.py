@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from vembed_ds.training.banner import PartFacts, StartFacts
 from vembed_ds.training.data_setup import ONLY, data_paths, dataset_entries, validation_entries
 from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.loss_setup import learned_scalars
+from vembed_ds.training.memory_setup import is_to_be_chosen, resumed_budget
 from vembed_ds.training.placement import placement
 from vembed_ds.training.plan import RunPlan
 from vembed_ds.training.resuming import Resumption
@@ -39,6 +41,52 @@ _GATHERED = {
 _REDUCED = {Reduce.ONCE: "once a step", Reduce.PER_CHUNK: "after every chunk"}
 
 
+def planned_facts(plan: RunPlan, resumption: Resumption | None) -> StartFacts:
+    """What :func:`vembed_ds.training.banner.banner` shows of a run before its model is loaded. Collective.
+
+    Args:
+        plan: Of the run.
+        resumption: What it goes on from.
+    """
+    config, training = plan.config, plan.config.training
+    entries = dataset_entries(config.data)
+    unknown = is_to_be_chosen(training, resumption)
+    return StartFacts(
+        version=vembed_ds.__version__,
+        output_dir=config.run.output_dir,
+        run_name=config.run.run_name,
+        resumed=None if resumption is None else str(resumption.folder),
+        step=0 if resumption is None else resumption.step,
+        num_steps=plan.intervals.num_steps,
+        steps_per_epoch=plan.intervals.steps_per_epoch,
+        models=_models(config),
+        precision=config.model.precision,
+        zero_stage=plan.zero_stage,
+        world_size=comm.world_size(),
+        machines=len(set(comm.all_gather_objects(platform.node()))),
+        device=_device(),
+        batch_size=training.batch_size,
+        chunks=_chunks(config, None if unknown else resumed_budget(training, resumption)),
+        loss=_loss(plan.losses),
+        teachers=[entry.name or "" for entry in teacher_entries(config.distillation)],
+        data=[
+            (_data_name(name, data_paths(entry, key="data_path")), _records(member))
+            for (name, entry), member in zip(entries.items(), plan.data.members, strict=True)
+        ],
+        validation=[
+            (
+                _data_name(name, data_paths(entry, key="val_data_path")),
+                len(plan.data.val[name].dataset),
+            )
+            for name, entry in validation_entries(config.data).items()
+        ],
+        schedule=_schedule(config, plan.intervals.num_steps),
+        saving=_saving(config),
+        evaluating=_evaluating(config, bool(plan.data.val)),
+        trackers=tracker_names(config.run.report_to),
+    )
+
+
 def start_facts(
     plan: RunPlan,
     size: ModelSize,
@@ -47,7 +95,7 @@ def start_facts(
     *,
     width: int,
 ) -> StartFacts:
-    """What :func:`vembed_ds.training.banner.banner` shows. Collective.
+    """All that it shows. Collective.
 
     Args:
         plan: Of the run.
@@ -66,46 +114,14 @@ def start_facts(
         accelerator=engine.device.type != "cpu",
     )
     states = states_of(size, setting)
-    entries = dataset_entries(config.data)
-    members = plan.data.members
-    return StartFacts(
-        version=vembed_ds.__version__,
-        output_dir=config.run.output_dir,
-        run_name=config.run.run_name,
-        resumed=None if resumption is None else str(resumption.folder),
-        step=loop.step,
-        num_steps=plan.intervals.num_steps,
-        steps_per_epoch=plan.intervals.steps_per_epoch,
-        models=_models(config),
+    return replace(
+        planned_facts(plan, resumption),
+        chunks=_chunks(config, loop.budget),
         parts=[PartFacts(part.name, part.trained, part.frozen) for part in size.parts],
         width=width,
-        precision=config.model.precision,
-        zero_stage=plan.zero_stage,
         gather=_GATHERED[engine.gather] if plan.zero_stage == 3 else "",
         reduction=_REDUCED[engine.reduce],
         offload=_offload(setting),
-        world_size=comm.world_size(),
-        machines=len(set(comm.all_gather_objects(platform.node()))),
-        device=_device(),
-        batch_size=config.training.batch_size,
-        chunks=_chunks(config, loop.budget),
-        loss=_loss(plan.losses),
-        teachers=[entry.name or "" for entry in teacher_entries(config.distillation)],
-        data=[
-            (_data_name(name, data_paths(entry, key="data_path")), _records(member))
-            for (name, entry), member in zip(entries.items(), members, strict=True)
-        ],
-        validation=[
-            (
-                _data_name(name, data_paths(entry, key="val_data_path")),
-                len(plan.data.val[name].dataset),
-            )
-            for name, entry in validation_entries(config.data).items()
-        ],
-        schedule=_schedule(config, plan.intervals.num_steps),
-        saving=_saving(config),
-        evaluating=_evaluating(config, bool(plan.data.val)),
-        trackers=tracker_names(config.run.report_to),
         state_bytes=states.parameters + states.optimizer + states.gradients + states.buffers,
     )
 
@@ -154,8 +170,11 @@ def _device() -> str:
     return str(torch.cuda.get_device_name()) if name == "cuda" else name
 
 
-def _chunks(config: Config, budget: ChunkBudget) -> str:
+def _chunks(config: Config, budget: ChunkBudget | None) -> str:
+    """``None``: it is still to be chosen."""
     training = config.training
+    if budget is None:
+        return "as large as fit, which is tried before the first step"
     if budget.items is None:
         return "none: a rank's batch is embedded at once (use_gradient_cache: false)"
     size = f"as large as {budget.items:,} of the longest items"

@@ -289,6 +289,22 @@ def test_unreadable_data_names_the_flag(
     assert "line 1 is not valid JSON" in err
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--corpus", "error: --corpus={}: holds no records"),
+        ("--data", "error: data_path='{}': the file is empty; give a file with records"),
+    ],
+)
+def test_without_documents(
+    command: Callable[..., tuple[int, str, str]], folder: Path, flag: str, message: str
+) -> None:
+    (folder / "empty.jsonl").write_text("")
+    code, _, err = command(flag, str(folder / "empty.jsonl"))
+    assert code == 2
+    assert message.format(folder / "empty.jsonl") in err
+
+
 @pytest.mark.parametrize("content", ["[]", '{"metrics": 1}', '{"mrr": "high"}'])
 def test_before_must_hold_metrics(
     command: Callable[..., tuple[int, str, str]], folder: Path, content: str

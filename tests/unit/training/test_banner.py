@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -146,6 +148,20 @@ def test_a_resumed_run_of_one_rank_on_a_stream() -> None:
     assert "steps       2,000" in lines
     assert "trackers    metrics.jsonl, metrics.csv" in lines
     assert not any(line.startswith(("teachers", "together")) for line in lines)
+
+
+def test_of_a_run_without_its_model_only_what_is_known_stands_there() -> None:
+    unknown: dict[str, Any] = {"parts": (), "width": None, "state_bytes": None}
+    facts = replace(START, gather="", reduction="", offload="", **unknown)
+    expected = [
+        line.replace(", embeddings of 512", "").replace(", optimizer on the host", "")
+        for line in BANNER.splitlines()[1:]
+        if not re.match(r"memory|   .*(tower|rest|together|gradients)", line)
+    ]
+    first, *lines = banner(facts, note=", a dry run").splitlines()
+    assert first.startswith("---- vembed_ds 0.1.0, a dry run -----")
+    assert lines == expected
+    assert len(lines) == len(BANNER.splitlines()) - 7
 
 
 def test_the_summary_as_it_stands_there() -> None:
