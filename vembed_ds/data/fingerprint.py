@@ -12,6 +12,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.progress import watched
 
 ROWS_PER_BLOCK = 512
 
@@ -41,7 +42,8 @@ def _digests(dataset: datasets.Dataset, rank: int, world_size: int) -> list[byte
     """Of every ``world_size``-th block of rows."""
     names, table = sorted(dataset.column_names), dataset.with_format("arrow")
     starts = range(0, dataset.num_rows, ROWS_PER_BLOCK)[rank::world_size]
-    return [_block_digest(table[start : start + ROWS_PER_BLOCK], names) for start in starts]
+    watched_starts = watched(starts, what="hashing the data")
+    return [_block_digest(table[start : start + ROWS_PER_BLOCK], names) for start in watched_starts]
 
 
 def _whole(dataset: datasets.Dataset, shares: Sequence[Sequence[bytes]]) -> str:

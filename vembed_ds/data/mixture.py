@@ -16,6 +16,7 @@ from vembed_ds.data.processors import content_key
 from vembed_ds.data.records import Record, content_number
 from vembed_ds.data.sampler import SampleKey, own_share
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.progress import watched
 from vembed_ds.errors import DataError, VembedError
 
 
@@ -103,7 +104,10 @@ class Mixture(Dataset[Sample | VembedError]):
         """
         mine = own_share(len(self), rank=comm.rank(), world_size=comm.world_size())
         keys = comm.run_together(
-            lambda: [_keys(self.record(index)) for index in mine], doing="reading the records"
+            lambda: [
+                _keys(self.record(index)) for index in watched(mine, what="looking for duplicates")
+            ],
+            doing="reading the records",
         )
         flat = np.fromiter((key for found in keys for key in found), dtype=np.int64)
         counts = np.array([len(found) for found in keys], dtype=np.int64)

@@ -6,6 +6,7 @@ import glob
 import itertools
 import logging
 import re
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from vembed_ds.data.file_checks import data_suffix, file_problem, first_json_problem, open_plain
+from vembed_ds.distributed import comm
 from vembed_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -343,10 +345,11 @@ def cause_of(error: BaseException) -> str:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hides progress bars and the log lines that repeat the error we raise."""
+    """Hides log lines that repeat the error we raise, and bars but on rank 0's terminal."""
     bars_were_off = datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
+    if not (comm.is_main() and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield

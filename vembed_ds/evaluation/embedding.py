@@ -16,8 +16,8 @@ from vembed_ds.data.sampler import own_share
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
 from vembed_ds.distributed.phases import Kind, phase
+from vembed_ds.distributed.progress import progress
 from vembed_ds.evaluation.items import ItemList
-from vembed_ds.evaluation.progress import progress
 from vembed_ds.similarity import Embeddings, concatenate
 
 Embed = Callable[[Sequence[EncodedItem]], Embeddings]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vembed_ds.distributed import comm
 from vembed_ds.distributed.gather import gather_rows
+from vembed_ds.distributed.progress import progress
 from vembed_ds.errors import ConfigError, DataError, VembedError
 from vembed_ds.evaluation.faiss_index import check_faiss, nearest
-from vembed_ds.evaluation.progress import progress
 from vembed_ds.similarity import Embeddings, check_kinds, unit_similarity
 
 BLOCK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32

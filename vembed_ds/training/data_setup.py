@@ -21,6 +21,7 @@ from vembed_ds.data.records import RecordReader
 from vembed_ds.data.skipping import check_number, find_bad_records
 from vembed_ds.data.streaming import PairStream, RowStream
 from vembed_ds.distributed import comm
+from vembed_ds.distributed.progress import watched
 from vembed_ds.evaluation.measuring import check_cutoffs
 from vembed_ds.evaluation.tasks import RetrievalTask, pairs_task
 from vembed_ds.models.builder import ModelSpec
@@ -296,7 +297,8 @@ def check_records(dataset: PairDataset) -> None:
 
 def _find_missing(dataset: PairDataset) -> None:
     mine = range(comm.rank(), len(dataset), comm.world_size())
-    if error := first_missing_image(dataset.record(index) for index in mine):
+    rows = watched(mine, what=f"looking for images of {dataset.reader.origin}")
+    if error := first_missing_image(dataset.record(row) for row in rows):
         raise error
 
 

@@ -303,6 +303,22 @@ def test_progress_bars_and_log_level_are_restored(write_jsonl: WriteJsonl) -> No
     assert datasets.logging.get_verbosity() == level
 
 
+@pytest.mark.parametrize(("terminal", "rank"), [(True, "0"), (True, "1"), (False, "0")])
+def test_converting_is_watched_on_rank_0s_terminal(
+    write_jsonl: WriteJsonl,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+    rank: str,
+) -> None:
+    datasets.enable_progress_bars()
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    load(write_jsonl(ROWS))
+    assert ("Generating train split" in capsys.readouterr().err) == (terminal and rank == "0")
+    assert not datasets.are_progress_bars_disabled()
+
+
 def table_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
