@@ -21,6 +21,7 @@ OUTSIDE: tuple[str, ...] = (
     "examples/**/*.md",
     "examples/**/*.yaml",
     "examples/**/*.py",
+    "examples/**/*.jpg",
     "benchmarks/README.md",
 )
 OUTSIDE += ("ds_configs/*.json", "launch/**/*")

@@ -67,7 +67,11 @@ def pages(site: Path) -> dict[Path, Page]:
 def test_every_document_is_a_page(site: Path) -> None:
     for path in (ROOT / "docs").glob("*.md"):
         assert (site / f"{path.stem}.html").is_file()
-    for folder in ("benchmarks", "examples", "examples/emoji", "examples/docstrings"):
+    for folder in (
+        "benchmarks",
+        "examples",
+        *(f"examples/{name}" for name in ("emoji", "docstrings", "gallery")),
+    ):
         assert (site / folder / "index.html").is_file()
 
 
