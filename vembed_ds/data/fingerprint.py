@@ -41,9 +41,9 @@ def own_fingerprint(dataset: datasets.Dataset) -> str:
 def _digests(dataset: datasets.Dataset, rank: int, world_size: int) -> list[bytes]:
     """Of every ``world_size``-th block of rows."""
     names, table = sorted(dataset.column_names), dataset.with_format("arrow")
-    starts = range(0, dataset.num_rows, ROWS_PER_BLOCK)[rank::world_size]
-    watched_starts = watched(starts, what="hashing the data")
-    return [_block_digest(table[start : start + ROWS_PER_BLOCK], names) for start in watched_starts]
+    share = range(0, dataset.num_rows, ROWS_PER_BLOCK)[rank::world_size]
+    starts = watched(share, what="hashing the data")
+    return [_block_digest(table[start : start + ROWS_PER_BLOCK], names) for start in starts]
 
 
 def _whole(dataset: datasets.Dataset, shares: Sequence[Sequence[bytes]]) -> str:
