@@ -62,6 +62,11 @@ def test_plain(
     check(reference(kind), run(way, kind, chunk, world_size=world_size))
 
 
+def test_a_layer_that_one_graph_calls_twice(run: Run, reference: Callable[..., Any]) -> None:
+    """Texts alone, and texts with images; DeepSpeed's own reduction of such a layer fails."""
+    check(reference("fused clip"), run("3 once, per chunk", "fused clip", "one"))
+
+
 @pytest.mark.parametrize(("kind", "way"), one_in(4, ["shared", "clip", "skip"], WAYS))
 def test_bf16(run: Run, reference: Callable[..., Any], kind: str, way: str) -> None:
     dtype, tolerance, tensor_tolerance = PRECISIONS["bf16"]

@@ -11,6 +11,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -97,6 +98,8 @@ class ReducedPerChunk:
         self._engine, self._optimizer = engine, engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
         self._reduced = array("L")  # numbers of the parameters, in order
+        if self._stage == 3:
+            reduce_every_parameter_at_3(self._optimizer)
         for number, parameter in enumerate(trained):
             parameter.register_post_accumulate_grad_hook(self._remember(number))  # type: ignore[no-untyped-call]
 
@@ -178,3 +181,23 @@ def begin_sums_at_3(optimizer: Any) -> None:
         optimizer.reset_cpu_buffers()
         for flat in optimizer.fp32_partitioned_groups_flat:
             flat.grad.zero_()
+
+
+def reduce_every_parameter_at_3(optimizer: Any) -> None:
+    """Let ZeRO-3 reduce parameters of layers in slices one by one, as it reduces all others.
+
+    DeepSpeed waits until the backward pass has left such a layer, whatever its parameters have by then, and ends with
+    an ``AssertionError`` where a graph has two calls of one: of texts, and of texts with images.
+    """
+    for hook in optimizer._leaf_module_hooks:
+        hook.remove()
+    optimizer._leaf_module_hooks.clear()
+    for parameters in optimizer.leaf_parameters.values():
+        for parameter in filter(lambda p: p.requires_grad, parameters):
+            hook = parameter.register_post_accumulate_grad_hook(partial(_reduce, optimizer))
+            optimizer._grad_acc_hooks.append(hook)
+
+
+def _reduce(optimizer: Any, parameter: nn.Parameter) -> None:
+    optimizer.reenter_backward_if_needed()
+    optimizer.reduce_ready_partitions_and_remove_grads(parameter)
