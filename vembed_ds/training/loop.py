@@ -277,15 +277,16 @@ class TrainingLoop:
         while True:
             self.memory.begin(plan, self.budget)
             try:
-                result = compute_gradient(
-                    self.engine,
-                    plan,
-                    loss_function=self.batch_loss(batch, said),
-                    pad=self.pad,
-                    trainable=self.model.trainable,
-                    graphs=self.memory.graphs,
-                    agree=self.memory.agree,
-                )
+                with self.memory.explained():
+                    result = compute_gradient(
+                        self.engine,
+                        plan,
+                        loss_function=self.batch_loss(batch, said),
+                        pad=self.pad,
+                        trainable=self.model.trainable,
+                        graphs=self.memory.graphs,
+                        agree=self.memory.agree,
+                    )
             except MemoryShortage as error:
                 shortage = emptied(error)
             else:

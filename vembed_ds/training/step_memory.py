@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from deepspeed.accelerator import get_accelerator
@@ -15,7 +16,7 @@ from vembed_ds.distributed import comm
 from vembed_ds.distributed.phases import status_of
 from vembed_ds.errors import OutOfMemoryError, one_line
 from vembed_ds.steps.kept_graphs import KeptGraphs
-from vembed_ds.steps.shortage import MemoryShortage
+from vembed_ds.steps.shortage import MemoryShortage, memory_cause
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,25 @@ class StepMemory:
         slices = [places for chunk in plan.chunks for places in chunk.values()]
         self._budget = budget
         self._largest = max(places.stop - places.start for places in slices)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Where nothing is made again, an error about memory says what the step really had.
+
+        That may be smaller chunks, and fewer graphs, than are configured. Local.
+
+        Raises:
+            OutOfMemoryError: In the place of what ran out.
+        """
+        try:
+            yield
+        except (MemoryShortage, OutOfMemoryError):
+            raise
+        except Exception as error:
+            cause = memory_cause(error)
+            if cause is None:
+                raise
+            raise self._explain(cause, self._budget, self.graphs.number) from error
 
     def agree(self, cause: BaseException | None) -> None:
         """Whether memory ran out on any rank, as the step asks. Collective where ranks can agree.

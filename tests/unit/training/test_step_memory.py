@@ -155,12 +155,23 @@ def test_at_zero_3_nobody_is_asked() -> None:
 
 
 def test_memory_in_the_loss_is_not_the_chunks_(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the step made again; the error knows by which chunks and graphs it was made."""
+
     def fail(rows: Mapping[str, Embeddings], learned: Mapping[str, Tensor]) -> Tensor:
         raise MemoryError
 
+    said: list[tuple[ChunkBudget, int]] = []
+
+    def explain(cause: BaseException, budget: ChunkBudget, kept_graphs: int) -> OutOfMemoryError:
+        said.append((budget, kept_graphs))
+        return OutOfMemoryError(type(cause).__name__)
+
     monkeypatch.setattr(Loop, "batch_loss", lambda self, batch, said: fail)
-    with pytest.raises(MemoryError):
-        step(PlainEngine(), chunk_size=4)
+    memory = StepMemory(KeptGraphs(2), can_agree=True, explain=explain)
+    loop = Loop(Short(most_items=5), budget=ChunkBudget(16, tokens=None), memory=memory)
+    with pytest.raises(OutOfMemoryError, match="MemoryError"):
+        loop.compute_gradient(BATCH)
+    assert said == [(ChunkBudget(4, tokens=None), 1)]
 
 
 REAL = """
