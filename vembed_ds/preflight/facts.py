@@ -21,13 +21,18 @@ import psutil
 import vembed_ds
 
 MARK = "vembed-facts: "
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 PACKAGES = ("torch", "deepspeed", "transformers")  # must be alike on all machines of a run
 
 
 def facts(port: int | None = None) -> dict[str, Any]:
-    """Host, versions by name with a digest of this package's code, who listens on a port, time in seconds."""
+    """Host, versions by name with a digest of this package's code, who listens on a port, time in seconds.
+
+    ``machine`` is the same under every name of a machine, and on no two.
+    """
     return {
         "host": platform.node(),
+        "machine": f"{platform.node()} {_BOOT.read_text().strip() if _BOOT.is_file() else ''}",
         "versions": {
             "python": ".".join(platform.python_version_tuple()[:2]),
             **{name: installed_version(name) for name in PACKAGES},

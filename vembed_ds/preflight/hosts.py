@@ -55,6 +55,7 @@ def ask_hosts(hosts: Sequence[str], flags: Mapping[str, Any]) -> list[Finding]:
         if answer.facts is not None:
             findings.append(_versions(answer.host, answer.facts["versions"], own=own))
             findings.append(_clock(answer.host, answer.seconds))
+    findings += _twice(answers)
     first = answers[0]
     if first.facts is not None and "master_addr" not in flags:  # rank 0's machine
         owner = first.facts["port_owner"]
@@ -203,6 +204,20 @@ def _versions(host: str, versions: Mapping[str, str], *, own: Mapping[str, str])
         remedy = "install the same everywhere (constraints.txt), and copy the same code"
         return Finding("versions", f"other versions: {', '.join(differing)}", FAIL, remedy, host)
     return Finding("versions", "as here", OK, "", host)
+
+
+def _twice(answers: Sequence[Answer]) -> list[Finding]:
+    """Names behind which there is a machine that was named before."""
+    findings = []
+    names: dict[str, str] = {}
+    for answer in answers:
+        machine = None if answer.facts is None else answer.facts.get("machine")
+        first = answer.host if machine is None else names.setdefault(machine, answer.host)
+        if first != answer.host:
+            finding = f"is the same machine as {first}: ranks of both would use its first devices"
+            remedy = "give it one line in the host file, with all its slots"
+            findings.append(Finding("machine", finding, WARN, remedy, answer.host))
+    return findings
 
 
 def _clock(host: str, seconds: float) -> Finding:

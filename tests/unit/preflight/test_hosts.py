@@ -120,6 +120,19 @@ def test_clock_and_port(ask: Callable[..., dict[str, list[Finding]]], tmp_path: 
     assert found["port"].remedy == "choose a free one by --master_port"
 
 
+def test_one_machine_under_two_names(
+    ask: Callable[..., dict[str, list[Finding]]], tmp_path: Path
+) -> None:
+    answer(tmp_path, "short")
+    answer(tmp_path, "short.domain")
+    answer(tmp_path, "other", machine="other 1")
+    found = ask("short", "other", "short.domain", master_port=1)
+    assert [
+        (name, one.state) for name in found for one in found[name] if one.check == "machine"
+    ] == [("short.domain", "warn")]
+    assert found["short.domain"][-1].finding.startswith("is the same machine as short: ranks of")
+
+
 def test_a_machine_that_says_nothing(
     ask: Callable[..., dict[str, list[Finding]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
