@@ -76,8 +76,9 @@ def as_table(data: Records, *, name: str) -> datasets.Dataset:
     import datasets
 
     if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        first = next(iter(data), "train")
         raise ConfigError(
-            f"{name}: holds the splits {', '.join(data)}; give one, such as data[{next(iter(data))!r}]"
+            f"{name}: holds the splits {', '.join(data) or '(none)'}; give one, such as data[{first!r}]"
         )
     if isinstance(data, datasets.IterableDataset):
         raise ConfigError(
@@ -85,6 +86,11 @@ def as_table(data: Records, *, name: str) -> datasets.Dataset:
             "Dataset, or files by data_path with streaming=True"
         )
     if isinstance(data, datasets.Dataset):
+        if data.format["type"] == "custom":
+            raise ConfigError(
+                f"{name}: has a transform (with_transform), and what is written are the rows behind it; "
+                "apply it by data.with_format(None).map(...)"
+            )
         table = data
     else:
         table = _from_rows(_rows(data, name=name), name=name)
@@ -101,6 +107,10 @@ def _rows(data: Any, *, name: str) -> list[Mapping[str, Any]]:
     for number, row in enumerate(data):
         if not isinstance(row, Mapping):
             raise ConfigError(f"{name}[{number}]: is a {type(row).__name__}; {expected}")
+        if unnamed := [key for key in row if not isinstance(key, str)]:
+            raise ConfigError(
+                f"{name}[{number}]: the key {unnamed[0]!r} is no text; give columns names"
+            )
     return list(data)
 
 

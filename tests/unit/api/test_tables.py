@@ -85,6 +85,13 @@ def test_the_name_is_that_of_the_content(tmp_path: Path) -> None:
             ConfigError,
             r"train_data: holds the splits train; give one, such as data\['train'\]",
         ),
+        (datasets.DatasetDict(), ConfigError, r"train_data: holds the splits \(none\); give one"),
+        (
+            datasets.Dataset.from_dict({"query": ["a"]}).with_transform(lambda rows: rows),
+            ConfigError,
+            r"train_data: has a transform \(with_transform\), and what is written are the rows",
+        ),
+        ([{"query": "a", 1: "b"}], ConfigError, r"train_data\[0\]: the key 1 is no text"),
         (
             datasets.Dataset.from_dict({"query": ["a"]}).to_iterable_dataset(),
             ConfigError,
