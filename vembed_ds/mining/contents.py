@@ -20,7 +20,7 @@ from vembed_ds.data.records import Item, content_number
 from vembed_ds.data.sampler import SampleKey, own_share
 from vembed_ds.distributed import comm
 from vembed_ds.encoding.items import ITEMS, ItemTable
-from vembed_ds.errors import VembedError
+from vembed_ds.errors import DataError, VembedError
 from vembed_ds.evaluation.search import Pairs
 
 IntArray = npt.NDArray[np.int64]
@@ -146,24 +146,33 @@ class _Read(NamedTuple):
 def _read(dataset: PairDataset, corpus: ItemTable | None) -> _Read:
     known: dict[str, int] = {}  # of image files, which many records may name
 
-    def key(item: Item) -> int:
+    def key(item: Item, origin: str) -> int:
         path = item.image if isinstance(item.image, str) and item.text is None else None
         if path is not None and path in known:
             return known[path]
-        found = content_number(content_key(item, read_files=True).encode())
+        try:
+            found = content_number(content_key(item, read_files=True).encode())
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from error
         if path is not None:
             known[path] = found
         return found
 
     queries, positives, labels, negatives, places = [], [], [], [], []
     for number in _share(len(dataset)):
-        record = dataset.record(number)
-        queries.append(key(record.query))
-        positives.append(key(record.positive))
+        record, origin = dataset.record(number), f"{dataset.reader.origin}, record {number}"
+        queries.append(key(record.query, f"{origin}, query"))
+        positives.append(key(record.positive, f"{origin}, positive"))
         labels += [] if record.label is None else [record.label]
-        negatives += [key(item) for item in record.negatives]
+        negatives += [key(item, f"{origin}, negative") for item in record.negatives]
         places += [(number, place) for place in range(len(record.negatives))]
-    rows = [] if corpus is None else [key(corpus.item(row)) for row in _share(len(corpus))]
+    rows = (
+        []
+        if corpus is None
+        else [
+            key(corpus.item(row), f"{corpus.origin}, record {row}") for row in _share(len(corpus))
+        ]
+    )
     return _Read(
         queries=np.array(queries, dtype=np.int64),
         positives=np.array(positives, dtype=np.int64),
