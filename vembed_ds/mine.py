@@ -209,6 +209,7 @@ def run(arguments: argparse.Namespace, rules: Rules | None = None) -> None:
     import numpy as np
 
     from vembed_ds.distributed import comm
+    from vembed_ds.errors import DataError
     from vembed_ds.mining.contents import read_contents
     from vembed_ds.mining.opening import open_all
     from vembed_ds.mining.output import write_mined
@@ -235,6 +236,11 @@ def run(arguments: argparse.Namespace, rules: Rules | None = None) -> None:
     )
     least = rules.num_negatives if arguments.drop_incomplete else 0
     kept = np.flatnonzero(kept_counts(contents, mined) >= least)
+    if not len(kept):
+        raise DataError(
+            f"--drop_incomplete: no record has {least} negatives, so that nothing is left to write; give a "
+            "larger --range_max, a --corpus or fewer --num_negatives"
+        )
     comm.run_on_main(
         lambda: write_mined(
             arguments.output,
