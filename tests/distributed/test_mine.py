@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -301,6 +302,11 @@ def test_records_with_too_few_are_told_of_and_dropped_when_asked(
     assert mine_files([*argv, "--drop_incomplete"]) is None
     assert [row["note"] for row in read(tmp_path / "whole.jsonl")] == [str(n) for n in whole]
     assert f"{30 - len(whole)} records, left out" in capsys.readouterr().out
+    argv = arguments(models / "vectors", data, tmp_path / "none.jsonl", min_score=0.9999)
+    assert str(mine_files([*argv, "--drop_incomplete"])).startswith(
+        "DataError: --drop_incomplete: no record has 5 negatives, so that nothing is left to write"
+    )
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_the_summary_counts_what_every_rule_dropped(
@@ -407,6 +413,43 @@ def test_json_does_not_hold_embedded_images(clip_folder: Path, pairs: Path, tmp_
     assert (
         "column 'image' holds bytes, which JSON does not; give a name that ends in .parquet"
         in str(mine_files(argv))
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "what"),
+    [
+        (datetime.date(2020, 1, 2), "values of the type date32"),
+        (datetime.datetime(2020, 1, 2, 3), "values of the type timestamp[us]"),
+        (float("nan"), "NaN"),
+    ],
+)
+def test_what_json_does_not_hold_is_said_at_once(
+    models: Path, tmp_path: Path, column: Any, what: str
+) -> None:
+    columns = {"query": ["a", "b"], "positive": ["c", "d"], "more": [None, column]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "pairs.parquet")
+    data, out = tmp_path / "pairs.parquet", tmp_path / "out.jsonl"
+    error = mine_files(arguments(models / "vectors", data, out))
+    assert error == (
+        f"ConfigError: --output {out}: column 'more' holds {what}, which JSON does not; give a name that "
+        "ends in .parquet"
+    )
+    out = tmp_path / "out.parquet"
+    assert mine_files(arguments(models / "vectors", data, out)) is None
+    assert len(datasets.Dataset.from_parquet(str(out))) == 2
+
+
+def test_an_image_that_is_missing_is_named_with_its_record(
+    clip_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    rows = [*read(pairs)[:3], {"query": "a", "positive": "none.png"}]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    argv = arguments(
+        clip_folder, data, tmp_path / "o.jsonl", retrieval_mode="t2i", image_root=pairs.parent
+    )
+    assert str(mine_files(argv)).startswith(
+        f"DataError: {data}, record 3, positive: image {pairs.parent / 'none.png'} does not exist"
     )
 
 

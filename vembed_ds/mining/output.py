@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from vembed_ds.data.cells import as_list, is_absent, only_value
@@ -45,7 +46,7 @@ def check_output(path: Path, table: datasets.Dataset, *, overwrite: bool) -> Non
     """Refuse what could not be written, before anything is embedded.
 
     Raises:
-        ConfigError: The suffix is unknown, the file exists, or JSON cannot hold the data's images.
+        ConfigError: The suffix is unknown, the file exists, or JSON cannot hold what the data has.
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--output {path}: suffix {path.suffix!r} is not one of .parquet, .jsonl")
@@ -54,11 +55,24 @@ def check_output(path: Path, table: datasets.Dataset, *, overwrite: bool) -> Non
     if path.exists() and not overwrite:
         raise ConfigError(f"--output {path}: exists; give another name, or --overwrite")
     for name, feature in table.features.items():
-        if path.suffix == ".jsonl" and _holds_bytes(feature):
+        what = _not_in_json(table, name, feature) if path.suffix == ".jsonl" else None
+        if what is not None:
             raise ConfigError(
-                f"--output {path}: column {name!r} holds bytes, which JSON does not; give a name that "
+                f"--output {path}: column {name!r} holds {what}, which JSON does not; give a name that "
                 "ends in .parquet"
             )
+
+
+def _not_in_json(table: datasets.Dataset, name: str, feature: Any) -> str | None:
+    """What a column holds that would be refused when it is written, if it is plain to see."""
+    if _holds_bytes(feature):
+        return "bytes"
+    kind = str(getattr(feature, "dtype", ""))
+    if kind.startswith(("timestamp", "date", "time", "duration", "decimal")):
+        return f"values of the type {kind}"
+    if kind.startswith("float") and pc.any(pc.is_nan(table.data.column(name))).as_py():
+        return "NaN"
+    return None
 
 
 class NegativeCells:
