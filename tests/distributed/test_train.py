@@ -104,9 +104,8 @@ def test_a_dry_run_reads_checkpoint_and_data_and_changes_neither(
     told, _ = world(2).run(DRY, **options, allow_change=["num_steps"])
     assert f"resumed     {tmp_path}/out/checkpoint-step-2, step 2 of 3" in told["said"].splitlines()
     assert times_of(tmp_path / "out") == before
-    for refused in world(2).run(
-        DRY, config=config, ds_config=ds_file(1), overrides=["column_mapping.query=nowhere"]
-    ):
+    config = make_config(column_mapping={"query": "nowhere"})
+    for refused in world(2).run(DRY, config=config, ds_config=ds_file(1)):
         assert "names a missing column" in refused["error"]
 
 
