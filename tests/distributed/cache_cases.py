@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from tests.distributed.train_cases import listening
 from tests.letters import LetterTeacher, keys_of, letter_data
 from vembed_ds.config.loading import load_config
 from vembed_ds.data.vector_table import SegmentWriter
@@ -71,9 +72,16 @@ def _add(epoch: FirstEpoch, step: int, gives_tokens: bool) -> None:
     epoch.add(keys_of(texts), items)
 
 
-def precompute(*, config: str, dry_run: bool = False) -> dict[str, Any]:
+def precompute(*, config: str) -> dict[str, Any]:
     """How many items each teacher of a configuration has embedded, or what this rank would print."""
     try:
-        return dict(precompute_teachers(load_config(Path(config), []), dry_run=dry_run))
+        return dict(precompute_teachers(load_config(Path(config), [])))
     except VembedError as error:
         return {"error": str(error)}
+
+
+def precompute_dry(*, config: str) -> str:
+    """What this rank says of what it would embed."""
+    with listening("vembed_ds.training.precompute_run") as said:
+        assert precompute_teachers(load_config(Path(config), []), dry_run=True) == {}
+        return said.getvalue()

@@ -106,13 +106,21 @@ def test_a_run_finds_what_the_command_has_embedded(
         assert (
             "teacher_mode: no teacher of this run is cached, so there is nothing" in result["error"]
         )
-    assert world(2).run(CASES + "precompute", config=config, dry_run=True) == [{}, {}]
+    name, folder = clip_folder.name, tmp_path / "cache" / clip_folder.name
+    would = "would embed what {}, with {} items, lacks of {} records\n"
+    said, nothing = world(2).run(CASES + "precompute_dry", config=config)
+    assert said.startswith(
+        f"teacher {name} ({clip_folder}): {would.format(folder, 0, NUM_PAIRS)}a dry run: nothing was"
+    )
+    assert nothing == ""
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "out").exists()
     (first, _) = world(2).run(CASES + "precompute", config=config)
-    assert first == {clip_folder.name: 2 * NUM_PAIRS}
-    table = VectorTable(tmp_path / "cache" / clip_folder.name)
+    assert first == {name: 2 * NUM_PAIRS}
+    table = VectorTable(folder)
     assert (len(table), table.width) == (2 * NUM_PAIRS, CLIP_WIDTH)
+    (said, _) = world(2).run(CASES + "precompute_dry", config=config)
+    assert would.format(folder, 2 * NUM_PAIRS, NUM_PAIRS) in said
     results = world(2).run(
         "tests.distributed.train_cases:run_train",
         config=config,

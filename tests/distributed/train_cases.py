@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,12 +72,19 @@ def run_train(
 
 def run_dry(**options: Any) -> dict[str, Any]:
     """:func:`run_train` as a dry run, with what was said."""
+    with listening("vembed_ds.training.run") as said:
+        return {**run_train(**options, dry_run=True), "said": said.getvalue()}
+
+
+@contextmanager
+def listening(name: str) -> Iterator[io.StringIO]:
+    """What a logger says inside, from notices up."""
     said = io.StringIO()
-    logger, handler = logging.getLogger("vembed_ds.training.run"), logging.StreamHandler(said)
+    logger, handler = logging.getLogger(name), logging.StreamHandler(said)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        return {**run_train(**options, dry_run=True), "said": said.getvalue()}
+        yield said
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
