@@ -122,11 +122,15 @@ def test_other_texts_of_the_same_ids_have_another_fingerprint(
     read: Callable[..., RetrievalTask], tmp_path: Path
 ) -> None:
     before = read().fingerprint
-    for name, column in (("corpus", "text"), ("corpus", "title"), ("queries", "text")):
-        rows = {"corpus": CORPUS, "queries": QUERIES}[name]
-        other = {name: [{**rows[0], column: "changed"}, *rows[1:]]}
-        (folder := tmp_path / f"{name} {column}").mkdir()
-        write_beir(folder, **other)  # type: ignore[arg-type]
+    for number, (corpus, queries) in enumerate(
+        [
+            ([{**CORPUS[0], "text": "changed"}, *CORPUS[1:]], QUERIES),
+            ([{**CORPUS[0], "title": "changed"}, *CORPUS[1:]], QUERIES),
+            (CORPUS, [{**QUERIES[0], "text": "changed"}, *QUERIES[1:]]),
+        ]
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        write_beir(folder, corpus=corpus, queries=queries)
         task = beir_task(folder, split=None, processor=NoProcessor(), image_root="")
         assert task.fingerprint != before
     (same := tmp_path / "same").mkdir()
