@@ -71,7 +71,6 @@ def require_same(found: Path, wanted: Path, *, step: int) -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
-@pytest.mark.slow
 def test_two_machines_train_as_one(
     machines: Hosts, world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:
