@@ -222,4 +222,4 @@ def test_what_is_exported_reaches_the_machines(tmp_path: Path) -> None:
         for name in re.findall(r"(\w+)=", line)
     }
     assert "NCCL_SOCKET_IFNAME" in names
-    assert exported(dict.fromkeys(names, "x"), []).keys() == names
+    assert exported(dict.fromkeys(names, "x"), [], by_pdsh=True).keys() == names
