@@ -125,7 +125,7 @@ def test_a_run_that_is_not_converted_says_what_to_do(tmp_path: Path) -> None:
             Encoder(path.parent)
         # Not into the folder: a checkpoint has a `model` of its own.
         assert str(error.value) == (
-            f"{path.parent}: holds training checkpoints, not a model; first: python -m "
+            f"{path.parent}: holds training checkpoints, not a model; first: "
             f"vembed-ds convert {path.parent} models/{path.parent.name}"
         )
 
