@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vembed_ds.command import Prepared, announce_rank, number_from_0, positive_number, run_on_ranks
+from vembed_ds.run_lock import frees_output, lock_output
 
 if TYPE_CHECKING:
     from vembed_ds.encoding.items import ItemTable
@@ -132,6 +133,7 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
     return Prepared(TIMEOUT_MINUTES, lambda: run(arguments))
 
 
+@frees_output
 def run(arguments: argparse.Namespace) -> None:
     """Encode what the arguments name. Collective.
 
@@ -142,6 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vembed_ds.encoding.run import Options, encode_table, plan_encoding
 
     encoder, items = _open(arguments)
+    if not arguments.dry_run:
+        comm.run_on_main(lambda: _lock(arguments.output), doing=f"--output {arguments.output}")
     options = Options(
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
@@ -167,6 +171,15 @@ def run(arguments: argparse.Namespace) -> None:
         return
     encode_table(encoder, items, plan, options=options)
     _say(f"{plan.folder}: complete")
+
+
+def _lock(folder: Path) -> None:
+    """Two calls in one folder at a time would mark blocks as done that the other one takes away."""
+    if folder.exists() and not folder.is_dir():
+        return  # an error of its own follows
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_output(folder, made=missing, setting="--output")
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Encoder, ItemTable]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.distributed.encode_cases import encode_files, files_of
 from tests.retrievers import save_text_model, sentence, write_jsonl
 from tests.worlds import World
-from vembed_ds import Encoder
+from vembed_ds import Encoder, run_lock
 from vembed_ds.data.records import Item
 
 Worlds = Callable[[int], World]
@@ -178,6 +178,7 @@ def test_a_block_is_on_the_disk_before_it_is_marked(
     argv = arguments(models / "vectors", corpus, tmp_path / "out")
     with mock.patch.object(os, "fsync", fsync), mock.patch.object(Path, "replace", replace):
         encode_files(argv, block_rows=BLOCK_ROWS)
+    events = [event for event in events if event != run_lock.LOCK_FILE]
     mark = [".manifest.json.partial", "rename manifest.json", "out"]
     ids = [".ids.parquet.partial", "rename ids.parquet", "out"]
     assert events == [*mark, "embeddings.npy", *(["embeddings.npy", *mark] * 5), *ids, *mark]
@@ -363,3 +364,21 @@ def test_data_without_rows(models: Path, tmp_path: Path) -> None:
     argv = arguments(models / "vectors", tmp_path / "empty.jsonl", tmp_path / "out")
     result = encode_files(argv, block_rows=BLOCK_ROWS)
     assert f"--data={tmp_path / 'empty.jsonl'}: holds no records" in result["error"]
+
+
+def test_a_folder_takes_one_call_at_a_time(
+    models: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "ENDING_SECONDS", 0.1)
+    out = tmp_path / "out"
+    argv = arguments(models / "vectors", corpus, out)
+    out.mkdir()
+    other = run_lock.RunLock(out)
+    result = encode_files(argv, block_rows=BLOCK_ROWS)
+    assert result["error"].startswith(
+        f"ConfigError: --output={str(out)!r}: another run is using it: "
+    )
+    assert result["written"] == []
+    other.release()
+    assert encode_files(argv, block_rows=BLOCK_ROWS)["written"]
+    assert not (out / run_lock.LOCK_FILE).exists()

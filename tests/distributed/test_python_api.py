@@ -22,7 +22,6 @@ pytestmark = pytest.mark.distributed(2)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_under_a_launcher_it_is_the_commands_run(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path
 ) -> None:

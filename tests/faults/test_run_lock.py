@@ -26,16 +26,17 @@ from torch import nn
 
 from tests.distributed.conftest import ROOT
 from tests.worlds import World
+from vembed_ds import run_lock
 from vembed_ds.errors import ConfigError
-from vembed_ds.training import output, run_lock
-from vembed_ds.training.run_lock import LOCK_FILE, RunLock
+from vembed_ds.run_lock import LOCK_FILE, RunLock
+from vembed_ds.training import output
 
 pytestmark = pytest.mark.faults
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vembed_ds.training import run_lock
+from vembed_ds import run_lock
 run_lock.lock_output(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(1000)

@@ -31,6 +31,7 @@ from vembed_ds.data.vector_table import (
 )
 from vembed_ds.durable import replace_text, sync_file, sync_folder
 from vembed_ds.errors import ConfigError, DataError
+from vembed_ds.run_lock import LOCK_FILE
 from vembed_ds.similarity import Embeddings
 
 MANIFEST_FILE = "manifest.json"
@@ -132,7 +133,8 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"--output {folder}: is a file; give a new or empty folder")
     if not folder.is_dir() or (folder / MANIFEST_FILE).is_file():
         return
-    if any(not path.name.startswith(".") for path in folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE}
+    if any(not name.startswith(".") for name in names):
         raise ConfigError(
             f"--output {folder}: holds other files (no {MANIFEST_FILE}); give a new or empty folder"
         )

@@ -21,6 +21,7 @@ from vembed_ds.engine.train_engine import TrainEngine
 from vembed_ds.evaluation.measuring import training_metrics
 from vembed_ds.models.embedding_model import EmbeddingModel
 from vembed_ds.planning.parameters import ModelSize, size_of
+from vembed_ds.run_lock import frees_output
 from vembed_ds.tracking.callback_sink import CallbackSink
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.banner import banner
@@ -63,7 +64,6 @@ from vembed_ds.training.resuming import (
 )
 from vembed_ds.training.run_facts import end_facts, planned_facts, start_facts
 from vembed_ds.training.run_folder import begin_output, claim_output
-from vembed_ds.training.run_lock import frees_output
 from vembed_ds.training.run_saving import build_saver, save_step
 from vembed_ds.training.self_test import examine
 from vembed_ds.training.stopping import StopSignals

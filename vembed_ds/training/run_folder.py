@@ -10,6 +10,7 @@ from vembed_ds.checkpointing.disks import this_disk
 from vembed_ds.checkpointing.rotation import remove_leftovers
 from vembed_ds.config.schema import Config, RunConfig
 from vembed_ds.distributed import comm
+from vembed_ds.run_lock import keep_output, lock_output
 from vembed_ds.tracking.trackers import Tracker, build_tracker
 from vembed_ds.training.output import (
     check_own,
@@ -19,7 +20,6 @@ from vembed_ds.training.output import (
     prepare_output,
 )
 from vembed_ds.training.resuming import Resumption
-from vembed_ds.training.run_lock import keep_output, lock_output
 
 
 def claim_output(run: RunConfig) -> None:

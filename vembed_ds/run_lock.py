@@ -45,14 +45,18 @@ class RunLock:
     Args:
         folder: Of the run; exists.
         made: Folders that were made for it, itself and above it, the innermost first.
+        setting: That names the folder, for messages.
 
     Raises:
         ConfigError: Another run is in the folder.
         OSError: The file cannot be written.
     """
 
-    def __init__(self, folder: Path, *, made: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, made: Sequence[Path] = (), setting: str = "output_dir"
+    ) -> None:
         self.folder = folder
+        self._setting = setting
         self._made = made
         self._kept = False
         self._free = threading.Event()
@@ -107,7 +111,7 @@ class RunLock:
         if not holder:
             return
         if (holder.get("host") != platform.node() or not locks_work) and self._is_touched(holder):
-            raise _refusal(self.folder, holder)
+            raise self._refusal(holder)
         logger.info(
             "%s: its run on host %s, pid %s, ended without a goodbye", self.folder, *_who(holder)
         )
@@ -121,7 +125,7 @@ class RunLock:
                 return True
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise _refusal(self.folder, self._holder()) from None
+                    raise self._refusal(self._holder()) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -149,6 +153,15 @@ class RunLock:
             if _touched(self.folder) != first:
                 return True
         return False
+
+    def _refusal(self, holder: dict[str, Any]) -> ConfigError:
+        host, pid = _who(holder)
+        return ConfigError(
+            f"{self._setting}={str(self.folder)!r}: another run is using it: host {host}, pid {pid}, since "
+            f"{holder.get('started', '?')} ({holder.get('command', '?')}). End that run, or give this one "
+            f"another {self._setting}; {self.folder / LOCK_FILE} may be removed only when that process is "
+            "gone"
+        )
 
     def _holder(self) -> dict[str, Any]:
         self._file.seek(0)
@@ -188,18 +201,19 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def lock_output(folder: Path, *, made: Sequence[Path] = ()) -> None:
+def lock_output(folder: Path, *, made: Sequence[Path] = (), setting: str = "output_dir") -> None:
     """Lock the folder of this run. One rank of a disk; :func:`frees_output` gives it back.
 
     Args:
         folder: Exists.
         made: As of :class:`RunLock`.
+        setting: As of :class:`RunLock`.
 
     Raises:
         ConfigError: Another run is in the folder; names its host and process.
         OSError: The file cannot be written.
     """
-    _held.append(RunLock(folder, made=made))
+    _held.append(RunLock(folder, made=made, setting=setting))
 
 
 def keep_output() -> None:
@@ -248,12 +262,3 @@ def _touched(folder: Path) -> int:
     """When the file was last touched, by the server's clock; opening it asks the server."""
     with (folder / LOCK_FILE).open() as file:
         return os.fstat(file.fileno()).st_mtime_ns
-
-
-def _refusal(folder: Path, holder: dict[str, Any]) -> ConfigError:
-    host, pid = _who(holder)
-    return ConfigError(
-        f"output_dir={str(folder)!r}: another run is using it: host {host}, pid {pid}, since "
-        f"{holder.get('started', '?')} ({holder.get('command', '?')}). End that run, or give this one "
-        f"another output_dir; {folder / LOCK_FILE} may be removed only when that process is gone"
-    )
