@@ -23,6 +23,7 @@ from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.loss_setup import loss_configs
 from vembed_ds.training.model_setup import model_spec
 from vembed_ds.training.plan import plan_intervals
+from vembed_ds.training.resuming import EARLIER, SETTINGS
 from vembed_ds.training.run import build_loop
 from vembed_ds.training.self_test import examine
 from vembed_ds.training.teachers import join_student, load_teachers, prepare_teachers
@@ -156,7 +157,7 @@ def build(config: Config, *, stage: int) -> Built:
         data,
         intervals,
         Saver(engine.engine, output_dir=folder, policy=SavePolicy()),
-        {},
+        {SETTINGS: {}, EARLIER: ()},  # for the checkpoint of a rank that is told to stop
         tracker=None,
         resumption=None,
         attach=lambda batch: batch,

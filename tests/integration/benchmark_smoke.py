@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -19,6 +20,7 @@ from benchmarks.options import Options
 from benchmarks.ours_variants import cached, ours
 from benchmarks.peers.encoder import contrastive, load_encoder
 from benchmarks.peers.job import Job, Variant
+from benchmarks.peers.ours import train
 from benchmarks.peers.plain import Batch, drive
 from benchmarks.report import write_report
 from benchmarks.task import Task
@@ -29,6 +31,7 @@ VARIANTS = [
     Variant("half a gradient", "plain", "tests.integration.benchmark_smoke:half_a_gradient"),
     Variant("somebody else", "gradcache", "benchmarks.peers.gradcache:luyug", code="gradcache"),
     ours("cached", cached()),
+    Variant("stopped", "plain", "tests.integration.benchmark_smoke:stopped"),
 ]
 
 
@@ -43,6 +46,18 @@ def half_a_gradient(job: Job, meter: Meter) -> None:
         return loss.detach()
 
     drive(job, meter, encoder, gradient)
+
+
+def stopped(job: Job, meter: Meter) -> None:
+    """Ours, told to stop behind its first step, as ``timeout`` or Ctrl-C would."""
+    end = meter.end
+
+    def end_and_stop() -> None:
+        end()
+        signal.raise_signal(signal.SIGTERM)
+
+    meter.end = end_and_stop  # type: ignore[method-assign]
+    train(job, meter)
 
 
 def environment() -> dict[str, str]:

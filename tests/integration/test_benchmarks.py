@@ -59,6 +59,12 @@ def test_who_is_not_there_is_left_out(rows: dict[str, Any], smoke: Path) -> None
     assert "add it with --gradcache PATH" in (smoke / "report.md").read_text()
 
 
+def test_who_is_told_to_stop_says_so(rows: dict[str, Any]) -> None:
+    assert rows["stopped"]["status"] == "failed"
+    reason = rows["stopped"]["reason"]
+    assert "StoppedError: stopped by SIGTERM on rank 0 at step 1, checkpoint" in reason
+
+
 def test_every_process_has_one_thread_that_does_not_spin(smoke: Path) -> None:
     found = json.loads((smoke / "world.json").read_text())
     assert len(found["environments"]) == 2
