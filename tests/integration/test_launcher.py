@@ -52,7 +52,7 @@ def test_the_example_starts_with_one_loss_at_every_stage(tmp_path: Path) -> None
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         first.append(f"{lines[0]['train/loss']:.5f}")
         assert lines[0]["step"] == 1
-        assert f"step 1: train/loss={lines[0]['train/loss']:.6g}" in done.stderr
+        assert f"step 1 of 2: loss {lines[0]['train/loss']:.5g}, " in done.stderr
     assert len(set(first)) == 1, first
 
 

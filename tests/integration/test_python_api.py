@@ -76,7 +76,7 @@ def test_what_the_callback_gets(ran: tuple[dict[str, Any], Path, str]) -> None:
 def test_lines_are_shown_where_nobody_configured_logging(
     ran: tuple[dict[str, Any], Path, str],
 ) -> None:
-    assert "INFO step 4: train/loss=" in ran[2]
+    assert "INFO step 4 of 4: loss " in ran[2]
 
 
 def test_what_is_wrong_is_one_error(ran: tuple[dict[str, Any], Path, str]) -> None:

@@ -34,6 +34,7 @@ from vembed_ds.steps.shortage import MemoryShortage, emptied
 from vembed_ds.tracking.trackers import Tracker
 from vembed_ds.training.embedding_figures import EmbeddingSample
 from vembed_ds.training.log_line import SeenStep, log_line, peak_device_bytes
+from vembed_ds.training.log_text import log_text
 from vembed_ds.training.log_window import LogWindow
 from vembed_ds.training.loss_inputs import loss_inputs
 from vembed_ds.training.nonfinite import StepGuard
@@ -46,7 +47,6 @@ from vembed_ds.training.teacher_sources import NO_TEACHERS, Said, Teachers
 
 logger = logging.getLogger(__name__)
 
-_TOLD = ("train/", "eval/")
 """What the log shows of the metrics."""
 
 
@@ -483,7 +483,4 @@ class TrainingLoop:
         if self._progress is not None and "train/loss" in metrics:
             shown = ("loss", "lr", "grad_norm", "samples_per_second")
             self._progress.set_postfix({n: f"{metrics[f'train/{n}']:.4g}" for n in shown})
-        # Parts of parts, such as train/loss_dim_64_query_to_doc, are in the files.
-        told = {n: v for n, v in metrics.items() if n.startswith(_TOLD) and "_dim_" not in n}
-        line = " ".join(f"{name}={value:.6g}" for name, value in told.items())
-        logger.info("step %d: %s", self.step, line)
+        logger.info("%s", log_text(metrics, step=self.step, num_steps=self.intervals.num_steps))
