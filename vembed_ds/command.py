@@ -264,7 +264,15 @@ def _quiet() -> None:
     """Our own log lines, on standard error; other libraries from warnings up."""
     logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_TIME)
     quiet_libraries()
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        # The bars of several ranks overwrite each other, and in a file every state is a line.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that there is no accelerator: every process says so, and the run itself says what it runs on."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def quiet_libraries() -> None:
@@ -272,5 +280,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     # Stacks of torch's store, when a rank is gone, would stand before the sentence about it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vembed_ds.command import EXIT_ERROR
+from vembed_ds.command import EXIT_ERROR, quiet_libraries
 
 EXAMPLE = """\
 examples:
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = build_parser().parse_args(argv)
+    quiet_libraries()
     from transformers.utils import logging as transformers_logging
 
     from vembed_ds.config.loading import load_config, setting_origins

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 from vembed_ds import command
@@ -27,3 +32,49 @@ def test_a_launcher_that_does_not_say_enough_ends_the_rank(
     assert run_on_ranks(lambda: Prepared(1, lambda: None)) == 2
     said = capsys.readouterr().err
     assert "DistributedError: OMPI_COMM_WORLD_RANK is not set, though mpirun started" in said
+
+
+@pytest.fixture
+def deepspeed_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
+    """DeepSpeed's logger, with its filters; the environment is put back."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DEEPSPEED_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "error")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    logger = logging.getLogger("DeepSpeed")
+    before = list(logger.filters)
+    yield logger
+    logger.filters[:] = before
+
+
+def test_deepspeed_warns_of_anything_but_a_missing_accelerator(
+    deepspeed_logger: logging.Logger,
+) -> None:
+    command.quiet_libraries()
+    said = {
+        text: bool(
+            deepspeed_logger.filter(logging.LogRecord("", logging.WARNING, "", 0, text, (), None))
+        )
+        for text in (
+            "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable",
+            "the loss scale is very small",
+        )
+    }
+    assert list(said.values()) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("rank", "terminal", "bars"), [("0", True, True), ("1", True, False), ("0", False, False)]
+)
+def test_only_rank_0_on_a_terminal_shows_bars_of_other_libraries(
+    rank: str,
+    terminal: bool,
+    bars: bool,
+    deepspeed_logger: logging.Logger,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    command._quiet()
+    assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) is not bars
