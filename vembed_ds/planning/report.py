@@ -105,7 +105,9 @@ def _text(plan: Plan) -> Iterator[str]:
     yield plan.title
     yield f"  model: {_count(size.total)} parameters, {_count(size.trained)} trained, {plan.precision}"
     for part in size.parts:
-        yield f"    {part.name}: {_count(part.trained)} trained, {_count(part.frozen)} frozen"
+        kinds = {"trained": part.trained, "frozen": part.frozen}
+        told = [f"{_count(number)} {kind}" for kind, number in kinds.items() if number]
+        yield f"    {part.name}: {', '.join(told) or 'no parameters'}"
     items = ", ".join(f"{number} x {stream}" for stream, number in plan.items.items())
     yield f"  a rank's step: {plan.batch_size} pairs, {items} ({plan.origin}), embeddings of {plan.width}"
     first = plan.lines[0].way
@@ -129,7 +131,7 @@ class _Unit(NamedTuple):
     size: int
 
     def write(self, number: int) -> str:
-        return f"{number / self.size:.2f}"
+        return f"{number / self.size:.2f}" if number else "-"
 
 
 def _unit(plan: Plan) -> _Unit:
@@ -213,7 +215,7 @@ def _way(way: Way) -> dict[str, Any]:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number}"
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
 
 
 def _or_none(number: int | None) -> str:

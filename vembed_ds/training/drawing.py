@@ -53,9 +53,9 @@ def examine_draws(loop: TrainingLoop, items: Mapping[str, EncodedItem], *, merge
     if merge:
         loop.merged = frozenset(s for s, draws in drawn.items() if draws is Draws.NOTHING)
     for stream in met if merge and comm.is_main() else ():
-        drawing = "each, since the model draws random numbers for it"
+        drawing = "each time, because the model draws random numbers for them, as for dropout"
         words = "once" if stream in loop.merged else drawing
-        logger.info("equal %s items of a batch are encoded %s", stream, words)
+        logger.info("equal %s items of a batch are embedded %s", stream, words)
 
 
 def _refuse_to_compute_twice(loop: TrainingLoop, stream: str) -> None:

@@ -123,7 +123,8 @@ def read_model(
     seed_everything(config.training.seed)
     used = data.train.parts
     model = setup_model(config, spec, used=used, zero_stage=zero_stage)
-    logger.info("pooling: %s", model.pooling())
+    told = ", ".join(f"{part} {method}" for part, method in model.pooling().items())
+    logger.info("pooling: %s", told)
     for stream in set(model.parts) - used:
         logger.info("no record holds a %s: that tower is not trained", stream)
     return model

@@ -129,7 +129,10 @@ def store_features(
         )
         for module in modules:
             module.cpu()  # back beside the others; the engine moves the model as a whole
-    logger.info("frozen %s tower: run for %d items; %s has %d", part, len(keys), folder, len(table))
+    logger.info(
+        "frozen %s tower: ran once for %s new items; the features of %s are kept in %s",
+        *(part, f"{len(keys):,}", f"{len(table):,}", folder),
+    )
     processor.stored[part] = table
     return len(keys)
 

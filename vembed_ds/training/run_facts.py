@@ -23,7 +23,7 @@ from vembed_ds.engine.memory import rank_bytes
 from vembed_ds.planning.parameters import ModelSize
 from vembed_ds.planning.states import Setting, states_of
 from vembed_ds.tracker_names import tracker_names
-from vembed_ds.training.banner import PartFacts, StartFacts
+from vembed_ds.training.banner import PartFacts, StartFacts, counted
 from vembed_ds.training.data_setup import ONLY, data_paths, dataset_entries, validation_entries
 from vembed_ds.training.loop import TrainingLoop
 from vembed_ds.training.loss_setup import learned_scalars
@@ -210,7 +210,7 @@ def _schedule(config: Config, num_steps: int) -> str:
     rates = [f"learning rate {optimizer.lr:g}, {optimizer.scheduler_type}"]
     if optimizer.scheduler_type != "constant":
         warmup = optimizer.warmup_steps or round(optimizer.warmup_ratio * num_steps)
-        rates.append(f"warm-up {warmup:,} steps")
+        rates.append(f"warm-up {counted(warmup, 'step')}")
     return ", ".join(rates)
 
 

@@ -68,8 +68,8 @@ def test_streams_without_random_numbers_are_merged(caplog: pytest.LogCaptureFixt
     assert run.merged == {"image"}, "nothing is known of a stream that nobody has met"
     assert run.model.embedded == 2 * [("text", 5)] + 2 * [("image", 3)]
     assert run.model.training, "it is tried out in training mode"
-    assert "equal text items of a batch are encoded each, since the model draws" in caplog.text
-    assert "equal image items of a batch are encoded once" in caplog.text
+    assert "equal text items of a batch are embedded each time, because the model" in caplog.text
+    assert "equal image items of a batch are embedded once" in caplog.text
 
 
 def test_a_rank_without_a_stream_that_others_have_takes_a_filler(

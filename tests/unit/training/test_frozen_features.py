@@ -180,7 +180,10 @@ def test_another_tower_or_processor_has_features_of_its_own(
     caplog.set_level("INFO")
     assert store(build("composed"), make_data(make_processor(minilm)), part, root) == number
     (folder,) = root.iterdir()
-    assert f"frozen {part} tower: run for {number} items; {folder} has {number}" in caplog.text
+    told = (
+        f"frozen {part} tower: ran once for {number} new items; the features of {number} are kept"
+    )
+    assert f"{told} in {folder}" in caplog.text
     model, processor = (
         build("composed", **model_changes),
         make_processor(minilm, **processor_changes),
