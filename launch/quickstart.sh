@@ -7,12 +7,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" quickstart
 out=output/emoji
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$((gpus > 0 ? gpus : 2))
-if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
+if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR=cpu; fi
 batch=$(((128 + ranks - 1) / ranks)) # about 128 pairs in the loss, whatever the number of ranks
 
 echo "== Training on $ranks $([ "$gpus" -gt 0 ] && echo GPUs || echo CPU ranks)"
 started=$SECONDS
-deepspeed --num_gpus "$ranks" --module vembed_ds.train \
+deepspeed --log_level error --num_gpus "$ranks" --module vembed_ds.train \
   --ds_config ds_configs/zero2.json --config examples/emoji/t2i.yaml \
   --config_override output_dir="$out" batch_size="$batch" "$@"
 echo "== Trained in $((SECONDS - started)) s. Converting to a plain Hugging Face model"

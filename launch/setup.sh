@@ -9,6 +9,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 # shellcheck disable=SC1091
 source "$venv/bin/activate"
+echo "== Installing into $venv (the first time several minutes, without a word from pip)"
 python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$1]"
 # Nothing here needs the internet after this line.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false

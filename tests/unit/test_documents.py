@@ -126,6 +126,16 @@ def check_files(words: Sequence[str]) -> None:
     assert [word for word in own if not (ROOT / word).exists()] == []
 
 
+def test_the_start_page_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "index.md").read_text()
+    table = page.partition("| extra | what for |\n")[2].partition("\n\n")[0]
+    named = [
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+    assert sorted(named) == sorted(project["optional-dependencies"])
+
+
 def parser_of(module: str) -> Callable[[list[str]], argparse.Namespace]:
     found = importlib.import_module(module)
     if hasattr(found, "build_parser"):
