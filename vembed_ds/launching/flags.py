@@ -50,7 +50,7 @@ FLAGS = (
     Flag(("--enable_each_rank_log",), str, "folder for a log file per rank"),
     Flag(("--save_pid",), None, "write the launcher's process number to /tmp"),
     Flag(("--no_local_rank",), None, "(always so: ranks read LOCAL_RANK)"),
-    Flag(("--log_level",), str, "of the launcher; default: warning"),
+    Flag(("--log_level",), str, "of the launcher; default: error"),
     Flag(("--quiet", "-q"), None, "errors of the launcher only"),
     Flag(("--no_preflight",), None, "do not look at the machines before starting (ours)"),
 )

@@ -83,7 +83,7 @@ def launcher_command(
         }
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *words({"log_level": "warning", **flags, "no_local_rank": True}),
+        *words({"log_level": "error", **flags, "no_local_rank": True}),
         *("--module", module),
         *((pdsh_word(word) for word in arguments) if by_pdsh else arguments),
     ]

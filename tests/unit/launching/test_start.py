@@ -217,7 +217,7 @@ def test_the_command_that_is_started() -> None:
     )
     assert command[1:] == [
         *("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--no_local_rank"),
-        *("--log_level=warning", "--module", "vembed_ds.train", "a b"),
+        *("--log_level=error", "--module", "vembed_ds.train", "a b"),
     ]
     by_ssh = start.launcher_command("m", ["100%"], flags={}, by_ssh=True)
     assert by_ssh[-1] == "100%%"
