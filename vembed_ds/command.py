@@ -264,7 +264,11 @@ def _quiet() -> None:
     """Our own log lines, on standard error; other libraries from warnings up."""
     logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_TIME)
     quiet_libraries()
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    others = os.environ.get("RANK", "0") != "0"
+    if others:  # they ask the hub for the same as rank 0, and would repeat what it says
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if others or not sys.stderr.isatty():
         # The bars of several ranks overwrite each other, and in a file every state is a line.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from vembed_ds.command import quiet_libraries
 from vembed_ds.errors import VembedError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    quiet_libraries()
     from vembed_ds.checkpointing.companions import describe_readers
     from vembed_ds.checkpointing.export import export_model
     from vembed_ds.checkpointing.files import resolve_checkpoint

@@ -65,7 +65,7 @@ def test_deepspeed_warns_of_anything_but_a_missing_accelerator(
 @pytest.mark.parametrize(
     ("rank", "terminal", "bars"), [("0", True, True), ("1", True, False), ("0", False, False)]
 )
-def test_only_rank_0_on_a_terminal_shows_bars_of_other_libraries(
+def test_only_rank_0_tells_of_the_hub_and_on_a_terminal_shows_bars(
     rank: str,
     terminal: bool,
     bars: bool,
@@ -73,8 +73,13 @@ def test_only_rank_0_on_a_terminal_shows_bars_of_other_libraries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "propagate", True)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     command._quiet()
     assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) is not bars
+    assert os.environ.get("HF_HUB_VERBOSITY") == (None if rank == "0" else "error")
+    assert not hub.propagate, "every line of it would be there twice"
