@@ -270,6 +270,7 @@ def run(arguments: argparse.Namespace) -> str:
         doing="writing the results",
     )
     notes = [f"note: {note}" for note in evaluation.notes]
+    notes += [f"written: {file}" for file in _files(arguments)]
     return "\n".join([evaluation.table, *([INTERVAL_NOTE] if evaluation.intervals else []), *notes])
 
 
@@ -497,14 +498,19 @@ def _versions() -> dict[str, str]:
 def _plan(arguments: argparse.Namespace, result: Result) -> str:
     """What a dry run says."""
     task = result.task
-    files = [getattr(arguments, flag) for flag in ("output", "markdown", "html", "picture")]
     lines = [
         f"{arguments.model}: {len(task.queries):,} queries would search {len(task.documents):,} documents "
         f"of {task.origin} ({task.retrieval_mode}) on {comm.world_size()} rank(s)",
-        *(f"would write {file}" for file in files if file),
+        *(f"would write {file}" for file in _files(arguments)),
         *(f"note: {note}" for note in task.notes),
     ]
     return "\n".join(lines)
+
+
+def _files(arguments: argparse.Namespace) -> list[str]:
+    """What is to be written."""
+    found = (getattr(arguments, flag) for flag in ("output", "markdown", "html", "picture"))
+    return [file for file in found if file]
 
 
 def _write(

@@ -105,6 +105,7 @@ def test_metrics_are_printed_and_written(
     code, out, err = command("--output", str(output))
     assert (code, err) == (0, "")
     assert re.search(r"\| Recall@1 +\| 100\.0 % \|", out)
+    assert out.endswith(f"\nwritten: {output}\n")
     content = json.loads(output.read_text())
     assert content["model"] == str(folder / "model")
     assert content["data_path"] == [str(folder / "val.jsonl")]
@@ -369,7 +370,9 @@ def test_all_reports(command: Callable[..., tuple[int, str, str]], folder: Path)
     )
     assert (code, err) == (0, "")
     text = files["markdown"].read_text()
-    assert out.strip() in text, "the table"
+    table, written = out[: out.index("\nwritten: ")], out[out.index("\nwritten: ") :]
+    assert table in text
+    assert written.split() == [word for file in files.values() for word in ("written:", str(file))]
     page = files["html"].read_text()
     assert page.count('class="cell image right"') == 7, "every query finds its color first"
     assert "Hardest failures" not in page
