@@ -68,23 +68,33 @@ def resumed_budget(training: TrainingConfig, resumption: Resumption | None) -> C
     configured = chunk_budget(training)
     if resumption is None or not _goes_on(training, resumption):
         return configured
-    found = replace(configured, **resumption.state[BUDGET])
+    return replace(configured, **resumption.state[BUDGET])
+
+
+def tell_resumed_budget(training: TrainingConfig, budget: ChunkBudget) -> None:
+    """Say so where chunks are not those of the configuration.
+
+    Args:
+        training: As configured.
+        budget: From :func:`resumed_budget`.
+    """
+    if budget == chunk_budget(training):
+        return
     if training.gradient_cache_chunk_size == AUTO:
         logger.info(
             "%s: %s, as when the run began; add %s %s to choose anew",
             SIZE,
-            found.items,
+            budget.items,
             ALLOW,
             SIZE,
         )
-    elif found != configured:
-        logger.warning(
-            "chunks are smaller than configured, as since memory ran out: gradient_cache_chunk_size "
-            "%s, gradient_cache_chunk_tokens %s; set either to have them otherwise",
-            found.items,
-            found.tokens,
-        )
-    return found
+        return
+    logger.warning(
+        "chunks are smaller than configured, as since memory ran out: gradient_cache_chunk_size "
+        "%s, gradient_cache_chunk_tokens %s; set either to have them otherwise",
+        budget.items,
+        budget.tokens,
+    )
 
 
 def is_to_be_chosen(training: TrainingConfig, resumption: Resumption | None) -> bool:

@@ -45,6 +45,7 @@ from vembed_ds.training.memory_setup import (
     resumed_budget,
     saved_budget,
     step_memory,
+    tell_resumed_budget,
 )
 from vembed_ds.training.model_setup import own_rates
 from vembed_ds.training.nonfinite import step_guard
@@ -293,6 +294,8 @@ def build_loop(
 ) -> TrainingLoop:
     """The loop, ready to go on from what was resumed. Collective."""
     training, loading = config.training, config.data
+    budget = resumed_budget(training, resumption)
+    tell_resumed_budget(training, budget)
     signals = StopSignals(process_ends=process_ends)
     step = 0 if resumption is None else resumption.step
     batches = training_batches(
@@ -320,7 +323,7 @@ def build_loop(
             num_steps=intervals.num_steps,
             tile_size=training.loss_tile_size,
         ),
-        budget=resumed_budget(training, resumption),
+        budget=budget,
         intervals=intervals,
         tracker=tracker,
         save=lambda step: save_step(

@@ -19,6 +19,7 @@ from vembed_ds.training.memory_setup import (
     is_to_be_chosen,
     resumed_budget,
     saved_budget,
+    tell_resumed_budget,
 )
 from vembed_ds.training.resuming import Resumption
 
@@ -68,6 +69,7 @@ def test_chunks_that_became_smaller_remain_so_until_others_are_set(
     training = config(now).training
     found = resumed_budget(training, checkpoint(before, **{BUDGET: saved_budget(used)}))
     assert found == expected
+    tell_resumed_budget(training, found)
     differs = expected != chunk_budget(training)
     assert ("as since memory ran out" in caplog.text) == differs
 
@@ -82,6 +84,7 @@ def test_chunks_that_were_chosen_are_chosen_once(caplog: pytest.LogCaptureFixtur
     begun = checkpoint(AUTOMATIC, **{BUDGET: saved_budget(ChunkBudget(64))})
     assert not is_to_be_chosen(training, begun)
     assert resumed_budget(training, begun) == ChunkBudget(64)
+    tell_resumed_budget(training, ChunkBudget(64))
     assert "gradient_cache_chunk_size: 64, as when the run began" in caplog.text
     anew = replace(begun, allowed=("gradient_cache_chunk_size",))
     assert is_to_be_chosen(training, anew)
