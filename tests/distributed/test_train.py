@@ -196,6 +196,7 @@ def test_a_resumed_run_with_frozen_weights(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.one_in(2)
 def test_parts_at_rates_of_their_own(
     world: Callable[[int], World], make_config: Callable[..., str], tmp_path: Path, stage: int
 ) -> None:

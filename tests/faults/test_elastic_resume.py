@@ -120,6 +120,7 @@ def test_the_change_of_place_is_shown(world: Worlds, make_config: Make, tmp_path
 @pytest.mark.parametrize(
     "stage", [0, 3, *[pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)]]
 )
+@pytest.mark.one_in(2)
 def test_an_allowed_rate_takes_effect(
     world: Worlds, make_config: Make, tmp_path: Path, stage: int
 ) -> None:

@@ -63,10 +63,10 @@ def datas(pairs: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 CASES = [
     # stage, precision, workers, data, step
+    (3, "fp32", 0, "mixture", CACHED | AVERAGED),
     (0, "fp32", 2, "table", CACHED),
     (1, "fp16", 0, "stream", PLAIN),
     (2, "bf16", 2, "mixture", CACHED),
-    (3, "fp32", 0, "mixture", CACHED | AVERAGED),
 ]
 
 
@@ -100,6 +100,7 @@ def name(value: Any) -> str:
 @pytest.mark.parametrize(
     ("stage", "precision", "workers", "data", "step"), [*CASES, *more_cases()], ids=name
 )
+@pytest.mark.one_in(2)
 def test_a_resumed_run_is_the_uninterrupted_run(
     world: Callable[[int], World],
     make_config: Callable[..., str],

@@ -88,6 +88,7 @@ def test_a_stopped_run_goes_on_bitwise(
         ("write", 1, 3, 2),  # while it is written, and the step behind it is computed
     ],
 )
+@pytest.mark.one_in(2)
 def test_saving_in_the_background_too(
     world: Callable[[int], World],
     make_config: Callable[..., str],
@@ -108,6 +109,7 @@ def test_saving_in_the_background_too(
 
 
 @pytest.mark.parametrize("save_async", [False, True])
+@pytest.mark.one_in(2)
 def test_what_could_not_be_saved_is_saved_at_the_stop(
     world: Callable[[int], World],
     make_config: Callable[..., str],

@@ -34,9 +34,9 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_host() -> Iterator[World]:
-    """Two ranks without a past: who has run ZeRO-3 multiplies by another function of DeepSpeed's, and rounds by it."""
+    """Two ranks without a past, ZeRO-2 before ZeRO-3: who has run ZeRO-3 multiplies by another function of DeepSpeed's, and rounds by it."""
     running = World(2)
     yield running
     running.close()

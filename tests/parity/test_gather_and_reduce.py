@@ -65,7 +65,7 @@ def run(world: Callable[[int], World], folders: dict[float, Path]) -> Run:
     ("kind", "mode", "chunk", "world_size"),
     one_in(12, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], MODES, CHUNKS, [1, 2]),
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_plain(
     run: Run, reference: Callable[..., Any], kind: str, mode: str, chunk: str, world_size: int
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_layer_that_one_graph_calls_twice(run: Run, reference: Callable[..., A
 
 
 @pytest.mark.parametrize(("kind", "way"), one_in(4, ["shared", "clip", "skip"], WAYS))
+@pytest.mark.one_in(2)
 def test_bf16(run: Run, reference: Callable[..., Any], kind: str, way: str) -> None:
     dtype, tolerance, tensor_tolerance = PRECISIONS["bf16"]
     expected = reference(kind, dtype=dtype)

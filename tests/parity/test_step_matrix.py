@@ -63,7 +63,7 @@ def check(reference: dict[str, Any], results: list[dict[str, Any]]) -> None:
     ("kind", "stage", "world_size", "chunk"),
     one_in(4, [*KINDS, "mixed", *FUSED, *TEXTS, "patches"], STAGES, [1, 2], CHUNKS),
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_plain(
     world: Callable[[int], World],
     folders: dict[float, Path],

@@ -226,6 +226,7 @@ def test_what_is_wrong_is_said_before_anything_else(
         ["loss_bidirectional=true", "learnable_temperature=true", "precision=fp16"],
     ],
 )
+@pytest.mark.one_in(3)
 def test_kinds_of_runs(run: Path, changes: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(plan(run, "--json", *changes)) == 0
     found = read(capsys)
