@@ -143,9 +143,9 @@ def run(arguments: argparse.Namespace) -> None:
     from vembed_ds.distributed import comm
     from vembed_ds.encoding.run import Options, encode_table, plan_encoding
 
-    encoder, items = _open(arguments)
     if not arguments.dry_run:
         comm.run_on_main(lambda: _lock(arguments.output), doing=f"--output {arguments.output}")
+    encoder, items = _open(arguments)
     options = Options(
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
